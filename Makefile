@@ -1,0 +1,59 @@
+# make            lists the targets
+# make all        everything on the embedded default, from set-up to report
+# make train CONFIG=configs/r1-llama-8b.yaml SET="train.sae.l1_coefficient=4"
+
+CONFIG ?= configs/smollm2.yaml
+SET ?=
+PYTHON ?= python3
+RUN = OMP_WAIT_POLICY=passive .venv/bin/python -m pipeline
+
+.DEFAULT_GOAL := help
+.PHONY: help setup all harvest train eval status verify test check
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@echo 'CONFIG=file chooses the settings, SET="section.key=value ..." changes some of them'
+
+setup: .venv/.dependencies assets/.complete ## virtual environment, dependencies, embedded model and text
+
+.venv/.dependencies: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+.venv/.dev: .venv/.dependencies
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+assets/.complete: .venv/.dependencies configs/assets.txt pipeline/assets.py
+	.venv/bin/python -m pipeline.assets
+	@touch $@
+
+all: setup ## set up, then harvest, train and evaluate; ends with the path of report.html
+	@$(RUN) run --config $(CONFIG) $(SET)
+
+harvest: setup ## sample the text and write the model's activations into a store
+	@$(RUN) sample --config $(CONFIG) $(SET)
+	@$(RUN) harvest --config $(CONFIG) $(SET)
+
+train: setup ## train the SAE from the store
+	@$(RUN) train --config $(CONFIG) $(SET)
+
+eval: setup ## measure the SAE and write the report
+	@$(RUN) evaluate --config $(CONFIG) $(SET)
+
+status: setup ## which stage is complete, which would run, and why
+	@$(RUN) status --config $(CONFIG) $(SET)
+
+verify: setup ## read every byte of the store and check it
+	@$(RUN) verify --config $(CONFIG) $(SET)
+
+test: setup .venv/.dev ## the tests
+	.venv/bin/python -m pytest
+
+check: setup .venv/.dev ## style, types, and the direction of imports
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/basedpyright
+	.venv/bin/lint-imports

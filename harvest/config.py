@@ -1,0 +1,125 @@
+"""Settings of the sample and harvest stages. No torch here: a settings error must answer at once.
+
+`runtime` sections hold what never changes a result and stay out of every fingerprint; all else is hashed.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SAMPLE_VERSION = 1
+HARVEST_VERSION = 1
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Device = Literal["auto", "cpu", "cuda"]
+ComputeDtype = Literal["auto", "bfloat16", "float32"]
+
+
+class Settings(BaseModel):
+    """Frozen and strict: an unknown name is an error, a derived value is a property."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(Settings):
+    name: str
+    """Hub id, or a folder with config.json, safetensors and the tokenizer. Enters the fingerprint by
+    commit or by content hash, never by path."""
+    revision: str | None = None
+    """Hub commit; a branch is resolved once and recorded. Not for local folders."""
+
+
+class Source(Settings):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
+    """How reports call it."""
+    path: str
+    """Hub id, or local JSON Lines or parquet: a file, a folder, or a glob."""
+    revision: str | None = None
+    """Hub commit of the data set."""
+    subset: str | None = None
+    """Configuration of a hub data set, as OpenThoughts-114k's `metadata`."""
+    split: str = "train"
+    """Split of a hub data set."""
+    rows: Literal["conversation", "conversations", "reasoning", "text"]
+    """Columns of a row: `conversation` role/content turns (LMSYS-Chat-1M), `conversations` from/value turns
+    (OpenThoughts), `reasoning` problem/deepseek_reasoning/deepseek_solution (OpenThoughts metadata), `text`."""
+    share: float = Field(gt=0, le=1)
+    """Part of the tokens that this source gives, in both splits."""
+
+
+class SampleRuntime(Settings):
+    offline: bool = False
+    """Use only what the hub's local cache holds."""
+
+
+class SampleConfig(Settings):
+    sources: tuple[Source, ...] = Field(min_length=1, max_length=255)
+    """Where text comes from; the shares sum to 1."""
+    template: Literal["chatml", "deepseek-r1"]
+    """How a conversation becomes text (harvest/conversations.py)."""
+    context_size: int = Field(ge=2, le=65_535)
+    """Tokens of a context, the sequence that the model sees."""
+    shard_contexts: int = Field(ge=1)
+    """Contexts of a shard, the unit of writing and resuming. Splits hold whole shards."""
+    train_tokens: int = Field(ge=1)
+    """Tokens to sample for training, rounded down to whole shards."""
+    holdout_tokens: int = Field(ge=1)
+    """Tokens held out for evaluation, from documents that training never sees; rounded down as well."""
+    holdout_fraction: float = Field(gt=0, lt=1)
+    """Part of the documents that is held out, by a hash of the first user turn or the problem."""
+    seed: Seed = 0
+    """Order of documents and contexts, choice of the held-out ones."""
+    runtime: SampleRuntime = SampleRuntime()
+
+    @property
+    def shard_rows(self) -> int:
+        return self.shard_contexts * self.context_size
+
+    def shards(self, split: str) -> int:
+        """Whole shards of a split, "train" or "holdout"."""
+        return (self.train_tokens if split == "train" else self.holdout_tokens) // self.shard_rows
+
+    @model_validator(mode="after")
+    def _check(self) -> "SampleConfig":
+        total = sum(source.share for source in self.sources)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of sources sum to {total:g}; they must sum to 1")
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two sources have the same name: {', '.join(names)}")
+        for split in ("train", "holdout"):
+            if self.shards(split) < 1:
+                raise ValueError(
+                    f"{split}_tokens is less than one shard of shard_contexts x context_size = "
+                    f"{self.shard_rows} tokens; raise {split}_tokens or lower shard_contexts"
+                )
+        return self
+
+
+class HarvestRuntime(Settings):
+    device: Device = "auto"
+    """auto takes a GPU where there is one."""
+    offline: bool = False
+    """Use only what the hub's local cache holds."""
+
+
+class HarvestConfig(Settings):
+    hooks: tuple[str, ...] = Field(min_length=1)
+    """Where activations are taken: module paths (`model.layers.19`) or SAELens names
+    (`blocks.19.hook_resid_post`). Several are taken in one pass; each gets its own array and its own SAE."""
+    compute_dtype: ComputeDtype = "auto"
+    """Precision of the forward pass. The weights are bfloat16 in any case and rows are stored as bfloat16.
+    auto: bfloat16, except on CPUs without bfloat16 instructions, which emulate it at a sixth of the speed."""
+    batch_contexts: int = Field(default=8, ge=1)
+    """Contexts of one forward pass. Hashed, because a row depends in its last bits on the batch's shape."""
+    threads: int = Field(default=2, ge=1)
+    """CPU threads of one worker. Hashed for the same reason; without effect on a GPU."""
+    chunk_rows: int = Field(default=1024, ge=1)
+    """Rows of a chunk, the unit of reading. 2 to 8 MB are best."""
+    runtime: HarvestRuntime = HarvestRuntime()
+
+    @model_validator(mode="after")
+    def _check(self) -> "HarvestConfig":
+        if len(set(self.hooks)) < len(self.hooks):
+            raise ValueError("hooks names a module twice")
+        return self

@@ -1,0 +1,96 @@
+"""Files that survive a crash: atomic writes, locks that the kernel frees, errors that a user can act on."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MAX_JSON_BYTES = 64 << 20  # what we write ourselves stays far below
+
+
+class UserError(Exception):
+    """Something that the user can mend: one clear sentence with the file or setting, the value, the way out."""
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def partial_name(path: Path) -> Path:
+    """A sibling name for a file that is being written; host and pid keep two writers apart."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: partial name, fsync, rename, fsync of the folder."""
+    partial = partial_name(path)
+    try:
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    fsync_path(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, keys sorted, so that equal values give equal bytes."""
+    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises UserError when it is missing, too large, or not a JSON object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: larger than {MAX_JSON_BYTES} bytes; this is not a file of ours")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not valid JSON; it was damaged or half copied") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: not a JSON object; it was damaged or half copied")
+    return value
+
+
+@contextlib.contextmanager
+def locked(directory: Path, role: str) -> Iterator[None]:
+    """Hold the one lock of a role in a folder; the kernel frees it, also at kill -9.
+
+    Raises UserError when another process holds it.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f".lock-{role}"
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{directory}: another process is running this {role}; wait for it or stop it") from None
+        yield
+
+
+def is_locked(directory: Path, role: str) -> bool:
+    """Whether a process holds the lock of this role now."""
+    try:
+        with (directory / f".lock-{role}").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

@@ -1,0 +1,177 @@
+"""A causal language model of the hub or a folder: loaded no further than needed, read by plain forward hooks.
+
+Hooks are named by module path as the causal model has it (`model.layers.19`), or as SAELens and
+TransformerLens do (`blocks.19.hook_resid_post`, the output of decoder layer 19).
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from harvest.config import ModelConfig
+from harvest.files import UserError
+
+SAELENS_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_post")
+
+
+class HookPoint(NamedTuple):
+    """Where a hook sits: its module path in the causal model, and how many decoder layers it needs."""
+
+    module: str
+    layers: int
+
+
+class Skeleton(NamedTuple):
+    """A model without weights: its configuration and module tree, on the meta device."""
+
+    config: Any
+    model: nn.Module
+    layer_list: str  # path of the decoder layers, "model.layers"
+
+
+def load_skeleton(model: ModelConfig, commit: str | None, offline: bool) -> Skeleton:
+    """Configuration and module tree, without weights.
+
+    Raises UserError when the model cannot be had or is no causal language model.
+    """
+    import transformers
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(model.name, **_where(model, commit, offline))
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model.name: {model.name!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    layers = config.get_text_config().num_hidden_layers
+    lists = [n for n, m in skeleton.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    if not lists:
+        raise UserError(f"model.name: {model.name!r}: {type(skeleton).__name__} has no list of decoder layers")
+    return Skeleton(config, skeleton, min(lists, key=len))
+
+
+def find_hook(skeleton: Skeleton, hook: str) -> HookPoint:
+    """Resolve a hook's name.
+
+    Raises UserError for a layer beyond the last, or a module that the model does not have.
+    """
+    layers = skeleton.config.get_text_config().num_hidden_layers
+    saelens = SAELENS_NAME.fullmatch(hook)
+    module = f"{skeleton.layer_list}.{saelens[1]}" if saelens else hook
+    inside = re.match(re.escape(skeleton.layer_list) + r"\.(\d+)(\.|$)", module)
+    if inside and int(inside[1]) >= layers:
+        raise UserError(f"harvest.hooks: {hook!r}: the model has {layers} layers, 0 to {layers - 1}")
+    names = [name for name, _ in skeleton.model.named_modules() if name]
+    if module not in names or isinstance(skeleton.model.get_submodule(module), nn.ModuleList):
+        close = difflib.get_close_matches(module, names, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"a layer is {skeleton.layer_list}.0"
+        raise UserError(f"harvest.hooks: {hook!r}: no such module in {type(skeleton.model).__name__}; {hint}")
+    return HookPoint(module, int(inside[1]) + 1 if inside else layers)
+
+
+class HookedModel:
+    """A model whose activations can be read, and replaced, at named modules."""
+
+    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], device: torch.device) -> None:
+        self.model, self.modules, self.device = model, modules, device
+
+    @torch.inference_mode()
+    def activations(self, tokens_BS: Tensor) -> dict[str, Tensor]:
+        """Activations (B, S, d_in) at every hook, in the precision of the forward pass."""
+        out: dict[str, Tensor] = {}
+
+        def reader(name: str) -> Callable[..., None]:
+            def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                out[name] = first_tensor(output)
+
+            return read
+
+        handles = [module.register_forward_hook(reader(name)) for name, module in self.modules.items()]
+        try:
+            self.model(tokens_BS.to(self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return out
+
+    @contextmanager
+    def replaced(self, hook: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Within this, the activation at a hook is what `replace` makes of it."""
+
+        def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            new = replace(first_tensor(output)).to(first_tensor(output).dtype)
+            return (new, *output[1:]) if isinstance(output, tuple) else new
+
+        handle = self.modules[hook].register_forward_hook(splice)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden states of a module's output; some architectures return a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def load_model(
+    model: ModelConfig,
+    commit: str | None,
+    hooks: Sequence[str],
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    *,
+    offline: bool = False,
+    with_head: bool = False,
+) -> HookedModel:
+    """Load weights as bfloat16 and compute in `compute_dtype`.
+
+    Without the head, decoder layers after the last hook are never loaded. Raises UserError for what
+    cannot be loaded and for hooks that the model does not have.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    skeleton = load_skeleton(model, commit, offline)
+    points = {hook: find_hook(skeleton, hook) for hook in hooks}
+    config = skeleton.config
+    if not with_head:
+        _slice_layers(config.get_text_config(), max(point.layers for point in points.values()))
+    loader = AutoModelForCausalLM if with_head else AutoModel
+    try:
+        loaded: Any = loader.from_pretrained(
+            model.name,
+            config=config,
+            dtype=torch.bfloat16,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            **_where(model, commit, offline),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model.name: {model.name!r}: its weights cannot be loaded: {first}") from None
+    loaded = loaded.to(device=device, dtype=compute_dtype).eval().requires_grad_(False)
+    prefix = "" if with_head else f"{skeleton.model.base_model_prefix}."
+    modules = {hook: loaded.get_submodule(point.module.removeprefix(prefix)) for hook, point in points.items()}
+    return HookedModel(loaded, modules, device)
+
+
+def _where(model: ModelConfig, commit: str | None, offline: bool) -> dict[str, Any]:
+    local = Path(model.name).is_dir()
+    return {"revision": commit, "local_files_only": offline or local, "trust_remote_code": False}
+
+
+def _slice_layers(config: Any, layers: int) -> None:
+    """Make a configuration of the first decoder layers; per-layer lists are cut alike."""
+    total = config.num_hidden_layers
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == total and layers < total:
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers

@@ -1,0 +1,208 @@
+"""The sample stage: documents of each source -> contexts of `context_size` tokens, shuffled.
+
+Documents are taken in a random order, joined, and cut; a context has one source. Held-out documents
+fill contexts of their own. Contexts are then shuffled across sources, so that whatever reads the
+first part of them reads the same mixture. Tokens wait in scratch files between the two passes:
+memory stays flat, disk is twice the result for a while.
+
+    contexts/zarr.json                       attributes: names of the sources, context_size, seed
+    contexts/<split>/tokens    u4 (contexts, context_size)     split = train | holdout
+    contexts/<split>/document  u4 (contexts, context_size)     row of the source's data set
+    contexts/<split>/source    u1 (contexts,)                  index into the sources
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+
+from harvest.config import ModelConfig, SampleConfig, Source
+from harvest.conversations import check_columns, compose, document_key, is_held_out, turns
+from harvest.files import UserError
+from harvest.progress import Progress
+from harvest.sources import open_source
+from harvest.tokenizer import SegmentTokenizer, load_tokenizer
+
+SPLITS = ("train", "holdout")
+DOCUMENTS_AT_ONCE = 256
+
+
+class Packed(NamedTuple):
+    """Contexts of one source and split, still in scratch files, and what it took to fill them."""
+
+    tokens: np.ndarray
+    documents: np.ndarray
+
+
+def run(
+    model: ModelConfig,
+    model_commit: str | None,
+    config: SampleConfig,
+    source_commits: list[str | None],
+    directory: Path,
+    begin: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Write `directory/contexts` and return the summary.
+
+    Raises UserError for data that cannot be had, lacks columns, or is too little for the budget.
+    """
+    begin({})
+    for split in SPLITS:
+        asked = config.train_tokens if split == "train" else config.holdout_tokens
+        used = config.shards(split) * config.shard_rows
+        if used != asked:
+            shards = f"{config.shards(split)} whole shards of {config.shard_rows:,}"
+            print(f"sample.{split}_tokens: {asked:,} is no whole number of shards; {used:,} are used ({shards})")
+    tokenizer = load_tokenizer(model, model_commit, config.runtime.offline)
+    scratch = directory / "scratch"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    contexts = {split: contexts_by_source(config, split) for split in SPLITS}
+    packed: list[dict[str, Packed]] = []
+    summary: dict[str, Any] = {"shards": {split: config.shards(split) for split in SPLITS}}
+    total = sum(sum(counts) for counts in contexts.values()) * config.context_size
+    with Progress("sample", total, "tokens", path=directory / "progress.json") as progress:
+        for i, (source, commit) in enumerate(zip(config.sources, source_commits, strict=True)):
+            wanted = {split: contexts[split][i] for split in SPLITS}
+            files, used_documents = _pack(i, source, commit, config, tokenizer, wanted, scratch, progress)
+            packed.append(files)
+            summary[source.name] = used_documents | {f"{s}_contexts": wanted[s] for s in SPLITS}
+    _write(config, packed, directory / "contexts")
+    shutil.rmtree(scratch)
+    return summary
+
+
+def contexts_by_source(config: SampleConfig, split: str) -> list[int]:
+    """Contexts that each source gives to a split: its share, remainders to the largest fractions."""
+    total = config.shards(split) * config.shard_contexts
+    exact = [source.share * total for source in config.sources]
+    counts = [int(e + 1e-9) for e in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _pack(
+    index: int,
+    source: Source,
+    commit: str | None,
+    config: SampleConfig,
+    tokenizer: SegmentTokenizer,
+    wanted: dict[str, int],
+    scratch: Path,
+    progress: Progress,
+) -> tuple[dict[str, Packed], dict[str, int]]:
+    size = config.context_size
+    packed = {
+        split: Packed(
+            *(
+                np.lib.format.open_memmap(scratch / f"{index}-{split}-{name}.npy", "w+", np.uint32, (count * size,))
+                for name in Packed._fields
+            )
+        )
+        for split, count in wanted.items()
+        if count
+    }
+    filled = dict.fromkeys(SPLITS, 0)
+    used = dict.fromkeys(SPLITS, 0)
+    for split, rows, ids in _tokenized(index, source, commit, config, tokenizer, wanted, filled):
+        for row, tokens in zip(rows, ids, strict=True):
+            start, room = filled[split], wanted[split] * size - filled[split]
+            tokens = tokens[:room]
+            if len(tokens):
+                packed[split].tokens[start : start + len(tokens)] = tokens
+                packed[split].documents[start : start + len(tokens)] = row
+                filled[split] += len(tokens)
+                used[split] += 1
+                progress.advance(len(tokens), f"{source.name} ({split})")
+    for split in SPLITS:
+        need = wanted[split] * size
+        if filled[split] < need:
+            fraction = "raise" if split == "holdout" else "lower"
+            raise UserError(
+                f"sample.{split}_tokens: source {source.name!r} has {filled[split]:,} tokens for the {split} split "
+                f"and its share is {need:,}; lower sample.{split}_tokens or the share of {source.name}, "
+                f"{fraction} sample.holdout_fraction ({config.holdout_fraction:g}), or add text"
+            )
+    return packed, {f"{split}_documents": used[split] for split in SPLITS}
+
+
+def _tokenized(
+    index: int,
+    source: Source,
+    commit: str | None,
+    config: SampleConfig,
+    tokenizer: SegmentTokenizer,
+    wanted: dict[str, int],
+    filled: dict[str, int],
+) -> Iterator[tuple[str, list[int], list[np.ndarray]]]:
+    """Batches of (split, rows, token ids) in random order of documents, for splits that are not full."""
+    data = open_source(source, commit, config.runtime.offline)
+    check_columns(source.rows, data.column_names, source.name)
+    order = np.random.default_rng([config.seed, index]).permutation(len(data))
+    checked = False
+    for start in range(0, len(order), DOCUMENTS_AT_ONCE):
+        numbers = order[start : start + DOCUMENTS_AT_ONCE]
+        if all(filled[split] >= wanted[split] * config.context_size for split in SPLITS):
+            return
+        kept: dict[str, tuple[list[int], list[Any]]] = {split: ([], []) for split in SPLITS}
+        for number, row in zip(numbers.tolist(), _rows(data, numbers), strict=True):
+            document = turns(source.rows, row)
+            if document is None:
+                continue
+            split = SPLITS[is_held_out(document_key(document), config.seed, config.holdout_fraction)]
+            if filled[split] < wanted[split] * config.context_size:
+                kept[split][0].append(number)
+                kept[split][1].append(compose(config.template, document, tokenizer.eos))
+        for split, (rows, documents) in kept.items():
+            if documents and not checked:
+                tokenizer.check_template(config.template, documents[0])
+                checked = True
+            yield split, rows, tokenizer.encode(documents)
+
+
+def _rows(data: Any, numbers: np.ndarray) -> list[dict[str, Any]]:
+    columns = data[numbers]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _write(config: SampleConfig, packed: list[dict[str, Packed]], path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)
+    root = zarr.create_group(
+        str(path),
+        attributes={
+            "schema": 1,
+            "sources": [source.name for source in config.sources],
+            "context_size": config.context_size,
+            "seed": config.seed,
+        },
+    )
+    size, step = config.context_size, config.shard_contexts
+    for number, split in enumerate(SPLITS):
+        group = root.create_group(split)
+        origin = [(i, k) for i, files in enumerate(packed) if split in files for k in range(len(files[split].tokens) // size)]
+        order = np.random.default_rng([config.seed, len(config.sources) + number]).permutation(len(origin))
+        names = {"tokens": "uint32", "document": "uint32", "source": "uint8"}
+        arrays = {
+            name: group.create_array(
+                name,
+                shape=(len(origin), size) if name != "source" else (len(origin),),
+                chunks=(step, size) if name != "source" else (step,),
+                dtype=dtype,
+                compressors=[Crc32cCodec()],
+                config={"write_empty_chunks": True},
+            )
+            for name, dtype in names.items()
+        }
+        for start in range(0, len(order), step):
+            chosen = [origin[k] for k in order[start : start + step]]
+            rows = slice(start, start + step)
+            for name, field in (("tokens", "tokens"), ("document", "documents")):
+                parts = [getattr(packed[i][split], field)[k * size : (k + 1) * size] for i, k in chosen]
+                arrays[name][rows] = np.stack(parts)
+            arrays["source"][rows] = np.array([i for i, _ in chosen], np.uint8)

@@ -1,0 +1,80 @@
+"""A model's tokenizer, used two ways: markers make special tokens, content never does."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from harvest.config import ModelConfig
+from harvest.conversations import Segment
+from harvest.files import UserError
+
+
+class SegmentTokenizer:
+    """Token ids of documents.
+
+    `whole` knows all added tokens and reads the markers; `plain` has none but those that are white
+    space (GPT-NeoX keeps runs of blanks so), and reads the content.
+    """
+
+    def __init__(self, whole: Tokenizer, eos: str) -> None:
+        spec: dict[str, Any] = json.loads(whole.to_str())
+        spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].strip() and not t["special"]]
+        spec["post_processor"] = spec["truncation"] = spec["padding"] = None
+        self.plain = Tokenizer.from_str(json.dumps(spec))
+        self.whole = whole
+        self.eos = eos
+        self._markers: dict[str, list[int]] = {}
+
+    def encode(self, documents: Sequence[Sequence[Segment]]) -> list[np.ndarray]:
+        """Token ids, uint32, of each document; no token is added that no segment asks for."""
+        contents = [s.text for document in documents for s in document if not s.is_marker]
+        ids = iter(self.plain.encode_batch_fast(contents, add_special_tokens=False))
+        return [
+            np.fromiter(
+                (i for s in document for i in (self._marker(s.text) if s.is_marker else next(ids).ids)), np.uint32
+            )
+            for document in documents
+        ]
+
+    def _marker(self, text: str) -> list[int]:
+        if text not in self._markers:
+            self._markers[text] = self.whole.encode(text, add_special_tokens=False).ids
+        return self._markers[text]
+
+    def check_template(self, template: str, segments: Sequence[Segment]) -> None:
+        """Raise UserError when a marker of the template is no special token of this model."""
+        added = {token.content for token in self.whole.get_added_tokens_decoder().values()}
+        for text in {s.text.strip() for s in segments if s.is_marker}:
+            name = text if text in added else text.split(">")[0] + ">"
+            if name not in added:
+                raise UserError(
+                    f"sample.template: {template!r} writes the marker {name!r}, which is no token of this "
+                    "model's tokenizer; choose the template that the model was trained with"
+                )
+
+
+def load_tokenizer(model: ModelConfig, commit: str | None, offline: bool) -> SegmentTokenizer:
+    """The tokenizer of a local folder or a hub model.
+
+    Raises UserError when it cannot be had, or is not of the `tokenizers` kind.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(
+            model.name,
+            revision=commit,
+            local_files_only=offline or Path(model.name).is_dir(),
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"model.name: {model.name!r}: no tokenizer can be loaded from it: {first}") from None
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if not isinstance(backend, Tokenizer):
+        raise UserError(f"model.name: {model.name!r}: its tokenizer has no tokenizer.json, which is needed")
+    return SegmentTokenizer(backend, str(loaded.eos_token or ""))

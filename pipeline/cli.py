@@ -1,0 +1,180 @@
+"""The command line: `python -m pipeline COMMAND --config FILE [section.key=value ...]`."""
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from harvest.files import UserError
+from pipeline import config, stages
+from pipeline.fingerprint import STAGES
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train and read sparse autoencoders on reasoning models, in stages: sample, harvest, train, evaluate.",
+)
+
+ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="Settings file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's.")
+]
+Root = Annotated[Path, typer.Option("--runs", help="Folder of all results.")]
+AllowMixed = Annotated[bool, typer.Option(help="Resume under other numerics (device, torch, ...), and record it.")]
+Force = Annotated[bool, typer.Option(help="Clear this stage's directory and run anew; asks if it is complete.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+DEFAULT_CONFIG = Path("configs/smollm2.yaml")
+DEFAULT_RUNS = Path("runs")
+
+INTERRUPTED = 130  # the shell's status for SIGINT
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn what a user can mend into one sentence and an exit status: 2 for settings, 1 for the rest."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except config.SettingsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        where = error.filename or "the runs folder"
+        print(
+            f"error: {where}: {os.strerror(error.errno)}. What was complete is untouched; mend it (or choose "
+            "another folder with --runs) and run the same command again to go on",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: nothing complete is lost; run the same command again to go on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _find(file: Path, overrides: list[str] | None, root: Path) -> stages.Runs:
+    settings = config.load(file, overrides or [])
+    return stages.find_runs(settings, root)
+
+
+def _run(
+    names: tuple[str, ...],
+    file: Path,
+    overrides: list[str] | None,
+    root: Path,
+    allow_mixed: bool,
+    force: bool,
+    yes: bool,
+) -> None:
+    with _errors():
+        runs = _find(file, overrides, root)
+
+        def confirm(question: str) -> bool:
+            return yes or (sys.stdin.isatty() and typer.confirm(question))
+
+        for name in names:
+            stages.run_stage(runs, name, allow_mixed=allow_mixed, force=force, confirm=confirm)
+        if names[-1] == "evaluate":
+            print(runs.directory("evaluate") / "report.html")
+
+
+@app.command()
+def sample(
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    runs: Root = DEFAULT_RUNS,
+    allow_mixed: AllowMixed = False,
+    force: Force = False,
+    yes: Yes = False,
+) -> None:
+    """Turn the sources' text into packed contexts of tokens."""
+    _run(("sample",), config_file, overrides, runs, allow_mixed, force, yes)
+
+
+@app.command()
+def harvest(
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    runs: Root = DEFAULT_RUNS,
+    allow_mixed: AllowMixed = False,
+    force: Force = False,
+    yes: Yes = False,
+) -> None:
+    """Run the model over the contexts and write its activations into a store."""
+    _run(("harvest",), config_file, overrides, runs, allow_mixed, force, yes)
+
+
+@app.command()
+def train(
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    runs: Root = DEFAULT_RUNS,
+    allow_mixed: AllowMixed = False,
+    force: Force = False,
+    yes: Yes = False,
+) -> None:
+    """Train one SAE for each hook from the store."""
+    _run(("train",), config_file, overrides, runs, allow_mixed, force, yes)
+
+
+@app.command()
+def evaluate(
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    runs: Root = DEFAULT_RUNS,
+    allow_mixed: AllowMixed = False,
+    force: Force = False,
+    yes: Yes = False,
+) -> None:
+    """Measure the SAE on held-out text and write report.html and metrics.json."""
+    _run(("evaluate",), config_file, overrides, runs, allow_mixed, force, yes)
+
+
+@app.command()
+def run(
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    runs: Root = DEFAULT_RUNS,
+    allow_mixed: AllowMixed = False,
+) -> None:
+    """All stages, each only if it is not complete; ends with the path of the report."""
+    _run(STAGES, config_file, overrides, runs, allow_mixed, force=False, yes=False)
+
+
+@app.command()
+def status(
+    overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFIG, runs: Root = DEFAULT_RUNS
+) -> None:
+    """Say which stages are complete, which would run, and why."""
+    with _errors():
+        for line in stages.status_lines(_find(config_file, overrides, runs)):
+            print(line)
+
+
+@app.command()
+def path(
+    stage: Annotated[str, typer.Argument(help=f"One of {', '.join(STAGES)}.")],
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    runs: Root = DEFAULT_RUNS,
+) -> None:
+    """Print a stage's directory for these settings and nothing else, for scripts."""
+    with _errors():
+        if stage not in STAGES:
+            raise config.SettingsError(f"path: {stage!r}: not a stage; one of {', '.join(STAGES)}")
+        print(_find(config_file, overrides, runs).directory(stage))
+
+
+def main() -> None:
+    app(prog_name="python -m pipeline")

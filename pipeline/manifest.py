@@ -1,0 +1,76 @@
+"""The two files that say what a run directory is.
+
+begun.json     written when a stage starts: settings, fingerprint, inputs, numerics; a directory without
+               it is not ours
+manifest.json  written last, by an atomic rename: the same, with wall time, versions and summary figures;
+               its presence means that the stage is complete
+"""
+
+import os
+import platform
+import subprocess
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from harvest.files import UserError, read_json, write_json
+
+BEGUN, MANIFEST = "begun.json", "manifest.json"
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "zarr", "numpy", "safetensors")
+
+
+def is_complete(directory: Path) -> bool:
+    return (directory / MANIFEST).exists()
+
+
+def begin(directory: Path, identity: dict[str, Any], numerics: dict[str, Any], allow_mixed: bool) -> None:
+    """Mark a directory as begun, or check that it can be resumed here.
+
+    Raises UserError when it was begun under other numerics and `allow_mixed` is not set.
+    """
+    path = directory / BEGUN
+    if not path.exists():
+        write_json(path, {**identity, "numerics": numerics, "begun": time.time(), "mixed_with": []})
+        return
+    begun = read_json(path)
+    before = begun.get("numerics")
+    if before == numerics or numerics in begun.get("mixed_with", []):
+        return
+    if not allow_mixed:
+        changed = [
+            f"{key}: {(before or {}).get(key)} then, {numerics.get(key)} now"
+            for key in sorted({*(before or {}), *numerics})
+            if (before or {}).get(key) != numerics.get(key)
+        ]
+        raise UserError(
+            f"{directory}: was begun under other numerics ({'; '.join(changed)}), so the rest would differ in "
+            "its last bits; add --allow-mixed to go on all the same, or --force to start anew"
+        )
+    write_json(path, {**begun, "mixed_with": [*begun.get("mixed_with", []), numerics]})
+
+
+def finish(directory: Path, summary: dict[str, Any]) -> None:
+    """Write manifest.json: from here on the stage is complete."""
+    begun = read_json(directory / BEGUN)
+    manifest = {
+        **begun,
+        "finished": time.time(),
+        "wall_seconds": round(time.time() - begun["begun"], 1),
+        "versions": {"reasoning-sae": _commit(), "python": platform.python_version()}
+        | {name: version(name) for name in LIBRARIES},
+        "summary": summary,
+    }
+    write_json(directory / MANIFEST, manifest)
+
+
+def _commit() -> str:
+    """This code's git commit, "-dirty" where files differ; "unknown" outside a clone."""
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        out = subprocess.run(command, capture_output=True, text=True, timeout=10, env=environment, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return out.stdout.strip()

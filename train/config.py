@@ -1,0 +1,95 @@
+"""Settings of the train stage."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from harvest.config import ComputeDtype, Device, Seed, Settings
+
+TRAIN_VERSION = 1
+
+
+class SaeConfig(Settings):
+    d_sae: int | None = Field(default=None, ge=1)
+    """Number of features. Exactly one of d_sae and expansion_factor."""
+    expansion_factor: int | None = Field(default=None, ge=1)
+    """d_sae as a multiple of d_in."""
+    l1_coefficient: float = Field(default=5.0, ge=0)
+    """λ: weight of the sparsity penalty. Comparable only at the input scale √d_in that we train at."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SaeConfig":
+        if (self.d_sae is None) == (self.expansion_factor is None):
+            raise ValueError("set exactly one of d_sae and expansion_factor (null takes one away)")
+        return self
+
+    def width(self, d_in: int) -> int:
+        """d_sae for rows of this width."""
+        return self.d_sae or (self.expansion_factor or 0) * d_in
+
+
+class ExcludeConfig(Settings):
+    token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Rows of these tokens are not trained on (the paper: 128000 and 128001, BOS and EOS)."""
+    positions: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Rows at these positions of a context are not trained on (0: the attention sink)."""
+    norm_above_median: float | None = Field(default=10.0, gt=1)
+    """Rows whose norm is above this multiple of the median norm are not trained on; null keeps them.
+    A few such rows hold nearly all squared norm and would drown the rest."""
+
+
+class TrainRuntime(Settings):
+    device: Device = "auto"
+    """auto takes a GPU where there is one."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads; 0 takes all cores. Recorded in the numerics: another number may change last bits."""
+    log_every: int = Field(default=10, ge=1)
+    """Steps between lines of metrics.jsonl."""
+    checkpoint_every: int = Field(default=1000, ge=1)
+    """Steps between checkpoints. One is also written at Ctrl-C."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints that are kept."""
+
+
+class TrainConfig(Settings):
+    sae: SaeConfig
+    training_tokens: int | None = Field(default=None, ge=1)
+    """Rows that the SAE sees, whole batches. Exactly one of training_tokens and epochs."""
+    epochs: float | None = Field(default=None, gt=0)
+    """The same as a multiple of the training rows of the store, excluded ones not counted out."""
+    batch_size: int = Field(default=4096, ge=1)
+    """Rows of a step."""
+    lr: float = Field(default=5e-5, gt=0)
+    """Adam's learning rate, constant until the decay."""
+    lr_decay_fraction: float = Field(default=0.2, ge=0, le=1)
+    """Last part of the steps, over which lr falls linearly to 0."""
+    l1_warmup_fraction: float = Field(default=0.05, ge=0, le=1)
+    """First part of the steps, over which λ rises linearly from 0."""
+    adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam's decay rates."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """Global gradient norm that a step is clipped to."""
+    exclude: ExcludeConfig = ExcludeConfig()
+    window_shards: int = Field(default=128, ge=1)
+    """Shards of a window: consecutive shards whose chunks are read in random order."""
+    pool_rows: int = Field(default=131_072, ge=1)
+    """Rows that are shuffled together in memory; two pools are held."""
+    kernel: Literal["dense"] = "dense"
+    """How gradients are computed."""
+    compute_dtype: ComputeDtype = "auto"
+    """Precision of the matrix products; weights, sums and Adam stay float32. auto: as harvest.compute_dtype."""
+    validate_every: int = Field(default=1000, ge=1)
+    """Steps between looks at held-out rows; chooses the best SAE."""
+    validation_rows: int = Field(default=16_384, ge=1)
+    """Held-out rows of a look."""
+    seed: Seed = 0
+    """Initial weights and order of rows."""
+    runtime: TrainRuntime = TrainRuntime()
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainConfig":
+        if (self.training_tokens is None) == (self.epochs is None):
+            raise ValueError("set exactly one of training_tokens and epochs (null takes one away)")
+        if self.training_tokens is not None and self.training_tokens < self.batch_size:
+            raise ValueError(f"training_tokens is less than one batch of batch_size = {self.batch_size} rows")
+        return self

@@ -1,0 +1,191 @@
+"""Triton kernels for the gathers of `train.sparse_step` on CUDA; `PLAIN` there has the plain twin of each.
+
+Needs triton, so only the CUDA path imports this module. Configurations are fixed: autotuning would pick
+other summation orders in other runs. Sums are float32 and none is shared between programs, so there are
+no atomics and equal inputs give equal bytes. Rows and features of any length are walked in tiles; only
+the last tile of each is masked.
+
+`extract` counts before it writes, and its arrays are as long as the count: nothing can overflow. The
+price is one wait of the host for that number, in every step.
+
+Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros. Offsets into (B, F), (F, D) and (D, F)
+are int64: 4096 × 524,288 passes 2³¹.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from train.sparse_step import ByFeature, ByRow, Operations
+
+EXTRACT_TILE = 2048  # pre-activations a program looks at together
+D_TILE = 512  # columns of a gathered row
+N_TILE = 4  # gathered rows in flight: an average feature of a wide SAE has about five entries in a batch
+F_TILE = 16  # features that one program of encoder_sums writes side by side: 64 bytes, two full sectors
+
+
+def extract(pre_BF: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ReLU(pre + b_enc): the positive entries of each row (B,), their features int32 and values (N,)."""
+    B, F = pre_BF.shape
+    count_B = torch.empty(B, dtype=torch.int32, device=pre_BF.device)
+    count_kernel[(B,)](pre_BF, b_enc, count_B, F, TILE=EXTRACT_TILE)
+    end_B = count_B.cumsum(0)
+    N = int(end_B[-1])
+    feature_N = torch.empty(N, dtype=torch.int32, device=pre_BF.device)
+    f_N = torch.empty(N, dtype=torch.float32, device=pre_BF.device)
+    extract_kernel[(B,)](pre_BF, b_enc, end_B - count_B, feature_N, f_N, F, TILE=EXTRACT_TILE)
+    return count_B, feature_N, f_N
+
+
+def residual(active: ByRow, W_dec: Tensor, b_dec: Tensor, x_BD: Tensor) -> Tensor:
+    """x̂ − x (B, D), float32."""
+    B, D = x_BD.shape
+    error_BD = torch.empty_like(x_BD)
+    grid = (B, triton.cdiv(D, D_TILE))
+    residual_kernel[grid](*active, W_dec, b_dec, x_BD, error_BD, D, D_TILE=D_TILE, N_TILE=N_TILE)
+    return error_BD
+
+
+def row_dots(active: ByRow, error_BD: Tensor, W_dec: Tensor) -> Tensor:
+    """e_b · W_dec,i for each entry (b, i), float32 (N,)."""
+    B, D = error_BD.shape
+    dot_N = torch.empty_like(active.f_N)
+    row_dots_kernel[(B,)](
+        active.offset_B, active.feature_N, error_BD, W_dec, dot_N, D, D_TILE=D_TILE, N_TILE=2 * N_TILE
+    )
+    return dot_N
+
+
+def decoder_sums(by: ByFeature, f_N: Tensor, error_BD: Tensor, W_dec: Tensor, scale_F: Tensor) -> Tensor:
+    """Σ_b f_bi e_b + scale_i W_dec,i for each feature i (F, D), float32; f_N in the order of `by`."""
+    F, D = W_dec.shape
+    sum_FD = torch.empty_like(W_dec)
+    grid = (F, triton.cdiv(D, D_TILE))
+    decoder_sums_kernel[grid](
+        by.offset_F, by.row_N, f_N, error_BD, W_dec, scale_F, sum_FD, D, D_TILE=D_TILE, N_TILE=N_TILE
+    )
+    return sum_FD
+
+
+def encoder_sums(by: ByFeature, df_N: Tensor, x_BD: Tensor) -> Tensor:
+    """Σ_b df_bi x_b for each feature i, as columns (D, F), contiguous float32; df_N in the order of `by`."""
+    D, F = x_BD.shape[1], len(by.offset_F) - 1
+    sum_DF = torch.empty(D, F, dtype=torch.float32, device=x_BD.device)
+    d_tile = D_TILE // 2  # a program holds d_tile × F_TILE sums
+    grid = (triton.cdiv(F, F_TILE), triton.cdiv(D, d_tile))
+    encoder_sums_kernel[grid](
+        by.offset_F, by.row_N, df_N, x_BD, sum_DF, D, F, D_TILE=d_tile, N_TILE=N_TILE, F_TILE=F_TILE
+    )
+    return sum_DF
+
+
+TRITON = Operations(extract, residual, row_dots, decoder_sums, encoder_sums)
+
+
+@triton.jit
+def activations(pre, bias, row, column, F):
+    """f and whether it counts as active, in one tile of a row. A NaN counts: it has to reach the loss."""
+    inside = column < F
+    f = tl.load(pre + row.to(tl.int64) * F + column, mask=inside, other=0.0).to(tl.float32)
+    f += tl.load(bias + column, mask=inside, other=0.0)
+    active = inside & ((f > 0) | (f != f))
+    return f, active.to(tl.int32)
+
+
+@triton.jit
+def count_kernel(pre, bias, count, F, TILE: tl.constexpr):
+    row = tl.program_id(0)
+    total = tl.zeros([TILE], tl.int32)
+    for start in range(0, F, TILE):
+        _, active = activations(pre, bias, row, start + tl.arange(0, TILE), F)
+        total += active
+    tl.store(count + row, tl.sum(total, 0))
+
+
+@triton.jit
+def extract_kernel(pre, bias, begin, feature, value, F, TILE: tl.constexpr):
+    row = tl.program_id(0)
+    place = tl.load(begin + row)
+    for start in range(0, F, TILE):
+        column = start + tl.arange(0, TILE)
+        f, active = activations(pre, bias, row, column, F)
+        at = place + tl.cumsum(active, 0) - active
+        tl.store(feature + at, column, mask=active != 0)
+        tl.store(value + at, f, mask=active != 0)
+        place += tl.sum(active, 0)
+
+
+@triton.jit
+def gathered(index, weight, table, begin, end, d, D, D_TILE: tl.constexpr, N_TILE: tl.constexpr):
+    """Σ weight_n · table[index_n, d] over the entries begin to end, for one tile of columns d."""
+    total = tl.zeros([D_TILE], tl.float32)
+    for start in range(begin, end, N_TILE):
+        n = start + tl.arange(0, N_TILE)
+        i = tl.load(index + n, mask=n < end, other=0).to(tl.int64)
+        w = tl.load(weight + n, mask=n < end, other=0.0)
+        inside = (n < end)[:, None] & (d < D)[None, :]
+        t = tl.load(table + i[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += tl.sum(w[:, None] * t, 0)
+    return total
+
+
+@triton.jit
+def residual_kernel(offset, feature, value, W_dec, b_dec, x, error, D, D_TILE: tl.constexpr, N_TILE: tl.constexpr):
+    row = tl.program_id(0)
+    d = tl.program_id(1) * D_TILE + tl.arange(0, D_TILE)
+    begin, end = tl.load(offset + row), tl.load(offset + row + 1)
+    total = gathered(feature, value, W_dec, begin, end, d, D, D_TILE, N_TILE)
+    at = row.to(tl.int64) * D + d
+    total += tl.load(b_dec + d, mask=d < D, other=0.0) - tl.load(x + at, mask=d < D, other=0.0)
+    tl.store(error + at, total, mask=d < D)
+
+
+@triton.jit
+def row_dots_kernel(offset, feature, error, W_dec, dot, D, D_TILE: tl.constexpr, N_TILE: tl.constexpr):
+    row = tl.program_id(0)
+    begin, end = tl.load(offset + row), tl.load(offset + row + 1)
+    for start in range(begin, end, N_TILE):
+        n = start + tl.arange(0, N_TILE)
+        i = tl.load(feature + n, mask=n < end, other=0).to(tl.int64)
+        total = tl.zeros([N_TILE], tl.float32)
+        for first in range(0, D, D_TILE):
+            d = first + tl.arange(0, D_TILE)
+            e = tl.load(error + row.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
+            inside = (n < end)[:, None] & (d < D)[None, :]
+            w = tl.load(W_dec + i[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+            total += tl.sum(w * e[None, :], 1)
+        tl.store(dot + n, total, mask=n < end)
+
+
+@triton.jit
+def decoder_sums_kernel(
+    offset, index, weight, error, W_dec, scale, out, D, D_TILE: tl.constexpr, N_TILE: tl.constexpr
+):
+    feature = tl.program_id(0)
+    d = tl.program_id(1) * D_TILE + tl.arange(0, D_TILE)
+    begin, end = tl.load(offset + feature), tl.load(offset + feature + 1)
+    total = gathered(index, weight, error, begin, end, d, D, D_TILE, N_TILE)
+    at = feature.to(tl.int64) * D + d
+    total += tl.load(scale + feature) * tl.load(W_dec + at, mask=d < D, other=0.0)
+    tl.store(out + at, total, mask=d < D)
+
+
+@triton.jit
+def encoder_sums_kernel(
+    offset, index, weight, x, out, D, F, D_TILE: tl.constexpr, N_TILE: tl.constexpr, F_TILE: tl.constexpr
+):
+    """The sums of F_TILE features are gathered one by one and written together, across rows of (D, F)."""
+    first = tl.program_id(0) * F_TILE
+    d = tl.program_id(1) * D_TILE + tl.arange(0, D_TILE)
+    column = tl.arange(0, F_TILE)
+    tile = tl.zeros([D_TILE, F_TILE], tl.float32)
+    for i in range(F_TILE):
+        inside = first + i < F
+        begin = tl.load(offset + first + i, mask=inside, other=0)
+        end = tl.load(offset + first + i + 1, mask=inside, other=0)
+        total = gathered(index, weight, x, begin, end, d, D, D_TILE, N_TILE)
+        tile = tl.where(column[None, :] == i, total[:, None], tile)
+    feature = first + column
+    at = d.to(tl.int64)[:, None] * F + feature[None, :]
+    tl.store(out + at, tile, mask=(d < D)[:, None] & (feature < F)[None, :])

@@ -1,0 +1,175 @@
+"""The step of `train.step` from the non-zeros only: one dense product instead of five, the same gradients.
+
+ReLU leaves some 30 to 300 of thousands of features active in a row, and the gradient of every weight is
+a sum over those active entries alone. So only the encoder product is dense; its positive entries become
+a CSR matrix, and decode, residual, df, dW_dec and dW_enc gather rows of W_dec, x and the residual.
+Nothing is approximated or dropped, and nothing is padded to the longest row.
+
+Time grows with L0, so `dense_step` is faster while L0 is high. Memory: one block of pre-activations and
+some 40 bytes a non-zero, never a (B, F) or (N, D) array on the CPU. Every sum has one owner and a fixed
+order (no atomics): equal inputs and threads give equal bytes.
+
+On CUDA the gathers are the Triton kernels of `train.kernels`, from operands in compute_dtype. Elsewhere
+they are the plain functions here, in float32: caches bound them, so a smaller product type gains nothing.
+
+Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from train.sae import SAE
+from train.step import StepResult, result
+
+# Rows of one encoder product on the CPU. The block is read again right after it is written, which wants
+# it in cache (19 MB at d_sae 9216); fewer rows make the product itself slower.
+BLOCK_ROWS = 512
+
+class ByRow(NamedTuple):
+    """Active features in CSR: row b owns entries offset_B[b] to offset_B[b + 1], by ascending feature."""
+
+    offset_B: Tensor  # int32 (B + 1,)
+    feature_N: Tensor  # int32 (N,)
+    f_N: Tensor  # float32 (N,), positive
+
+
+class ByFeature(NamedTuple):
+    """The same entries in CSC: feature i owns entries offset_F[i] to offset_F[i + 1], by ascending row."""
+
+    offset_F: Tensor  # int32 (F + 1,)
+    row_N: Tensor  # int32 (N,)
+    order_N: Tensor  # int64 (N,), the entry's place in ByRow
+
+
+class Operations(NamedTuple):
+    """What the step asks of a device: `PLAIN` below states each, `train.kernels.TRITON` is its CUDA twin."""
+
+    extract: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    residual: Callable[[ByRow, Tensor, Tensor, Tensor], Tensor]
+    row_dots: Callable[[ByRow, Tensor, Tensor], Tensor]
+    decoder_sums: Callable[[ByFeature, Tensor, Tensor, Tensor, Tensor], Tensor]
+    encoder_sums: Callable[[ByFeature, Tensor, Tensor], Tensor]
+
+
+def sparse_step(
+    sae: SAE,
+    x_BD: Tensor,
+    l1_coefficient: float,
+    compute_dtype: torch.dtype,
+    operations: Operations | None = None,
+) -> StepResult:
+    """Gradients and metrics of one batch of scaled float32 rows; `dense_step` up to rounding.
+
+    compute_dtype is that of the encoder product and, on CUDA, of all gathered operands; sums and results
+    are float32. operations is for tests: by default the device of x decides. Raises ValueError at 2³¹
+    or more non-zeros.
+    """
+    ops = operations or operations_for(x_BD.device)
+    operand = compute_dtype if ops is not PLAIN else torch.float32
+    B = x_BD.shape[0]
+    norm_F = sae.W_dec.norm(dim=1)
+    W_dec = sae.W_dec.to(operand)
+
+    active = active_features(sae, x_BD, compute_dtype, ops)
+    error_BD = ops.residual(active, W_dec, sae.b_dec, x_BD)
+    error = error_BD.to(operand)
+    df_N = ops.row_dots(active, error, W_dec).mul_(2 / B).add_(norm_F[active.feature_N], alpha=l1_coefficient / B)
+
+    by = by_feature(active, sae.d_sae)
+    f_N, df_N = active.f_N[by.order_N], df_N[by.order_N]
+    f_sum_F = torch.segment_reduce(f_N, "sum", offsets=by.offset_F)
+    l1_scale_F = f_sum_F / norm_F.clamp_min(1e-30) * (l1_coefficient / B)
+    gradients = SAE(
+        W_enc=ops.encoder_sums(by, df_N, x_BD.to(operand)),
+        b_enc=torch.segment_reduce(df_N, "sum", offsets=by.offset_F),
+        W_dec=ops.decoder_sums(by, f_N.mul_(2 / B), error, sae.W_dec, l1_scale_F),
+        b_dec=error_BD.sum(0).mul_(2 / B),
+    )
+    return result(x_BD, error_BD, gradients, f_sum_F @ norm_F / B, by.offset_F.diff(), l1_coefficient)
+
+
+def operations_for(device: torch.device) -> Operations:
+    """The Triton kernels on CUDA, plain torch elsewhere (where triton need not be installed)."""
+    if device.type != "cuda":
+        return PLAIN
+    from train.kernels import TRITON
+
+    return TRITON
+
+
+def active_features(sae: SAE, x_BD: Tensor, compute_dtype: torch.dtype, ops: Operations) -> ByRow:
+    """The positive entries of ReLU(x W_enc + b_enc), product in compute_dtype, bias and values float32."""
+    B = x_BD.shape[0]
+    # A GPU needs no cache-sized blocks, and the host waits for each block's count.
+    rows = B if x_BD.is_cuda else min(B, BLOCK_ROWS)
+    W_enc, x_BD = sae.W_enc.to(compute_dtype), x_BD.to(compute_dtype)
+    # One block for all products: fresh pages for each cost the CPU more than the extraction does.
+    block = torch.empty(rows, sae.d_sae, dtype=compute_dtype, device=x_BD.device)
+    parts = [ops.extract(torch.mm(x, W_enc, out=block[: len(x)]), sae.b_enc) for x in x_BD.split(rows)]
+    count_B, feature_N, f_N = (torch.cat(part) for part in zip(*parts, strict=True))
+    if len(f_N) >= 2**31:
+        raise ValueError(f"{len(f_N)} non-zeros in one batch: use the dense step, or a smaller batch")
+    offset_B = torch.zeros(B + 1, dtype=torch.int32, device=x_BD.device)
+    offset_B[1:] = count_B.cumsum(0)
+    return ByRow(offset_B, feature_N, f_N)
+
+
+def by_feature(active: ByRow, d_sae: int) -> ByFeature:
+    """The transpose of the pattern; the sort is stable, so rows ascend within a feature."""
+    device = active.feature_N.device
+    feature_N, order_N = torch.sort(active.feature_N, stable=True)
+    features = torch.arange(d_sae + 1, dtype=torch.int32, device=device)
+    rows = torch.arange(len(active.offset_B) - 1, dtype=torch.int32, device=device)
+    row_N = rows.repeat_interleave(active.offset_B.diff(), output_size=len(order_N))
+    return ByFeature(torch.searchsorted(feature_N, features, out_int32=True), row_N[order_N], order_N)
+
+
+def extract(pre_BF: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ReLU(pre + b_enc): the positive entries of each row (B,), their features int32 and values (N,)."""
+    F = pre_BF.shape[1]
+    # Not `pre > -b`: a NaN has to reach the loss, where the trainer looks for it.
+    active_BF = (pre_BF <= -b_enc).logical_not_()
+    place_N = active_BF.view(-1).nonzero().squeeze(1)
+    row_N = place_N // F
+    feature_N = place_N - row_N * F
+    f_N = pre_BF.view(-1)[place_N].float() + b_enc[feature_N]
+    return torch.bincount(row_N, minlength=len(pre_BF)), feature_N.int(), f_N
+
+
+def residual(active: ByRow, W_dec: Tensor, b_dec: Tensor, x_BD: Tensor) -> Tensor:
+    """x̂ − x (B, D), float32."""
+    return bag_sums(active.offset_B, active.feature_N, active.f_N, W_dec).add_(b_dec).sub_(x_BD)
+
+
+def row_dots(active: ByRow, error_BD: Tensor, W_dec: Tensor) -> Tensor:
+    """e_b · W_dec,i for each entry (b, i), float32 (N,)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
+        shape = (len(error_BD), len(W_dec))
+        pattern = torch.sparse_csr_tensor(*active, size=shape, check_invariants=False)
+    return torch.sparse.sampled_addmm(pattern, error_BD, W_dec.t(), beta=0.0).values()
+
+
+def decoder_sums(by: ByFeature, f_N: Tensor, error_BD: Tensor, W_dec: Tensor, scale_F: Tensor) -> Tensor:
+    """Σ_b f_bi e_b + scale_i W_dec,i for each feature i (F, D), float32; f_N in the order of `by`."""
+    return bag_sums(by.offset_F, by.row_N, f_N, error_BD).addcmul_(W_dec, scale_F.unsqueeze(1))
+
+
+def encoder_sums(by: ByFeature, df_N: Tensor, x_BD: Tensor) -> Tensor:
+    """Σ_b df_bi x_b for each feature i, as columns (D, F), contiguous float32; df_N in the order of `by`."""
+    return bag_sums(by.offset_F, by.row_N, df_N, x_BD).t().contiguous()
+
+
+def bag_sums(offset: Tensor, index_N: Tensor, weight_N: Tensor, table: Tensor) -> Tensor:
+    """Weighted sums of table rows, one for each span of offsets; 2-3 times MKL's sparse product."""
+    return embedding_bag(
+        index_N, table, offset, mode="sum", per_sample_weights=weight_N, include_last_offset=True
+    )
+
+
+PLAIN = Operations(extract, residual, row_dots, decoder_sums, encoder_sums)
