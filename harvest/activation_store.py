@@ -11,6 +11,7 @@ shard records decide which shards exist, sizes are checked when a store is opene
 and the fill value, a NaN, is the last guard: harvest never writes one.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -74,7 +75,7 @@ class ActivationStore:
 
     def __init__(self, path: Path, geometry: Geometry, attributes: Mapping[str, Any]) -> None:
         self.path, self.geometry, self.attributes = path, geometry, attributes
-        self._root = zarr.open_group(str(path), mode="r+")
+        self._root = zarr.open_group(str(path), mode="r+" if os.access(path, os.W_OK) else "r")
         self._arrays: dict[str, zarr.Array] = {}
 
     @classmethod
@@ -88,7 +89,9 @@ class ActivationStore:
         if (path / "created.json").exists():
             store = cls.open(path)
             if dict(store.attributes) != described:
-                raise UserError(f"{path}: holds a store of another shape or model; delete it or use another --runs")
+                raise UserError(
+                    f"{path}: holds a store of another shape or model; delete it or use another --runs"
+                )
             return store
         root = zarr.open_group(str(path), mode="w", attributes=described)
         for split in SPLITS:
@@ -135,7 +138,9 @@ class ActivationStore:
             values = {name: attributes[name] for name in Geometry._fields}
             geometry = Geometry(**{**values, "hooks": tuple(values["hooks"])})
         except (KeyError, TypeError):
-            raise UserError(f"{path / 'zarr.json'}: its attributes do not describe a store; it was damaged") from None
+            raise UserError(
+                f"{path / 'zarr.json'}: its attributes do not describe a store; it was damaged"
+            ) from None
         return cls(path, geometry, attributes)
 
     def _array(self, name: str) -> zarr.Array:
@@ -182,7 +187,10 @@ class ActivationStore:
             path = self.path / name
             fsync_path(path)
             fsync_path(path.parent)
-            files[name] = {"bytes": path.stat().st_size, "crc32c": self._checked_crc32c(name, path.read_bytes())}
+            files[name] = {
+                "bytes": path.stat().st_size,
+                "crc32c": self._checked_crc32c(name, path.read_bytes()),
+            }
         write_json(self.record_path(split, shard), {"rows": g.shard_rows, "files": files, "norms": norm_sums})
 
     def check_complete(self, splits: Sequence[str] = SPLITS) -> None:
@@ -234,7 +242,10 @@ class ActivationStore:
             index = data[-(16 * self.geometry.chunks_per_shard + 4) :]
             if google_crc32c.value(index[:-4]).to_bytes(4, "little") != index[-4:]:
                 return None
-            chunks = [data[start : start + size] for start, size in np.frombuffer(index[:-4], "<u8").reshape(-1, 2).tolist()]
+            chunks = [
+                data[start : start + size]
+                for start, size in np.frombuffer(index[:-4], "<u8").reshape(-1, 2).tolist()
+            ]
         else:
             chunks = [data]
         if any(google_crc32c.value(chunk[:-4]).to_bytes(4, "little") != chunk[-4:] for chunk in chunks):

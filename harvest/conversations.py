@@ -106,7 +106,11 @@ def _chatml(document: list[Turn]) -> list[Segment]:
     out = []
     for turn in document:
         text = turn.content if turn.reasoning is None else f"{turn.reasoning}\n\n{turn.content}".rstrip()
-        out += [Segment(f"<|im_start|>{turn.role}\n", True), Segment(text, False), Segment("<|im_end|>\n", True)]
+        out += [
+            Segment(f"<|im_start|>{turn.role}\n", True),
+            Segment(text, False),
+            Segment("<|im_end|>\n", True),
+        ]
     return out
 
 
@@ -120,6 +124,10 @@ def _deepseek_r1(document: list[Turn]) -> list[Segment]:
         else:
             out.append(Segment("<｜Assistant｜>", True))
             if turn.reasoning is not None:
-                out += [Segment("<think>\n", True), Segment(turn.reasoning, False), Segment("\n</think>\n", True)]
+                out += [
+                    Segment("<think>\n", True),
+                    Segment(turn.reasoning, False),
+                    Segment("\n</think>\n", True),
+                ]
             out += [Segment(turn.content, False), Segment("<｜end▁of▁sentence｜>", True)]
     return out

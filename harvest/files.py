@@ -30,14 +30,13 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: partial name, fsync, rename, fsync of the folder."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file whole or not at all: yields a partial name to fill, then fsync, rename, fsync of the folder."""
     partial = partial_name(path)
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        fsync_path(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -47,7 +46,10 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, keys sorted, so that equal values give equal bytes."""
-    write_atomic(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    with replacing(path) as partial:
+        partial.write_text(
+            json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,7 +82,9 @@ def locked(directory: Path, role: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{directory}: another process is running this {role}; wait for it or stop it") from None
+            raise UserError(
+                f"{directory}: another process is running this {role}; wait for it or stop it"
+            ) from None
         yield
 
 

@@ -50,11 +50,15 @@ def load_skeleton(model: ModelConfig, commit: str | None, offline: bool) -> Skel
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name: {model.name!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"model.name: {model.name!r}: cannot be loaded: {str(error).splitlines()[0]}"
+        ) from None
     layers = config.get_text_config().num_hidden_layers
     lists = [n for n, m in skeleton.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not lists:
-        raise UserError(f"model.name: {model.name!r}: {type(skeleton).__name__} has no list of decoder layers")
+        raise UserError(
+            f"model.name: {model.name!r}: {type(skeleton).__name__} has no list of decoder layers"
+        )
     return Skeleton(config, skeleton, min(lists, key=len))
 
 
@@ -103,18 +107,35 @@ class HookedModel:
         return out
 
     @contextmanager
-    def replaced(self, hook: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Within this, the activation at a hook is what `replace` makes of it."""
+    def replaced(self, hook: str, value_BSD: Tensor) -> Iterator[None]:
+        """Within this, the activation at a hook is `value_BSD`, whatever the model reads.
+
+        Where the hook is the output of a decoder layer, that layer and those before it are not computed:
+        nothing of theirs is used.
+        """
+        module = self.modules[hook]
+        layers = next(
+            (m for m in self.model.modules() if isinstance(m, nn.ModuleList) and module in list(m)), None
+        )
+        skipped = list(layers)[: list(layers).index(module)] if layers is not None else []
 
         def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            new = replace(first_tensor(output)).to(first_tensor(output).dtype)
+            new = value_BSD.to(first_tensor(output).dtype)
             return (new, *output[1:]) if isinstance(output, tuple) else new
 
-        handle = self.modules[hook].register_forward_hook(splice)
+        handle = module.register_forward_hook(splice)
+        for layer in skipped:
+            layer.forward = _same_hidden_states
         try:
             yield
         finally:
             handle.remove()
+            for layer in skipped:
+                del layer.forward
+
+
+def _same_hidden_states(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
+    return hidden_states
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -159,7 +180,9 @@ def load_model(
         raise UserError(f"model.name: {model.name!r}: its weights cannot be loaded: {first}") from None
     loaded = loaded.to(device=device, dtype=compute_dtype).eval().requires_grad_(False)
     prefix = "" if with_head else f"{skeleton.model.base_model_prefix}."
-    modules = {hook: loaded.get_submodule(point.module.removeprefix(prefix)) for hook, point in points.items()}
+    modules = {
+        hook: loaded.get_submodule(point.module.removeprefix(prefix)) for hook, point in points.items()
+    }
     return HookedModel(loaded, modules, device)
 
 

@@ -63,7 +63,9 @@ def run(
     )
     begun = read_json(directory / "begun.json")
     attributes = {"seed": sample.seed, "model": begun["inputs"]["model"], "fingerprint": directory.name}
-    store = ActivationStore.create(directory / "store", geometry, {**attributes, "numerics": begun["numerics"]})
+    store = ActivationStore.create(
+        directory / "store", geometry, {**attributes, "numerics": begun["numerics"]}
+    )
     every = [Shard(split, s) for split in ("holdout", "train") for s in range(geometry.shards(split))]
     done = {Shard(split, s) for split in SPLITS for s in store.complete_shards(split)}
     with (
@@ -152,10 +154,14 @@ def _width(model: HookedModel, hooks: tuple[str, ...]) -> int:
 
     Raises UserError when hooks differ in width: one store has one d_in.
     """
-    widths = {hook: acts.shape[-1] for hook, acts in model.activations(torch.zeros(1, 2, dtype=torch.long)).items()}
+    widths = {
+        hook: acts.shape[-1] for hook, acts in model.activations(torch.zeros(1, 2, dtype=torch.long)).items()
+    }
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{hook}: {width}" for hook, width in widths.items())
-        raise UserError(f"harvest.hooks: hooks of different widths ({listed}); harvest them with settings of their own")
+        raise UserError(
+            f"harvest.hooks: hooks of different widths ({listed}); harvest them with settings of their own"
+        )
     return widths[hooks[0]]
 
 
@@ -166,9 +172,17 @@ def _summary(store: ActivationStore) -> dict[str, Any]:
     }
     records = {split: [store.record(split, s) for s in range(geometry.shards(split))] for split in SPLITS}
     summary["d_in"] = geometry.d_in
-    summary["gigabytes"] = sum(
-        file["bytes"] for split in SPLITS for record in records[split] for file in record["files"].values()
-    ) / 1e9
+    summary["gigabytes"] = (
+        sum(
+            file["bytes"]
+            for split in SPLITS
+            for record in records[split]
+            for file in record["files"].values()
+        )
+        / 1e9
+    )
     for hook in geometry.hooks:
-        summary[f"mean_norm {hook}"] = float(np.mean([r["norms"][hook]["mean_norm"] for r in records["train"]]))
+        summary[f"mean_norm {hook}"] = float(
+            np.mean([r["norms"][hook]["mean_norm"] for r in records["train"]])
+        )
     return summary

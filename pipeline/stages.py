@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 from harvest.files import UserError, is_locked, locked, read_json
 from pipeline.config import PipelineConfig
-from pipeline.fingerprint import STAGES, VERSIONS, Inputs, find_inputs, fingerprints, hashed_settings, resolved_commit
+from pipeline.fingerprint import (
+    STAGES,
+    VERSIONS,
+    Inputs,
+    find_inputs,
+    fingerprints,
+    hashed_settings,
+    resolved_commit,
+)
 from pipeline.manifest import BEGUN, MANIFEST, begin, finish, is_complete
 
 
@@ -54,7 +62,9 @@ def find_runs(config: PipelineConfig, root: Path) -> Runs:
     return Runs(config, inputs, fingerprints(config, inputs), root)
 
 
-def run_stage(runs: Runs, stage: str, *, allow_mixed: bool, force: bool, confirm: Callable[[str], bool]) -> None:
+def run_stage(
+    runs: Runs, stage: str, *, allow_mixed: bool, force: bool, confirm: Callable[[str], bool]
+) -> None:
     """Run a stage unless it is complete; resume it where it was left.
 
     Raises UserError when the stage before is not complete, another process runs this one, or the
@@ -92,7 +102,9 @@ def _stage_function(runs: Runs, stage: str) -> Callable[[Callable[[dict[str, Any
 
         commits = [resolved_commit(identity) for identity in inputs.sources]
         model_commit = resolved_commit(inputs.tokenizer)
-        return lambda begin: sampling.run(config.model, model_commit, config.sample, commits, here("sample"), begin)
+        return lambda begin: sampling.run(
+            config.model, model_commit, config.sample, commits, here("sample"), begin
+        )
     model_commit = resolved_commit(inputs.model)
     if stage == "harvest":
         from harvest import run as harvest
@@ -147,7 +159,9 @@ def status_lines(runs: Runs) -> list[str]:
 
 def why(runs: Runs, stage: str, stale: str | None) -> str:
     """Why a stage has no directory yet, by comparison with the newest one of the same stage."""
-    siblings = sorted((runs.root / stage).glob(f"*/{BEGUN}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    siblings = sorted(
+        (runs.root / stage).glob(f"*/{BEGUN}"), key=lambda path: path.stat().st_mtime, reverse=True
+    )
     for path in siblings:
         try:
             other = read_json(path)
@@ -193,7 +207,9 @@ def _progress(directory: Path) -> str:
 
     try:
         state = read_json(directory / "progress.json")
-        return f"{state['done']:,}/{state['total']:,} {state['unit']}, {duration(state['seconds_left'])} left  "
+        return (
+            f"{state['done']:,}/{state['total']:,} {state['unit']}, {duration(state['seconds_left'])} left  "
+        )
     except (UserError, KeyError, TypeError, ValueError):
         return ""
 

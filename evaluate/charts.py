@@ -1,0 +1,96 @@
+"""Small charts as inline SVG: the report must open offline, without scripts."""
+
+from collections.abc import Sequence
+from math import ceil, floor, log10
+
+from markupsafe import Markup, escape
+
+WIDTH, HEIGHT = 460, 220
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 36
+COLOURS = ("#1d5fa8", "#c2571a")
+
+
+class _Frame:
+    """Axes with round ticks, and the map from values to pixels."""
+
+    def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str) -> None:
+        self.x, self.y = x, y if y[1] > y[0] else (y[0] - 0.5, y[0] + 0.5)
+        self.parts = [
+            f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">'
+            f"{escape(x_label)}</text>"
+        ]
+        for tick in ticks(*self.y):
+            at = self.py(tick)
+            self.parts.append(
+                f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
+            )
+            self.parts.append(
+                f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{figure(tick)}</text>'
+            )
+        for tick in ticks(*self.x):
+            at = self.px(tick)
+            self.parts.append(
+                f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{figure(tick)}</text>'
+            )
+
+    def px(self, value: float) -> float:
+        low, high = self.x
+        return LEFT + (value - low) / ((high - low) or 1) * (WIDTH - LEFT - RIGHT)
+
+    def py(self, value: float) -> float:
+        low, high = self.y
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+    def svg(self, title: str) -> Markup:
+        body = "".join(self.parts)
+        head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        return Markup(f"{head}<title>{escape(title)}</title>{body}</svg>")
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """About five round numbers from low to high."""
+    step = 10 ** floor(log10((high - low) / 4)) if high > low else 1.0
+    step = next(step * m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= 5.5)
+    return [i * step for i in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
+
+
+def figure(value: float) -> str:
+    """A tick's text: 0.25, 1,500, 2M."""
+    if abs(value) >= 1e6:
+        return f"{value / 1e6:g}M"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{round(value, 10):g}"
+
+
+def lines(title: str, series: dict[str, Sequence[tuple[float, float]]], x_label: str = "step") -> Markup:
+    """A line for each named series of (x, y)."""
+    points = [point for values in series.values() for point in values]
+    if not points:
+        return Markup("")
+    xs, ys = zip(*points, strict=True)
+    ordered = sorted(ys)
+    # The first steps reach far beyond the rest; the top hundredth may leave the frame.
+    top = ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))]
+    frame = _Frame(
+        (min(xs), max(xs)), (min(0.0, ordered[0]) if ordered[0] > -1 else ordered[0], top), x_label
+    )
+    for i, (name, values) in enumerate(series.items()):
+        path = " ".join(f"{frame.px(x):.1f},{max(frame.py(y), TOP):.1f}" for x, y in values)
+        colour = COLOURS[i % len(COLOURS)]
+        frame.parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{path}"/>')
+        frame.parts.append(
+            f'<text x="{WIDTH - RIGHT - 4}" y="{TOP + 14 * (i + 1)}" fill="{colour}" text-anchor="end">'
+            f"{escape(name)}</text>"
+        )
+    return frame.svg(title)
+
+
+def bars(title: str, counts: Sequence[float], edges: Sequence[float], x_label: str) -> Markup:
+    """A histogram."""
+    frame = _Frame((edges[0], edges[-1]), (0, max([*counts, 1])), x_label)
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        x, y = frame.px(low), frame.py(count)
+        width, height = max(frame.px(high) - x - 0.6, 0.5), HEIGHT - BOTTOM - y
+        frame.parts.append(
+            f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{COLOURS[0]}"/>'
+        )
+    return frame.svg(title)

@@ -1,0 +1,107 @@
+"""report.html: one file that opens offline; what comes from data is escaped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from evaluate.charts import bars, lines
+from harvest.files import replacing
+from harvest.progress import duration
+
+# arXiv 2503.18878 for DeepSeek-R1-Distill-Llama-8B, layer 19; its 68.5% is the legacy formula, as
+# SAELens 5.5.2 logged it.
+PAPER = {"l0": 86.0, "explained_variance_legacy": 0.685}
+
+FIDELITY_COLUMNS = {
+    "rows": "rows",
+    "l0": "L0",
+    "explained_variance": "explained variance",
+    "explained_variance_legacy": "legacy",
+    "mse": "MSE",
+    "cosine": "cosine",
+    "norm_ratio": "norm ratio",
+}
+DOWNSTREAM_COLUMNS = {
+    "contexts": "contexts",
+    "ce_clean": "clean",
+    "ce_sae": "SAE",
+    "ce_sae_all_rows": "SAE, all rows",
+    "ce_mean_ablated": "mean-ablated",
+    "ce_zero_ablated": "zero-ablated",
+    "ce_loss_score": "score",
+    "ce_loss_score_all_rows": "score, all rows",
+    "kl_sae": "KL",
+}
+
+
+def write_report(
+    path: Path, metrics: dict[str, Any], curves: dict[str, Path], manifests: dict[str, dict[str, Any]]
+) -> None:
+    """Write the report of all SAEs of a run. `curves` are their metrics.jsonl by hook."""
+    environment = Environment(
+        loader=PackageLoader("evaluate"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    environment.filters |= {"figure": figure, "duration": duration}
+    html = environment.get_template("report.html").render(
+        metrics=metrics,
+        paper=PAPER,
+        fidelity_columns=FIDELITY_COLUMNS,
+        downstream_columns=DOWNSTREAM_COLUMNS,
+        charts={hook: _charts(metrics["saes"][hook], _lines(file)) for hook, file in curves.items()},
+        manifests=manifests,
+        settings={name: _flat(manifest["settings"]) for name, manifest in manifests.items()},
+        numerics={name: _flat(manifest["numerics"]) for name, manifest in manifests.items()},
+    )
+    with replacing(path) as partial:
+        partial.write_text(html, encoding="utf-8")
+
+
+def figure(value: Any, name: str = "") -> str:
+    """A figure of a table, by its name."""
+    if value is None:
+        return "–"
+    if name in ("rows", "contexts"):
+        return f"{value:,}"
+    if name in ("explained_variance", "explained_variance_legacy", "cosine", "norm_ratio") or "score" in name:
+        return f"{value:.3f}"
+    return f"{value:,.1f}" if name in ("l0", "mse") else f"{value:.3f}"
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _charts(figures: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, Any]:
+    train = [line for line in log if line["kind"] == "train"]
+    validation = [line for line in log if line["kind"] == "validation"]
+
+    def series(name: str) -> dict[str, list[tuple[float, float]]]:
+        out = {"training": [(line["step"], line[name]) for line in train]}
+        return out | {"held-out": [(line["step"], line[name]) for line in validation if name in line]}
+
+    histogram = figures["features"]["log10_density_histogram"]
+    return {
+        "Explained variance": lines("Explained variance by step", series("explained_variance")),
+        "L0": lines("L0 by step", series("l0")),
+        "Loss (λ warms up)": lines("Loss by step", series("loss")),
+        "Feature density": bars(
+            "Features by density",
+            histogram["counts"],
+            histogram["edges"],
+            "log10 of the part of rows it fires in",
+        ),
+    }
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, str]:
+    if isinstance(value, dict) and value:
+        return {
+            k: v
+            for key, inner in value.items()
+            for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()
+        }
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return {k: v for i, inner in enumerate(value) for k, v in _flat(inner, f"{prefix}.{i}").items()}
+    return {prefix: str(value)}

@@ -1,0 +1,168 @@
+"""The evaluate stage: every SAE of a training run on held-out text, into metrics.json and report.html."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import zarr
+
+from evaluate import downstream, fidelity
+from evaluate.config import EvaluateConfig
+from evaluate.report import write_report
+from harvest.activation_store import ActivationStore, slug
+from harvest.config import ModelConfig
+from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
+from harvest.files import UserError, write_json
+from harvest.language_model import HookedModel, load_model
+from harvest.progress import Progress
+from train.checkpoint import SavedSae, load_sae
+from train.config import ExcludeConfig
+
+
+def run(
+    model_config: ModelConfig,
+    model_commit: str | None,
+    config: EvaluateConfig,
+    manifests: dict[str, dict[str, Any]],
+    sample_directory: Path,
+    harvest_directory: Path,
+    train_directory: Path,
+    directory: Path,
+    begin: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Write `directory/metrics.json` and `report.html` and return the main figures.
+
+    `manifests` are those of the stages before, for the report. Raises UserError for an SAE that does
+    not fit the store or the model, and for held-out text that is damaged or missing.
+    """
+    device = resolve_device(config.runtime.device)
+    dtype = resolve_dtype(config.downstream.compute_dtype if config.downstream else "auto", device)
+    threads = set_threads(config.runtime.threads, device)
+    begin(numerics(device, dtype, threads=threads if device.type == "cpu" else None))
+    store = ActivationStore.open(harvest_directory / "store")
+    store.check_complete(("holdout",))
+    contexts = zarr.open_group(str(sample_directory / "contexts"), mode="r")
+    source_names = cast("list[str]", list(cast(Any, contexts.attrs["sources"])))
+    context_source = np.asarray(cast(zarr.Array, contexts["holdout/source"])[:])
+    exclude = ExcludeConfig(**manifests["train"]["settings"]["exclude"])
+    model = None
+    if config.downstream:
+        model = load_model(
+            model_config,
+            model_commit,
+            store.geometry.hooks,
+            dtype,
+            device,
+            offline=config.runtime.offline,
+            with_head=True,
+        )
+    saes: dict[str, Any] = {}
+    for hook in store.geometry.hooks:
+        saved = _load(train_directory / slug(hook), config.sae, store)
+        tokens = cast(zarr.Array, contexts["holdout/tokens"])
+        saes[hook] = _evaluate(
+            saved, store, exclude, context_source, source_names, tokens, model, config, device, directory
+        )
+    definitions = {
+        "fidelity": fidelity.DEFINITIONS,
+        "features": fidelity.DENSITY_DEFINITIONS,
+        "downstream": downstream.DEFINITIONS,
+        "outliers_excluded": "rows that training leaves out (train.exclude) are not counted",
+        "all_rows": "every held-out row is counted",
+    }
+    inputs = {name: manifest["fingerprint"] for name, manifest in manifests.items()}
+    metrics = {
+        "schema": 1,
+        "inputs": inputs,
+        "which_sae": config.sae,
+        "saes": saes,
+        "definitions": definitions,
+    }
+    write_json(directory / "metrics.json", metrics)
+    curves = {hook: train_directory / slug(hook) / "metrics.jsonl" for hook in saes}
+    write_report(directory / "report.html", metrics, curves, manifests)
+    return {hook: _main_figures(figures) for hook, figures in saes.items()}
+
+
+def _load(folder: Path, which: str, store: ActivationStore) -> SavedSae:
+    path = folder / "best" if which == "best" else folder
+    if which == "best" and not path.exists():
+        raise UserError(
+            f"evaluate.sae: 'best': {path} does not exist: no look at held-out rows after the warm-up"
+        )
+    saved = load_sae(path)
+    if saved.sae.d_in != store.geometry.d_in:
+        raise UserError(
+            f"{path}: an SAE of d_in {saved.sae.d_in}; the store {store.path} has {store.geometry.d_in}"
+        )
+    return saved
+
+
+def _evaluate(
+    saved: SavedSae,
+    store: ActivationStore,
+    exclude: ExcludeConfig,
+    context_source: np.ndarray,
+    source_names: list[str],
+    tokens: zarr.Array,
+    model: HookedModel | None,
+    config: EvaluateConfig,
+    device: torch.device,
+    directory: Path,
+) -> dict[str, Any]:
+    g = store.geometry
+    title = f"fidelity {saved.hook}"
+    with Progress(
+        title, g.holdout_shards * g.shard_rows, "rows", path=directory / "progress.json"
+    ) as progress:
+
+        def counted() -> Any:
+            for batch in fidelity.heldout_batches(store, saved, exclude, context_source, config.batch_rows):
+                yield batch
+                progress.advance(len(batch.rows_BD))
+
+        found = fidelity.fidelity(saved, counted(), source_names, device)
+    figures: dict[str, Any] = {
+        "fidelity": found.figures,
+        "features": fidelity.density_figures(found.density_F),
+        "statistics": saved.statistics._asdict(),
+    }
+    np.save(directory / f"density-{slug(saved.hook)}.npy", found.density_F)
+    if model and config.downstream:
+        count = min(config.downstream.contexts, len(context_source))
+        ids = np.asarray(tokens[:count])
+        title = f"downstream {saved.hook}"
+        with Progress(title, ids.size, "tokens", path=directory / "progress.json") as progress:
+            figures["downstream"] = downstream.downstream(
+                model,
+                saved,
+                exclude,
+                found.mean_D,
+                ids,
+                context_source[:count],
+                source_names,
+                config.downstream.batch_contexts,
+                progress,
+            )
+    return figures
+
+
+def _main_figures(figures: dict[str, Any]) -> dict[str, Any]:
+    kept = figures["fidelity"]["outliers_excluded"]["all"]
+    every = figures["fidelity"]["all_rows"]["all"]
+    out = {
+        "L0": kept.get("l0"),
+        "explained variance": kept.get("explained_variance"),
+        "explained variance (legacy)": kept.get("explained_variance_legacy"),
+        "dead features": f"{figures['features']['dead_fraction']:.2%}",
+        "all rows: L0": every["l0"],
+        "all rows: explained variance": every["explained_variance"],
+        "all rows: explained variance (legacy)": every["explained_variance_legacy"],
+    }
+    if "downstream" in figures:
+        down = figures["downstream"]["all"]
+        for name in ("ce_clean", "ce_sae", "ce_zero_ablated", "ce_loss_score", "ce_loss_score_all_rows"):
+            out[name] = down.get(name)
+    return out

@@ -1,0 +1,122 @@
+"""Checkpoints, each a new folder whose marker comes last, and the folder of a finished SAE.
+
+checkpoints/00000200/tensors.safetensors   weights, Adam's moments, rows since each feature fired
+checkpoints/00000200/checkpoint.json       step, position, best loss, length of metrics.jsonl; the marker
+sae_weights.safetensors, sae.json          an SAE: its weights speak of scaled rows (sae.json: scale)
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from harvest.files import UserError, read_json, replacing, write_json
+from train.dataloader import Position
+from train.exclusion import InputStatistics
+from train.sae import SAE
+
+MARKER, TENSORS = "checkpoint.json", "tensors.safetensors"
+WEIGHTS, ABOUT = "sae_weights.safetensors", "sae.json"
+
+
+class Checkpoint(NamedTuple):
+    """What a resume needs beside the tensors."""
+
+    step: int
+    position: Position
+    best_loss: float | None
+    metrics_bytes: int
+    statistics: InputStatistics
+
+
+class SavedSae(NamedTuple):
+    """An SAE of a folder and what sae.json says of it."""
+
+    sae: SAE
+    hook: str
+    statistics: InputStatistics
+    about: dict[str, Any]
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, tensors: dict[str, Tensor], keep_last: int) -> None:
+    """Write a checkpoint, then drop all but the newest `keep_last`."""
+    new = folder / f"{checkpoint.step:08d}"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        with replacing(new / TENSORS) as partial:
+            safetensors.torch.save_file(tensors, partial)
+        about = checkpoint._asdict() | {"statistics": checkpoint.statistics._asdict()}
+        write_json(new / MARKER, about | {"position": checkpoint.position._asdict()})
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)  # a full disk must not keep half a checkpoint
+        raise
+    for old in _complete(folder)[:-keep_last]:
+        (old / MARKER).unlink()
+        shutil.rmtree(old)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | None:
+    """The newest complete checkpoint; None when there is none.
+
+    Raises UserError when it is damaged, and names the one before it.
+    """
+    complete = _complete(folder)
+    if not complete:
+        return None
+    path = complete[-1]
+    about = read_json(path / MARKER)
+    try:
+        tensors = safetensors.torch.load_file(path / TENSORS)
+        checkpoint = Checkpoint(
+            step=about["step"],
+            position=Position(**about["position"]),
+            best_loss=about["best_loss"],
+            metrics_bytes=about["metrics_bytes"],
+            statistics=InputStatistics(**about["statistics"]),
+        )
+    except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
+        before = f"the one before it, {complete[-2].name}" if len(complete) > 1 else "the start"
+        raise UserError(f"{path}: damaged ({error}); delete this folder to resume from {before}") from None
+    return checkpoint, tensors
+
+
+def _complete(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.glob(f"[0-9]*/{MARKER}"))
+
+
+def save_sae(folder: Path, sae: SAE, hook: str, statistics: InputStatistics, about: dict[str, Any]) -> None:
+    """Write an SAE's weights, then sae.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / WEIGHTS) as partial:
+        safetensors.torch.save_file({name: weight.cpu() for name, weight in sae._asdict().items()}, partial)
+    shape = {"d_in": sae.d_in, "d_sae": sae.d_sae, "hook_name": hook}
+    write_json(folder / ABOUT, about | shape | statistics._asdict())
+
+
+def load_sae(folder: Path) -> SavedSae:
+    """The SAE of a folder.
+
+    Raises UserError for files that are missing, damaged, or of shapes that do not fit each other.
+    """
+    about = read_json(folder / ABOUT)
+    path = folder / WEIGHTS
+    try:
+        tensors = safetensors.torch.load_file(path)
+        sae = SAE(**{name: tensors[name] for name in SAE._fields})
+        statistics = InputStatistics(**{name: about[name] for name in InputStatistics._fields})
+        d_in, d_sae, hook = about["d_in"], about["d_sae"], about["hook_name"]
+    except (safetensors.SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path}: damaged, or not an SAE of ours ({error})") from None
+    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    for name, shape in shapes.items():
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            raise UserError(
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}; float32 {shape} expected"
+            )
+    return SavedSae(sae, hook, statistics, about)

@@ -1,0 +1,166 @@
+"""Shuffled batches of activations from a store, in an order that a resume can repeat.
+
+Rows are permuted within a shard when they are written. Reading takes windows of consecutive shards;
+within a window chunks come in random order, up to `pool_rows` rows of them at a time into a pool, and
+the kept rows of a pool in random order. Batches are cut from the endless stream of pools: one may
+straddle two pools, windows or epochs, none is short, no kept row is lost.
+The position yielded with a batch is all that a resume needs; the seed does the rest. The order of a
+window depends on no later shard. Costs two pools of memory: one is filled while the other is used.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harvest.activation_store import ActivationStore
+from train.config import ExcludeConfig
+from train.exclusion import kept_rows
+
+
+class Position(NamedTuple):
+    """Where the next batch starts: `row` counts the kept rows of a pool."""
+
+    epoch: int = 0
+    window: int = 0
+    pool: int = 0
+    row: int = 0
+
+
+class Batch(NamedTuple):
+    rows_BD: Tensor  # bfloat16, as stored, on the host
+    next: Position
+
+
+class ReadingOrder(NamedTuple):
+    """Which chunks each pool holds: a pure function of shapes and seed."""
+
+    shards: int
+    chunks_per_shard: int
+    window_shards: int
+    pool_chunks: int
+    seed: int
+
+    @property
+    def windows(self) -> int:
+        return -(-self.shards // self.window_shards)
+
+    def pools(self, window: int) -> int:
+        return -(-self._window_chunks(window) // self.pool_chunks)
+
+    def chunks(self, at: Position) -> np.ndarray:
+        """Numbers of the chunks in a pool, in the order they are read."""
+        first = at.window * self.window_shards * self.chunks_per_shard
+        generator = np.random.default_rng([self.seed, at.epoch, at.window])
+        order = first + generator.permutation(self._window_chunks(at.window))
+        return order[at.pool * self.pool_chunks : (at.pool + 1) * self.pool_chunks]
+
+    def rows(self, at: Position, kept: int) -> np.ndarray:
+        """Permutation of a pool's kept rows."""
+        return np.random.default_rng([self.seed, at.epoch, at.window, at.pool]).permutation(kept)
+
+    def next_pool(self, at: Position) -> Position:
+        if at.pool + 1 < self.pools(at.window):
+            return Position(at.epoch, at.window, at.pool + 1)
+        if at.window + 1 < self.windows:
+            return Position(at.epoch, at.window + 1)
+        return Position(at.epoch + 1)
+
+    def _window_chunks(self, window: int) -> int:
+        shards = min(self.window_shards, self.shards - window * self.window_shards)
+        return shards * self.chunks_per_shard
+
+
+class _Pool(NamedTuple):
+    rows: np.ndarray  # uint16 (rows, d_in), as read
+    order: np.ndarray  # the kept ones, permuted
+
+
+class ActivationLoader:
+    """Batches of the kept training rows of one hook, for ever, from a position on."""
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        hook: str,
+        exclude: ExcludeConfig,
+        norm_limit: float | None,
+        batch_size: int,
+        window_shards: int,
+        pool_rows: int,
+        seed: int,
+    ) -> None:
+        g = store.geometry
+        self.store, self.hook, self.exclude, self.norm_limit = store, hook, exclude, norm_limit
+        self.batch_size = batch_size
+        pool_chunks = max(1, pool_rows // g.chunk_rows)
+        self.order = ReadingOrder(
+            g.train_shards, g.chunks_per_shard, min(window_shards, g.train_shards), pool_chunks, seed
+        )
+        self._kept: dict[int, np.ndarray] = {}
+
+    def batches(self, start: Position) -> Iterator[Batch]:
+        """Batches from `start` on.
+
+        Raises UserError for a damaged chunk, from the thread that reads ahead.
+        """
+        with ThreadPoolExecutor(1, "store-reader") as reader:
+            at, row = start._replace(row=0), start.row
+            ahead = reader.submit(self._load, at)
+            parts: list[np.ndarray] = []
+            wanted = self.batch_size
+            while True:
+                pool = ahead.result()
+                ahead = reader.submit(self._load, self.order.next_pool(at))
+                while row < len(pool.order):
+                    taken = pool.order[row : row + wanted]
+                    parts.append(pool.rows[taken])
+                    row += len(taken)
+                    wanted -= len(taken)
+                    if not wanted:
+                        rows = torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0])
+                        yield Batch(rows.view(torch.bfloat16), at._replace(row=row))
+                        parts, wanted = [], self.batch_size
+                at, row = self.order.next_pool(at), 0
+
+    def _load(self, at: Position) -> _Pool:
+        g = self.store.geometry
+        chunks = self.order.chunks(at)
+        rows = np.empty((len(chunks) * g.chunk_rows, g.d_in), np.uint16)
+        keep = np.empty(len(rows), bool)
+        for i, chunk in enumerate(chunks.tolist()):
+            here = slice(i * g.chunk_rows, (i + 1) * g.chunk_rows)
+            rows[here] = self.store.read_chunk("train", self.hook, chunk)
+            keep[here] = self._kept_of_chunk(chunk)
+        kept = np.flatnonzero(keep)
+        return _Pool(rows, kept[self.order.rows(at, len(kept))])
+
+    def _kept_of_chunk(self, chunk: int) -> np.ndarray:
+        g = self.store.geometry
+        shard, inside = divmod(chunk, g.chunks_per_shard)
+        if shard not in self._kept:
+            if len(self._kept) >= 2 * self.order.window_shards:  # one bit-mask a row of the windows in reach
+                self._kept.clear()
+            self._kept[shard] = kept_rows(
+                self.store, "train", self.hook, shard, self.exclude, self.norm_limit
+            )
+        return self._kept[shard][inside * g.chunk_rows : (inside + 1) * g.chunk_rows]
+
+
+def heldout_rows(
+    store: ActivationStore, hook: str, exclude: ExcludeConfig, norm_limit: float | None, count: int
+) -> Tensor:
+    """The first kept held-out rows, bfloat16 (at most count, d_in)."""
+    g = store.geometry
+    parts: list[np.ndarray] = []
+    for shard in range(g.holdout_shards):
+        keep = kept_rows(store, "holdout", hook, shard, exclude, norm_limit)
+        for inside in range(g.chunks_per_shard):
+            rows = store.read_chunk("holdout", hook, shard * g.chunks_per_shard + inside)
+            parts.append(rows[keep[inside * g.chunk_rows : (inside + 1) * g.chunk_rows]])
+            if sum(map(len, parts)) >= count:
+                return torch.from_numpy(np.concatenate(parts)[:count]).view(torch.bfloat16)
+    return torch.from_numpy(np.concatenate(parts)[:count]).view(torch.bfloat16)

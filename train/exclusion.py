@@ -1,0 +1,66 @@
+"""Which rows an SAE is trained on, and the scale at which it sees them.
+
+The first position of a context and a few delimiters have norms a hundred times the median; 0.2% of the
+rows can hold 96% of all squared norm. Everything is stored; what is left out is decided here, from the
+provenance of the rows, and never needs another harvest.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from harvest.activation_store import ActivationStore
+from harvest.files import UserError
+from train.config import ExcludeConfig
+from train.sae import input_scale
+
+
+class InputStatistics(NamedTuple):
+    """Taken once, from the first window in row order; kept with the SAE for held-out rows and evaluation."""
+
+    scale: float  # s = √d_in / mean norm of the kept rows
+    median_norm: float  # of all rows
+    norm_limit: float | None  # rows above it are left out
+
+
+def kept_rows(
+    store: ActivationStore,
+    split: str,
+    hook: str,
+    shard: int,
+    exclude: ExcludeConfig,
+    norm_limit: float | None,
+) -> np.ndarray:
+    """Bool (shard_rows,): the rows of a shard that are trained on."""
+    keep = np.ones(store.geometry.shard_rows, bool)
+    if exclude.token_ids:
+        keep &= ~np.isin(store.read_provenance(split, "token_id", shard), exclude.token_ids)
+    if exclude.positions:
+        keep &= ~np.isin(store.read_provenance(split, "position", shard), exclude.positions)
+    if norm_limit is not None:
+        keep &= store.read_norms(split, hook, shard) <= norm_limit
+    return keep
+
+
+def input_statistics(
+    store: ActivationStore, hook: str, exclude: ExcludeConfig, window_shards: int
+) -> InputStatistics:
+    """Median norm, limit and scale from the first window.
+
+    Raises UserError when the exclusions leave no row.
+    """
+    shards = range(min(window_shards, store.geometry.train_shards))
+    norms = np.concatenate([store.read_norms("train", hook, shard) for shard in shards])
+    median = float(np.median(norms))
+    limit = None if exclude.norm_above_median is None else exclude.norm_above_median * median
+    keep = np.concatenate([kept_rows(store, "train", hook, shard, exclude, limit) for shard in shards])
+    if not keep.any():
+        raise UserError(
+            f"train.exclude: {exclude.model_dump()}: leaves no row of the first window to train on"
+        )
+    mean = float(norms[keep].mean(dtype=np.float64))
+    if not mean > 0:
+        raise UserError(
+            f"{store.path}: all rows of {hook} in the first window are zero; there is nothing to learn"
+        )
+    return InputStatistics(input_scale(store.geometry.d_in, mean), median, limit)
