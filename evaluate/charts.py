@@ -21,12 +21,8 @@ class _Frame:
         ]
         for tick in ticks(*self.y):
             at = self.py(tick)
-            self.parts.append(
-                f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
-            )
-            self.parts.append(
-                f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{figure(tick)}</text>'
-            )
+            self.parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+            self.parts.append(f'<text x="{LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{figure(tick)}</text>')
         for tick in ticks(*self.x):
             at = self.px(tick)
             self.parts.append(
@@ -70,9 +66,7 @@ def lines(title: str, series: dict[str, Sequence[tuple[float, float]]], x_label:
     ordered = sorted(ys)
     # The first steps reach far beyond the rest; the top hundredth may leave the frame.
     top = ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))]
-    frame = _Frame(
-        (min(xs), max(xs)), (min(0.0, ordered[0]) if ordered[0] > -1 else ordered[0], top), x_label
-    )
+    frame = _Frame((min(xs), max(xs)), (min(0.0, ordered[0]) if ordered[0] > -1 else ordered[0], top), x_label)
     for i, (name, values) in enumerate(series.items()):
         path = " ".join(f"{frame.px(x):.1f},{max(frame.py(y), TOP):.1f}" for x, y in values)
         colour = COLOURS[i % len(COLOURS)]

@@ -82,9 +82,7 @@ def _variants(
     norm_BS = rows.norm(dim=1).view(ids_BS.shape)
     passed_BS = torch.isin(ids_BS, torch.tensor(exclude.token_ids, device=ids_BS.device, dtype=ids_BS.dtype))
     position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
-    passed_BS |= torch.isin(
-        position_S, torch.tensor(exclude.positions, device=ids_BS.device, dtype=torch.long)
-    )
+    passed_BS |= torch.isin(position_S, torch.tensor(exclude.positions, device=ids_BS.device, dtype=torch.long))
     if saved.statistics.norm_limit is not None:
         passed_BS |= norm_BS > saved.statistics.norm_limit
     return {

@@ -98,9 +98,7 @@ def _charts(figures: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, Any
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
     if isinstance(value, dict) and value:
         return {
-            k: v
-            for key, inner in value.items()
-            for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()
+            k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}.{key}" if prefix else key).items()
         }
     if isinstance(value, list) and any(isinstance(item, dict) for item in value):
         return {k: v for i, inner in enumerate(value) for k, v in _flat(inner, f"{prefix}.{i}").items()}

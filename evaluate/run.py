@@ -89,14 +89,10 @@ def run(
 def _load(folder: Path, which: str, store: ActivationStore) -> SavedSae:
     path = folder / "best" if which == "best" else folder
     if which == "best" and not path.exists():
-        raise UserError(
-            f"evaluate.sae: 'best': {path} does not exist: no look at held-out rows after the warm-up"
-        )
+        raise UserError(f"evaluate.sae: 'best': {path} does not exist: no look at held-out rows after the warm-up")
     saved = load_sae(path)
     if saved.sae.d_in != store.geometry.d_in:
-        raise UserError(
-            f"{path}: an SAE of d_in {saved.sae.d_in}; the store {store.path} has {store.geometry.d_in}"
-        )
+        raise UserError(f"{path}: an SAE of d_in {saved.sae.d_in}; the store {store.path} has {store.geometry.d_in}")
     return saved
 
 
@@ -114,9 +110,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     g = store.geometry
     title = f"fidelity {saved.hook}"
-    with Progress(
-        title, g.holdout_shards * g.shard_rows, "rows", path=directory / "progress.json"
-    ) as progress:
+    with Progress(title, g.holdout_shards * g.shard_rows, "rows", path=directory / "progress.json") as progress:
 
         def counted() -> Any:
             for batch in fidelity.heldout_batches(store, saved, exclude, context_source, config.batch_rows):

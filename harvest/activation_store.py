@@ -89,9 +89,7 @@ class ActivationStore:
         if (path / "created.json").exists():
             store = cls.open(path)
             if dict(store.attributes) != described:
-                raise UserError(
-                    f"{path}: holds a store of another shape or model; delete it or use another --runs"
-                )
+                raise UserError(f"{path}: holds a store of another shape or model; delete it or use another --runs")
             return store
         root = zarr.open_group(str(path), mode="w", attributes=described)
         for split in SPLITS:
@@ -138,9 +136,7 @@ class ActivationStore:
             values = {name: attributes[name] for name in Geometry._fields}
             geometry = Geometry(**{**values, "hooks": tuple(values["hooks"])})
         except (KeyError, TypeError):
-            raise UserError(
-                f"{path / 'zarr.json'}: its attributes do not describe a store; it was damaged"
-            ) from None
+            raise UserError(f"{path / 'zarr.json'}: its attributes do not describe a store; it was damaged") from None
         return cls(path, geometry, attributes)
 
     def _array(self, name: str) -> zarr.Array:
@@ -243,8 +239,7 @@ class ActivationStore:
             if google_crc32c.value(index[:-4]).to_bytes(4, "little") != index[-4:]:
                 return None
             chunks = [
-                data[start : start + size]
-                for start, size in np.frombuffer(index[:-4], "<u8").reshape(-1, 2).tolist()
+                data[start : start + size] for start, size in np.frombuffer(index[:-4], "<u8").reshape(-1, 2).tolist()
             ]
         else:
             chunks = [data]

@@ -30,9 +30,7 @@ def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if setting == "bfloat16" else torch.float32
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
-        if not (
-            capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("arm_bf16")
-        ):
+        if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("arm_bf16")):
             return torch.float32
     return torch.bfloat16
 
@@ -44,9 +42,7 @@ def device_name(device: torch.device) -> str:
     name = "CPU"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        models = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
+        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 

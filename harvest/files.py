@@ -47,9 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, keys sorted, so that equal values give equal bytes."""
     with replacing(path) as partial:
-        partial.write_text(
-            json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        partial.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -82,9 +80,7 @@ def locked(directory: Path, role: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{directory}: another process is running this {role}; wait for it or stop it"
-            ) from None
+            raise UserError(f"{directory}: another process is running this {role}; wait for it or stop it") from None
         yield
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from harvest.config import ModelConfig
@@ -50,15 +51,11 @@ def load_skeleton(model: ModelConfig, commit: str | None, offline: bool) -> Skel
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model.name: {model.name!r}: cannot be loaded: {str(error).splitlines()[0]}"
-        ) from None
+        raise UserError(f"model.name: {model.name!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
     layers = config.get_text_config().num_hidden_layers
     lists = [n for n, m in skeleton.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
     if not lists:
-        raise UserError(
-            f"model.name: {model.name!r}: {type(skeleton).__name__} has no list of decoder layers"
-        )
+        raise UserError(f"model.name: {model.name!r}: {type(skeleton).__name__} has no list of decoder layers")
     return Skeleton(config, skeleton, min(lists, key=len))
 
 
@@ -114,9 +111,7 @@ class HookedModel:
         nothing of theirs is used.
         """
         module = self.modules[hook]
-        layers = next(
-            (m for m in self.model.modules() if isinstance(m, nn.ModuleList) and module in list(m)), None
-        )
+        layers = next((m for m in self.model.modules() if isinstance(m, nn.ModuleList) and module in list(m)), None)
         skipped = list(layers)[: list(layers).index(module)] if layers is not None else []
 
         def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -175,14 +170,12 @@ def load_model(
             use_safetensors=True,
             **_where(model, commit, offline),
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model.name: {model.name!r}: its weights cannot be loaded: {first}") from None
     loaded = loaded.to(device=device, dtype=compute_dtype).eval().requires_grad_(False)
     prefix = "" if with_head else f"{skeleton.model.base_model_prefix}."
-    modules = {
-        hook: loaded.get_submodule(point.module.removeprefix(prefix)) for hook, point in points.items()
-    }
+    modules = {hook: loaded.get_submodule(point.module.removeprefix(prefix)) for hook, point in points.items()}
     return HookedModel(loaded, modules, device)
 
 

@@ -67,9 +67,7 @@ class Progress:
         if self.path and now - self._last_file >= FILE_SECONDS:
             self._last_file = now
             left = round(self._seconds_left(now))
-            write_json(
-                self.path, {"done": self.done, "total": self.total, "unit": self.unit, "seconds_left": left}
-            )
+            write_json(self.path, {"done": self.done, "total": self.total, "unit": self.unit, "seconds_left": left})
 
     def _rate(self, now: float) -> float:
         return (self.done - self._start) / max(now - self._began, 1e-9)
@@ -82,6 +80,4 @@ class Progress:
         return f"{text}  {duration(self._seconds_left(now))} left" if self.done < self.total else text
 
     def _line(self, note: str = "") -> None:
-        print(
-            f"{self.title}: {self._figures(time.monotonic())}  {note}".rstrip(), file=sys.stderr, flush=True
-        )
+        print(f"{self.title}: {self._figures(time.monotonic())}  {note}".rstrip(), file=sys.stderr, flush=True)

@@ -47,9 +47,7 @@ def run(
     set_threads(config.threads, device)
     found = numerics(device, dtype, attention="sdpa")
     begin(found)
-    model = load_model(
-        model_config, model_commit, config.hooks, dtype, device, offline=config.runtime.offline
-    )
+    model = load_model(model_config, model_commit, config.hooks, dtype, device, offline=config.runtime.offline)
     contexts = zarr.open_group(str(sample_directory / "contexts"), mode="r")
     tokens = {split: cast(zarr.Array, contexts[f"{split}/tokens"]) for split in SPLITS}
     geometry = Geometry(
@@ -63,9 +61,7 @@ def run(
     )
     begun = read_json(directory / "begun.json")
     attributes = {"seed": sample.seed, "model": begun["inputs"]["model"], "fingerprint": directory.name}
-    store = ActivationStore.create(
-        directory / "store", geometry, {**attributes, "numerics": begun["numerics"]}
-    )
+    store = ActivationStore.create(directory / "store", geometry, {**attributes, "numerics": begun["numerics"]})
     every = [Shard(split, s) for split in ("holdout", "train") for s in range(geometry.shards(split))]
     done = {Shard(split, s) for split in SPLITS for s in store.complete_shards(split)}
     with (
@@ -144,9 +140,7 @@ def _permuted(
         acts[hook] = rows.cpu().view(torch.uint16).numpy()
     in_shard, position = np.divmod(order, geometry.context_size)
     context = shard.number * geometry.shard_contexts + in_shard
-    return ShardRows(
-        acts, norms, tokens.reshape(-1)[order], context.astype(np.uint32), position.astype(np.uint16)
-    )
+    return ShardRows(acts, norms, tokens.reshape(-1)[order], context.astype(np.uint32), position.astype(np.uint16))
 
 
 def _width(model: HookedModel, hooks: tuple[str, ...]) -> int:
@@ -154,35 +148,21 @@ def _width(model: HookedModel, hooks: tuple[str, ...]) -> int:
 
     Raises UserError when hooks differ in width: one store has one d_in.
     """
-    widths = {
-        hook: acts.shape[-1] for hook, acts in model.activations(torch.zeros(1, 2, dtype=torch.long)).items()
-    }
+    widths = {hook: acts.shape[-1] for hook, acts in model.activations(torch.zeros(1, 2, dtype=torch.long)).items()}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{hook}: {width}" for hook, width in widths.items())
-        raise UserError(
-            f"harvest.hooks: hooks of different widths ({listed}); harvest them with settings of their own"
-        )
+        raise UserError(f"harvest.hooks: hooks of different widths ({listed}); harvest them with settings of their own")
     return widths[hooks[0]]
 
 
 def _summary(store: ActivationStore) -> dict[str, Any]:
     geometry = store.geometry
-    summary: dict[str, Any] = {
-        f"{split}_rows": geometry.shards(split) * geometry.shard_rows for split in SPLITS
-    }
+    summary: dict[str, Any] = {f"{split}_rows": geometry.shards(split) * geometry.shard_rows for split in SPLITS}
     records = {split: [store.record(split, s) for s in range(geometry.shards(split))] for split in SPLITS}
     summary["d_in"] = geometry.d_in
     summary["gigabytes"] = (
-        sum(
-            file["bytes"]
-            for split in SPLITS
-            for record in records[split]
-            for file in record["files"].values()
-        )
-        / 1e9
+        sum(file["bytes"] for split in SPLITS for record in records[split] for file in record["files"].values()) / 1e9
     )
     for hook in geometry.hooks:
-        summary[f"mean_norm {hook}"] = float(
-            np.mean([r["norms"][hook]["mean_norm"] for r in records["train"]])
-        )
+        summary[f"mean_norm {hook}"] = float(np.mean([r["norms"][hook]["mean_norm"] for r in records["train"]]))
     return summary

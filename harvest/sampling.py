@@ -56,9 +56,7 @@ def run(
         used = config.shards(split) * config.shard_rows
         if used != asked:
             shards = f"{config.shards(split)} whole shards of {config.shard_rows:,}"
-            print(
-                f"sample.{split}_tokens: {asked:,} is no whole number of shards; {used:,} are used ({shards})"
-            )
+            print(f"sample.{split}_tokens: {asked:,} is no whole number of shards; {used:,} are used ({shards})")
     tokenizer = load_tokenizer(model, model_commit, config.runtime.offline)
     scratch = directory / "scratch"
     shutil.rmtree(scratch, ignore_errors=True)
@@ -103,9 +101,7 @@ def _pack(
     packed = {
         split: Packed(
             *(
-                np.lib.format.open_memmap(
-                    scratch / f"{index}-{split}-{name}.npy", "w+", np.uint32, (count * size,)
-                )
+                np.lib.format.open_memmap(scratch / f"{index}-{split}-{name}.npy", "w+", np.uint32, (count * size,))
                 for name in Packed._fields
             )
         )
@@ -190,10 +186,7 @@ def _write(config: SampleConfig, packed: list[dict[str, Packed]], path: Path) ->
     for number, split in enumerate(SPLITS):
         group = root.create_group(split)
         origin = [
-            (i, k)
-            for i, files in enumerate(packed)
-            if split in files
-            for k in range(len(files[split].tokens) // size)
+            (i, k) for i, files in enumerate(packed) if split in files for k in range(len(files[split].tokens) // size)
         ]
         order = np.random.default_rng([config.seed, len(config.sources) + number]).permutation(len(origin))
         names = {"tokens": "uint32", "document": "uint32", "source": "uint8"}

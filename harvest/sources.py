@@ -19,9 +19,7 @@ def local_files(path: str) -> list[Path]:
     root = Path(path)
     if root.is_file():
         return [root] if root.suffix in SUFFIXES else []
-    found: Iterator[Path] = (
-        root.rglob("*") if root.is_dir() else Path(root.anchor).glob(path.removeprefix(root.anchor))
-    )
+    found: Iterator[Path] = root.rglob("*") if root.is_dir() else Path(root.anchor).glob(path.removeprefix(root.anchor))
     return sorted(p for p in found if p.is_file() and p.suffix in SUFFIXES)
 
 
@@ -58,13 +56,9 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
                 f"{where}: a gated data set: accept its terms at https://huggingface.co/datasets/{source.path}, "
                 "then `hf auth login` or set HF_TOKEN"
             ) from None
-        raise UserError(
-            f"{where}: not on the hub at this revision, or private: {_first_line(error)}"
-        ) from None
+        raise UserError(f"{where}: not on the hub at this revision, or private: {_first_line(error)}") from None
     except (ConnectionError, TimeoutError) as error:
-        raise UserError(
-            f"{where}: the hub cannot be reached and its cache lacks it: {_first_line(error)}"
-        ) from None
+        raise UserError(f"{where}: the hub cannot be reached and its cache lacks it: {_first_line(error)}") from None
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         cause = error.__cause__ or error
         raise UserError(f"{where}: cannot be read as {builder}: {_first_line(cause)}") from None

@@ -22,9 +22,7 @@ class SegmentTokenizer:
 
     def __init__(self, whole: Tokenizer, eos: str) -> None:
         spec: dict[str, Any] = json.loads(whole.to_str())
-        spec["added_tokens"] = [
-            t for t in spec["added_tokens"] if not t["content"].strip() and not t["special"]
-        ]
+        spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].strip() and not t["special"]]
         spec["post_processor"] = spec["truncation"] = spec["padding"] = None
         self.plain = Tokenizer.from_str(json.dumps(spec))
         self.whole = whole

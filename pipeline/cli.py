@@ -28,12 +28,8 @@ Overrides = Annotated[
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that replace the file's."),
 ]
 Root = Annotated[Path, typer.Option("--runs", help="Folder of all results.")]
-AllowMixed = Annotated[
-    bool, typer.Option(help="Resume under other numerics (device, torch, ...), and record it.")
-]
-Force = Annotated[
-    bool, typer.Option(help="Clear this stage's directory and run anew; asks if it is complete.")
-]
+AllowMixed = Annotated[bool, typer.Option(help="Resume under other numerics (device, torch, ...), and record it.")]
+Force = Annotated[bool, typer.Option(help="Clear this stage's directory and run anew; asks if it is complete.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 DEFAULT_CONFIG = Path("configs/smollm2.yaml")
 DEFAULT_RUNS = Path("runs")
@@ -158,9 +154,7 @@ def run(
 
 
 @app.command()
-def status(
-    overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFIG, runs: Root = DEFAULT_RUNS
-) -> None:
+def status(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFIG, runs: Root = DEFAULT_RUNS) -> None:
     """Say which stages are complete, which would run, and why."""
     with _errors():
         for line in stages.status_lines(_find(config_file, overrides, runs)):

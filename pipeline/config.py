@@ -96,9 +96,7 @@ def _read(path: Path) -> Loaded:
         node = loader.get_single_node()
         places: dict[str, str] = {}
         if not isinstance(node, yaml.MappingNode):
-            raise SettingsError(
-                f"{path}: no settings in it; it needs {', '.join(PipelineConfig.model_fields)}"
-            )
+            raise SettingsError(f"{path}: no settings in it; it needs {', '.join(PipelineConfig.model_fields)}")
         _note_places(node, "", path, places)
         values = loader.construct_document(node)
     except UnicodeDecodeError:

@@ -134,9 +134,7 @@ class _Memory:
         branch = revision or "main"
         if COMMIT.fullmatch(branch):
             return f"hub:{name}@{branch}"
-        return f"hub:{name}@" + self.get(
-            f"{kind}:{name}@{branch}", lambda: _resolve(kind, name, branch, setting)
-        )
+        return f"hub:{name}@" + self.get(f"{kind}:{name}@{branch}", lambda: _resolve(kind, name, branch, setting))
 
 
 def _resolve(kind: str, name: str, branch: str, setting: str) -> str:

@@ -62,9 +62,7 @@ def find_runs(config: PipelineConfig, root: Path) -> Runs:
     return Runs(config, inputs, fingerprints(config, inputs), root)
 
 
-def run_stage(
-    runs: Runs, stage: str, *, allow_mixed: bool, force: bool, confirm: Callable[[str], bool]
-) -> None:
+def run_stage(runs: Runs, stage: str, *, allow_mixed: bool, force: bool, confirm: Callable[[str], bool]) -> None:
     """Run a stage unless it is complete; resume it where it was left.
 
     Raises UserError when the stage before is not complete, another process runs this one, or the
@@ -102,9 +100,7 @@ def _stage_function(runs: Runs, stage: str) -> Callable[[Callable[[dict[str, Any
 
         commits = [resolved_commit(identity) for identity in inputs.sources]
         model_commit = resolved_commit(inputs.tokenizer)
-        return lambda begin: sampling.run(
-            config.model, model_commit, config.sample, commits, here("sample"), begin
-        )
+        return lambda begin: sampling.run(config.model, model_commit, config.sample, commits, here("sample"), begin)
     model_commit = resolved_commit(inputs.model)
     if stage == "harvest":
         from harvest import run as harvest
@@ -159,9 +155,7 @@ def status_lines(runs: Runs) -> list[str]:
 
 def why(runs: Runs, stage: str, stale: str | None) -> str:
     """Why a stage has no directory yet, by comparison with the newest one of the same stage."""
-    siblings = sorted(
-        (runs.root / stage).glob(f"*/{BEGUN}"), key=lambda path: path.stat().st_mtime, reverse=True
-    )
+    siblings = sorted((runs.root / stage).glob(f"*/{BEGUN}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in siblings:
         try:
             other = read_json(path)
@@ -190,9 +184,7 @@ def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
         ]
     if isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
         return [
-            line
-            for i, pair in enumerate(zip(old, new, strict=True))
-            for line in _differences(*pair, f"{prefix}.{i}")
+            line for i, pair in enumerate(zip(old, new, strict=True)) for line in _differences(*pair, f"{prefix}.{i}")
         ]
     return [] if old == new else [f"{prefix}: {_short(old)} -> {_short(new)}"]
 
@@ -207,9 +199,7 @@ def _progress(directory: Path) -> str:
 
     try:
         state = read_json(directory / "progress.json")
-        return (
-            f"{state['done']:,}/{state['total']:,} {state['unit']}, {duration(state['seconds_left'])} left  "
-        )
+        return f"{state['done']:,}/{state['total']:,} {state['unit']}, {duration(state['seconds_left'])} left  "
     except (UserError, KeyError, TypeError, ValueError):
         return ""
 

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "wait therefore the sum of two numbers is even so let me check again however maybe it holds for n".split()
+WORDS = ("wait therefore the sum of two numbers is even so let me check again however maybe it holds").split(" ")
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 DEEPSEEK = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
 

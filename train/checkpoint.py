@@ -116,7 +116,5 @@ def load_sae(folder: Path) -> SavedSae:
     for name, shape in shapes.items():
         tensor = tensors[name]
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
-            raise UserError(
-                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}; float32 {shape} expected"
-            )
+            raise UserError(f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}; float32 {shape} expected")
     return SavedSae(sae, hook, statistics, about)

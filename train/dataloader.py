@@ -144,9 +144,7 @@ class ActivationLoader:
         if shard not in self._kept:
             if len(self._kept) >= 2 * self.order.window_shards:  # one bit-mask a row of the windows in reach
                 self._kept.clear()
-            self._kept[shard] = kept_rows(
-                self.store, "train", self.hook, shard, self.exclude, self.norm_limit
-            )
+            self._kept[shard] = kept_rows(self.store, "train", self.hook, shard, self.exclude, self.norm_limit)
         return self._kept[shard][inside * g.chunk_rows : (inside + 1) * g.chunk_rows]
 
 

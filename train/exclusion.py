@@ -42,9 +42,7 @@ def kept_rows(
     return keep
 
 
-def input_statistics(
-    store: ActivationStore, hook: str, exclude: ExcludeConfig, window_shards: int
-) -> InputStatistics:
+def input_statistics(store: ActivationStore, hook: str, exclude: ExcludeConfig, window_shards: int) -> InputStatistics:
     """Median norm, limit and scale from the first window.
 
     Raises UserError when the exclusions leave no row.
@@ -55,12 +53,8 @@ def input_statistics(
     limit = None if exclude.norm_above_median is None else exclude.norm_above_median * median
     keep = np.concatenate([kept_rows(store, "train", hook, shard, exclude, limit) for shard in shards])
     if not keep.any():
-        raise UserError(
-            f"train.exclude: {exclude.model_dump()}: leaves no row of the first window to train on"
-        )
+        raise UserError(f"train.exclude: {exclude.model_dump()}: leaves no row of the first window to train on")
     mean = float(norms[keep].mean(dtype=np.float64))
     if not mean > 0:
-        raise UserError(
-            f"{store.path}: all rows of {hook} in the first window are zero; there is nothing to learn"
-        )
+        raise UserError(f"{store.path}: all rows of {hook} in the first window are zero; there is nothing to learn")
     return InputStatistics(input_scale(store.geometry.d_in, mean), median, limit)

@@ -159,9 +159,7 @@ def row_dots_kernel(offset, feature, error, W_dec, dot, D, D_TILE: tl.constexpr,
 
 
 @triton.jit
-def decoder_sums_kernel(
-    offset, index, weight, error, W_dec, scale, out, D, D_TILE: tl.constexpr, N_TILE: tl.constexpr
-):
+def decoder_sums_kernel(offset, index, weight, error, W_dec, scale, out, D, D_TILE: tl.constexpr, N_TILE: tl.constexpr):
     feature = tl.program_id(0)
     d = tl.program_id(1) * D_TILE + tl.arange(0, D_TILE)
     begin, end = tl.load(offset + feature), tl.load(offset + feature + 1)

@@ -64,9 +64,7 @@ def _train_hook(
     rows = g.train_shards * g.shard_rows
     steps = total_steps(config, rows)
     found = newest_checkpoint(folder / "checkpoints")
-    statistics = (
-        found[0].statistics if found else input_statistics(store, hook, config.exclude, config.window_shards)
-    )
+    statistics = found[0].statistics if found else input_statistics(store, hook, config.exclude, config.window_shards)
     sae = initial_sae(g.d_in, config.sae.width(g.d_in), config.seed, device)
     trainer = Trainer(sae, statistics.scale, config, steps, rows, dtype)
     position, best_loss, metrics_bytes = Position(), None, 0
@@ -86,9 +84,9 @@ def _train_hook(
         config.pool_rows,
         config.seed,
     )
-    validation_rows = heldout_rows(
-        store, hook, config.exclude, statistics.norm_limit, config.validation_rows
-    ).to(device)
+    validation_rows = heldout_rows(store, hook, config.exclude, statistics.norm_limit, config.validation_rows).to(
+        device
+    )
     about = {
         "architecture": "standard",
         "model": store.attributes.get("model"),
@@ -122,9 +120,7 @@ def _train_hook(
                     save_sae(folder / "best", sae, hook, statistics, about | {"step": step})
             if step % config.runtime.checkpoint_every == 0 or interrupted():
                 checkpoint = Checkpoint(step, position, best_loss, metrics.bytes(), statistics)
-                save_checkpoint(
-                    folder / "checkpoints", checkpoint, trainer.tensors(), config.runtime.keep_last
-                )
+                save_checkpoint(folder / "checkpoints", checkpoint, trainer.tensors(), config.runtime.keep_last)
                 if interrupted():
                     raise KeyboardInterrupt
             progress.advance(config.batch_size, note)
@@ -203,7 +199,7 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Let the step in hand finish after Ctrl-C or SIGTERM; a second signal does not wait."""
     requested = False
 
-    def handle(number: int, _frame: object) -> None:
+    def handle(_number: int, _frame: object) -> None:
         nonlocal requested
         if requested:
             raise KeyboardInterrupt

@@ -30,6 +30,7 @@ from train.step import StepResult, result
 # it in cache (19 MB at d_sae 9216); fewer rows make the product itself slower.
 BLOCK_ROWS = 512
 
+
 class ByRow(NamedTuple):
     """Active features in CSR: row b owns entries offset_B[b] to offset_B[b + 1], by ascending feature."""
 
@@ -78,7 +79,8 @@ def sparse_step(
     active = active_features(sae, x_BD, compute_dtype, ops)
     error_BD = ops.residual(active, W_dec, sae.b_dec, x_BD)
     error = error_BD.to(operand)
-    df_N = ops.row_dots(active, error, W_dec).mul_(2 / B).add_(norm_F[active.feature_N], alpha=l1_coefficient / B)
+    df_N = ops.row_dots(active, error, W_dec).mul_(2 / B)
+    df_N.add_(norm_F[active.feature_N], alpha=l1_coefficient / B)
 
     by = by_feature(active, sae.d_sae)
     f_N, df_N = active.f_N[by.order_N], df_N[by.order_N]
@@ -167,9 +169,7 @@ def encoder_sums(by: ByFeature, df_N: Tensor, x_BD: Tensor) -> Tensor:
 
 def bag_sums(offset: Tensor, index_N: Tensor, weight_N: Tensor, table: Tensor) -> Tensor:
     """Weighted sums of table rows, one for each span of offsets; 2-3 times MKL's sparse product."""
-    return embedding_bag(
-        index_N, table, offset, mode="sum", per_sample_weights=weight_N, include_last_offset=True
-    )
+    return embedding_bag(index_N, table, offset, mode="sum", per_sample_weights=weight_N, include_last_offset=True)
 
 
 PLAIN = Operations(extract, residual, row_dots, decoder_sums, encoder_sums)

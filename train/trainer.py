@@ -63,9 +63,7 @@ class Trainer:
         """Train on one batch of rows as stored."""
         config = self.config
         lr = decayed_lr(config.lr, self.step_number, self.steps, config.lr_decay_fraction)
-        l1_coefficient = warmed_l1(
-            config.sae.l1_coefficient, self.step_number, self.steps, config.l1_warmup_fraction
-        )
+        l1_coefficient = warmed_l1(config.sae.l1_coefficient, self.step_number, self.steps, config.l1_warmup_fraction)
         result = dense_step(self.sae, self.scaled(rows_BD), l1_coefficient, self.compute_dtype)
         for weight, gradient in zip(self.sae, result.gradients, strict=True):
             weight.grad = gradient
@@ -99,7 +97,7 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that a resume needs, by name, on the host."""
-        out = {name: weight for name, weight in self.sae._asdict().items()}
+        out = dict(self.sae._asdict())
         for name, weight in self.sae._asdict().items():
             state = self.adam.state[weight]
             out |= {f"adam.{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}

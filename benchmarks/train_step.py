@@ -1,0 +1,311 @@
+"""One training step of a ReLU + L1 SAE: other open trainers against ours, dense and sparse.
+
+    python -m benchmarks.train_step --d-in 576 --d-sae 9216 --batch 4096
+    python -m benchmarks.train_step --device cuda --d-in 4096 --d-sae 65536 --l0 86 20 300 1000 8000
+
+One process; arms run in turn on the same weights and rows, each built afresh in every round, so that a
+busy neighbour or a hot chip falls on all of them. A step is forward, backward, clip of the global norm
+to 1.0 and Adam (fused in the plain and in our arms, the others as shipped). Prints one JSON object;
+gradients are compared with float64 autograd before anything is timed.
+
+Rows are Gaussian. Biases are set so that the features have the wanted L0, with densities spread over
+orders of magnitude as those of a trained SAE are. Dense arms do the same work at every L0.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.sae import DECODER_NORM, SAE, initial_sae
+from train.sparse_step import active_features, operations_for, sparse_step
+from train.step import StepResult, dense_step, product
+
+L1, LR = 5.0, 5e-5
+CHECKED_ROWS = 256
+STEPS_A_ROUND = 2
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Step = Callable[[Tensor], object]
+
+
+class Arm(NamedTuple):
+    name: str
+    l0: float
+    build: Callable[[SAE], Step]  # from weights that the arm may keep and change
+
+
+def sae_with_l0(start: SAE, l0: float) -> SAE:
+    """The start with biases that make about l0 features fire on a Gaussian row; W_enc is shared."""
+    generator = torch.Generator().manual_seed(0)
+    density_F = torch.randn(start.d_sae, generator=generator).exp()
+    for _ in range(20):  # scaling and clamping in turn; converges unless l0 is near d_sae
+        density_F = (density_F * (l0 / density_F.sum())).clamp(1e-7, 0.9)
+    b_enc = DECODER_NORM * torch.special.ndtri(density_F)
+    return start._replace(b_enc=b_enc.to(start.W_enc.device))
+
+
+def autograd_loss(sae: SAE, x_BD: Tensor, active_BF: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The loss and f as plain torch writes them; active_BF replaces ReLU by a given set."""
+    pre_BF = x_BD @ sae.W_enc + sae.b_enc
+    f_BF = torch.relu(pre_BF) if active_BF is None else pre_BF * active_BF
+    l1_B = (f_BF * sae.W_dec.norm(dim=1)).sum(1)
+    x_hat_BD = f_BF @ sae.W_dec + sae.b_dec
+    return (x_hat_BD - x_BD).square().sum(1).mean() + L1 * l1_B.mean(), f_BF
+
+
+def autograd_gradients(sae: SAE, x_BD: Tensor, autocast: bool) -> SAE:
+    leaves = SAE(*(w.detach().requires_grad_() for w in sae))
+    with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=autocast):
+        loss = autograd_loss(leaves, x_BD)[0]
+    return SAE(*torch.autograd.grad(loss, leaves))
+
+
+def our_gradients(sae: SAE, x_BD: Tensor, step: Callable[..., StepResult], compute_dtype: torch.dtype) -> SAE:
+    return step(sae, x_BD, L1, compute_dtype).gradients
+
+
+def with_adam(sae: SAE, gradients: Callable[[SAE, Tensor], SAE]) -> Step:
+    adam = torch.optim.Adam(sae, lr=LR, fused=True)
+
+    def run(x_BD: Tensor) -> None:
+        for w, gradient in zip(sae, gradients(sae, x_BD), strict=True):
+            w.grad = gradient
+        torch.nn.utils.clip_grad_norm_(sae, 1.0)
+        adam.step()
+        adam.zero_grad()
+
+    return run
+
+
+def saelens(sae: SAE, autocast: bool, tf32: bool = False) -> Step:
+    from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    device = str(sae.W_enc.device)
+    config = StandardTrainingSAEConfig(
+        d_in=sae.d_in, d_sae=sae.d_sae, device=device, apply_b_dec_to_input=False, l1_coefficient=L1
+    )
+    theirs = StandardTrainingSAE(config)
+    theirs.load_state_dict(sae._asdict())
+    settings = SAETrainerConfig(10**9, 4096, lr=LR, lr_end=LR, device=device, autocast=autocast)
+    trainer = SAETrainer(settings, theirs, data_provider=iter(()))
+
+    def run(x_BD: Tensor) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        trainer.step(x_BD)
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+    return run
+
+
+def dictionary_learning(sae: SAE, autocast: bool) -> Step:
+    from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
+
+    trainer = StandardTrainerAprilUpdate(
+        steps=10**6, activation_dim=sae.d_in, dict_size=sae.d_sae, layer=0, lm_name="", lr=LR,
+        l1_penalty=L1, warmup_steps=0, sparsity_warmup_steps=None, device=str(sae.W_enc.device),
+    )  # fmt: skip
+    with torch.no_grad():
+        trainer.ae.encoder.weight.copy_(sae.W_enc.t())
+        trainer.ae.encoder.bias.copy_(sae.b_enc)
+        trainer.ae.decoder.weight.copy_(sae.W_dec.t())
+
+    def run(x_BD: Tensor) -> None:
+        with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=autocast):
+            trainer.update(1, x_BD)
+
+    return run
+
+
+def arms(arguments: argparse.Namespace, compute_dtype: torch.dtype) -> Iterator[Arm]:
+    l0 = arguments.l0[0]
+    dense = partial(our_gradients, step=dense_step, compute_dtype=compute_dtype)
+    sparse = partial(our_gradients, step=sparse_step, compute_dtype=compute_dtype)
+    if arguments.device == "cuda":
+        yield Arm("saelens tf32", l0, partial(saelens, autocast=False, tf32=True))
+    for mode, autocast in (("fp32", False), ("autocast", True)):
+        plain = partial(autograd_gradients, autocast=autocast)
+        yield Arm(f"saelens {mode}", l0, partial(saelens, autocast=autocast))
+        yield Arm(f"dictionary_learning {mode}", l0, partial(dictionary_learning, autocast=autocast))
+        yield Arm(f"plain torch {mode}", l0, partial(with_adam, gradients=plain))
+    yield Arm("ours dense", l0, partial(with_adam, gradients=dense))
+    for l0 in arguments.l0:
+        yield Arm(f"ours sparse L0={l0:g}", l0, partial(with_adam, gradients=sparse))
+
+
+def own_active_set(path: str, sae: SAE, x_BD: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """The entries (B, F) that a path takes for active: products differ in their last bits."""
+    if path == "ours sparse":
+        active = active_features(sae, x_BD, compute_dtype, operations_for(x_BD.device))
+        return torch.sparse_csr_tensor(*active, size=(len(x_BD), sae.d_sae)).to_dense() > 0
+    if path == "ours dense":
+        return product(x_BD, sae.W_enc, compute_dtype) + sae.b_enc > 0
+    with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=compute_dtype != torch.float32):
+        return autograd_loss(sae, x_BD)[1] > 0
+
+
+def gradient_errors(sae: SAE, x_BD: Tensor, compute_dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """‖g − g₆₄‖ / ‖g₆₄‖ of each gradient, g₆₄ by float64 autograd with the path's own active set.
+
+    Exits where one is further off than its type allows: 1e-5, or 1.2 times autocast's with bf16 products.
+    """
+    paths = {
+        "plain torch": partial(autograd_gradients, autocast=compute_dtype != torch.float32),
+        "ours dense": partial(our_gradients, step=dense_step, compute_dtype=compute_dtype),
+        "ours sparse": partial(our_gradients, step=sparse_step, compute_dtype=compute_dtype),
+    }
+    errors = {}
+    for path, gradients in paths.items():
+        active_BF = own_active_set(path, sae, x_BD, compute_dtype)
+        leaves = SAE(*(w.double().requires_grad_() for w in sae))
+        exact = torch.autograd.grad(autograd_loss(leaves, x_BD.double(), active_BF)[0], leaves)
+        pairs = zip(SAE._fields, gradients(sae, x_BD), exact, strict=True)
+        errors[path] = {name: float((g - e).norm() / e.norm()) for name, g, e in pairs}
+        for name, error in errors[path].items():
+            limit = 1e-5 if compute_dtype == torch.float32 else 1.2 * errors["plain torch"][name]
+            if error > limit:
+                raise SystemExit(f"{path}: gradient of {name} is {error:.1e} from float64, over {limit:.1e}")
+    return errors
+
+
+class Memory:
+    """Peak bytes of the device (allocator) or of this process (resident set) above a moment's level."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.level = torch.cuda.memory_allocated()
+        elif sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+            self.level = self.resident("VmRSS")
+
+    @staticmethod
+    def resident(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+    def peak(self) -> int:
+        """Bytes; 0 where the system does not tell."""
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated() - self.level
+        return self.resident("VmHWM") - self.level if sys.platform == "linux" else 0
+
+
+def seconds(call: Callable[[Tensor], object], x: Tensor) -> tuple[float, float]:
+    """Wall and process seconds of one call, to the end of its work on the device."""
+    wait = torch.cuda.synchronize if x.is_cuda else lambda: None
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    call(x)
+    wait()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def time_arm(arm: Arm, sae: SAE, x_BD: Tensor) -> list[tuple[float, float, int]]:
+    """Wall and process seconds of some steps, and the peak memory of weights, optimizer and step."""
+    memory = Memory(x_BD.device.type)
+    run = arm.build(SAE(*(w.clone() for w in sae)))
+    run(x_BD)  # Adam's moments, kernels, allocator
+    times = [seconds(run, x_BD) for _ in range(STEPS_A_ROUND)]
+    return [(*time, memory.peak()) for time in times]
+
+
+def floors(sae: SAE, x_BD: Tensor, compute_dtype: torch.dtype) -> dict[str, float]:
+    """What no step can beat: its dense products, and 32 bytes a weight of Adam (28) and norm (4)."""
+    x, W_enc = x_BD.to(compute_dtype), sae.W_enc.to(compute_dtype)
+    pre_BF, target = x @ W_enc, torch.empty_like(sae.W_dec)
+    product_s = min(seconds(lambda x: torch.mm(x, W_enc, out=pre_BF), x)[0] for _ in range(10))
+    copy_s = min(seconds(target.copy_, sae.W_dec)[0] for _ in range(10))
+    update_s = 32 * sum(w.numel() for w in sae) * copy_s / (2 * target.nbytes)
+    return {
+        "product_ms": 1e3 * product_s,
+        "product_tflops": 2 * x.shape[0] * W_enc.numel() / product_s / 1e12,
+        "copy_gb_per_s": 2 * target.nbytes / copy_s / 1e9,
+        "dense_ms": 1e3 * (5 * product_s + update_s),
+        "sparse_ms": 1e3 * (product_s + update_s),
+    }
+
+
+def machine() -> dict[str, object]:
+    info = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    return {
+        "cpu": info.partition("model name\t: ")[2].partition("\n")[0] or platform.processor(),
+        "threads": torch.get_num_threads(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+    }
+
+
+def measure(arguments: argparse.Namespace, compute_dtype: torch.dtype) -> dict[str, object]:
+    start = initial_sae(arguments.d_in, arguments.d_sae, seed=0, device=arguments.device)
+    x_BD = torch.randn(arguments.batch, arguments.d_in, generator=torch.Generator().manual_seed(1))
+    x_BD = x_BD.to(arguments.device)
+    saes = {l0: sae_with_l0(start, l0) for l0 in arguments.l0}
+    report = {
+        "settings": {**vars(arguments), "compute_dtype": str(compute_dtype)},
+        "machine": machine(),
+        "l0": {f"{l0:g}": float(sparse_step(sae, x_BD, L1, compute_dtype).l0) for l0, sae in saes.items()},
+        "gradient_errors": gradient_errors(saes[arguments.l0[0]], x_BD[:CHECKED_ROWS], compute_dtype),
+        "floors": floors(start, x_BD, compute_dtype),
+    }
+
+    chosen = [arm for arm in arms(arguments, compute_dtype) if any(a in arm.name for a in arguments.arms)]
+    tiny = initial_sae(16, 32, seed=0, device=arguments.device)
+    skipped: dict[str, str] = {}
+    found: dict[str, list[tuple[float, float, int]]] = {}
+    for arm in chosen * arguments.repeats:
+        try:
+            arm.build(SAE(*(w.clone() for w in tiny)))(x_BD[:8, :16])  # imports, which are not its memory
+            times = time_arm(arm, saes[arm.l0], x_BD)
+            found.setdefault(arm.name, []).extend(times)
+        except (ImportError, torch.OutOfMemoryError) as error:
+            skipped[arm.name] = str(error)
+    return {**report, "skipped": skipped, "arms": table(found, arguments.batch)}
+
+
+def table(found: dict[str, list[tuple[float, float, int]]], batch: int) -> dict[str, dict[str, float]]:
+    """Best and median ms, best process ms, tokens/s, peak bytes, and SAELens' fp32 over each."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, measured in found.items():
+        wall, cpu, peak = zip(*measured, strict=True)
+        row = {"ms": 1e3 * min(wall), "cpu_ms": 1e3 * min(cpu), "peak_bytes": max(peak)}
+        rows[name] = row | {"ms_median": 1e3 * statistics.median(wall), "tokens_per_s": batch / min(wall)}
+        if reference := rows.get("saelens fp32"):
+            rows[name] |= {f"{key}_ratio": reference[key] / row[key] for key in row if row[key]}
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--d-in", type=int, default=576)
+    parser.add_argument("--d-sae", type=int, default=9216)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=5, help="rounds over all arms")
+    parser.add_argument("--l0", type=float, nargs="+", default=[86, 20, 300], help="dense arms use the first")
+    parser.add_argument("--arms", nargs="+", default=[""], help="only arms whose name contains one of these")
+    parser.add_argument("--compute-dtype", choices=list(DTYPES), help="of our products; bfloat16 on cuda")
+    arguments = parser.parse_args()
+    dtype = arguments.compute_dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
+    print(json.dumps(measure(arguments, DTYPES[dtype]), indent=2))
+
+
+if __name__ == "__main__":
+    main()

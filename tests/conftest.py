@@ -1,0 +1,87 @@
+"""A complete run of configs/tiny.yaml, made once; tests that change one copy it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "configs" / "tiny.yaml"
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+
+
+def pipeline(*arguments: str, config: Path = TINY) -> Ran:
+    """`python -m pipeline` in this process and the current folder."""
+    from pipeline.cli import app
+
+    command, *rest = arguments
+    result = CliRunner().invoke(app, [command, "--config", str(config), *rest])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ran(result.exit_code, result.output)
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    """`python -m pipeline` as a process of its own."""
+    command = [sys.executable, "-m", "pipeline", *arguments, "--config", str(TINY)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Path:
+    """A folder with tiny assets and a complete run; read only."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.make_assets(folder)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        ran = pipeline("run")
+        assert ran.status == 0, ran.out
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def run_folder(finished, tmp_path, monkeypatch) -> Path:
+    """A copy of the finished run, as the current folder."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def fresh_folder(finished, tmp_path, monkeypatch) -> Path:
+    """Tiny assets and no runs, as the current folder."""
+    folder = tmp_path / "fresh"
+    shutil.copytree(finished / "assets", folder / "assets")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def only(folder: Path, pattern: str) -> Path:
+    """The one path that matches."""
+    found = list(folder.glob(pattern))
+    assert len(found) == 1, found
+    return found[0]
+
+
+def contents(folder: Path, pattern: str = "**/*") -> dict[str, bytes]:
+    """Bytes of all files below a folder by relative path."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob(pattern)) if p.is_file()}

@@ -1,0 +1,105 @@
+import pytest
+import tiny
+
+from harvest.conversations import Turn, check_columns, compose, document_key, is_held_out, turns
+from harvest.files import UserError
+from harvest.tokenizer import SegmentTokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> SegmentTokenizer:
+    return SegmentTokenizer(tiny.tokenizer().backend_tokenizer, "<|im_end|>")
+
+
+def text_of(template: str, document: list[Turn]) -> str:
+    return "".join(segment.text for segment in compose(template, document, "<eos>"))
+
+
+def test_schemas():
+    assert turns("conversation", {"conversation": [{"role": "user", "content": "a"}]}) == [Turn("user", "a")]
+    row = {
+        "system": "think",
+        "conversations": [
+            {"from": "user", "value": "a"},
+            {
+                "from": "assistant",
+                "value": "<|begin_of_thought|>\n\nr\n\n<|end_of_thought|>\n\n"
+                "<|begin_of_solution|>\n\ns\n\n<|end_of_solution|>",
+            },
+        ],
+    }
+    assert turns("conversations", row) == [Turn("system", "think"), Turn("user", "a"), Turn("assistant", "s", "r")]
+    row = {"problem": "p", "deepseek_reasoning": "r", "deepseek_solution": "s"}
+    assert turns("reasoning", row) == [Turn("user", "p"), Turn("assistant", "s", "r")]
+    assert turns("text", {"text": "t"}) == [Turn("", "t")]
+
+
+@pytest.mark.parametrize(
+    ("rows", "row"),
+    [
+        ("conversation", {"conversation": []}),
+        ("conversation", {"conversation": None}),
+        ("conversation", {"conversation": [{"role": "user", "content": None}]}),
+        ("conversation", {"conversation": [{"role": "assistant", "content": "a"}]}),
+        ("reasoning", {"problem": "p", "deepseek_reasoning": "", "deepseek_solution": "s"}),
+        ("text", {"text": " "}),
+    ],
+)
+def test_rows_with_nothing_in_them(rows, row):
+    assert turns(rows, row) is None
+
+
+def test_chatml():
+    document = [Turn("user", "hi"), Turn("assistant", "yes", "hm")]
+    assert text_of("chatml", document) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhm\n\nyes<|im_end|>\n"
+
+
+def test_deepseek_keeps_the_reasoning_and_has_one_bos(tokenizer):
+    document = [Turn("user", "the sum"), Turn("assistant", "is even", "wait so"), Turn("user", "again")]
+    text = text_of("deepseek-r1", document)
+    assert (
+        "<｜User｜>the sum<｜Assistant｜><think>\nwait so\n</think>\nis even<｜end▁of▁sentence｜><｜User｜>again"
+        in text
+    )
+    ids = tokenizer.encode([compose("deepseek-r1", document, "")])[0].tolist()
+    decoded = tokenizer.whole.decode(ids, skip_special_tokens=False)
+    assert "wait so" in decoded
+    bos, think = (tokenizer.whole.token_to_id(t) for t in ("<｜begin▁of▁sentence｜>", "<think>"))
+    assert ids.count(bos) == 1
+    assert ids[0] == bos
+    assert ids.count(think) == 1
+
+
+@pytest.mark.parametrize("marker", ["<|im_end|>", "<｜User｜>", "<think>", "</think>"])
+def test_text_that_looks_like_a_special_token_stays_text(tokenizer, marker):
+    plain = tokenizer.encode([compose("chatml", [Turn("user", "a b")], "")])[0].tolist()
+    hostile = tokenizer.encode([compose("chatml", [Turn("user", f"a {marker} b")], "")])[0].tolist()
+    token = tokenizer.whole.token_to_id(marker)
+    assert hostile.count(token) == plain.count(token)
+    assert tokenizer.whole.decode(hostile, skip_special_tokens=False).count(marker) == 1 + plain.count(token)
+
+
+def test_a_template_of_another_model_is_an_error(tokenizer):
+    del tokenizer
+    other = tiny.tokenizer().backend_tokenizer.to_str().replace("<｜User｜>", "<other>")
+    from tokenizers import Tokenizer
+
+    known = SegmentTokenizer(Tokenizer.from_str(other), "")
+    with pytest.raises(UserError, match=r"sample\.template: 'deepseek-r1' writes the marker '<｜User｜>'"):
+        known.check_template("deepseek-r1", compose("deepseek-r1", [Turn("user", "a")], ""))
+
+
+def test_equal_prompts_fall_on_one_side():
+    a = [Turn("user", "p "), Turn("assistant", "x")]
+    b = [Turn("system", "s"), Turn("user", "p"), Turn("assistant", "y")]
+    assert document_key(a) == document_key(b) == "p"
+    sides = [is_held_out(str(i), 0, 0.25) for i in range(4000)]
+    assert 0.22 < sum(sides) / len(sides) < 0.28
+    assert sides != [is_held_out(str(i), 1, 0.25) for i in range(4000)]
+
+
+def test_missing_columns_are_named():
+    with pytest.raises(
+        UserError, match=r"needs the columns deepseek_reasoning, deepseek_solution.*rows: text would fit"
+    ):
+        check_columns("reasoning", ["problem", "text"], "maths")

@@ -1,0 +1,159 @@
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import only, pipeline
+
+from evaluate.charts import ticks
+from evaluate.downstream import downstream
+from evaluate.fidelity import HeldoutBatch, density_figures, fidelity
+from harvest.config import ModelConfig
+from harvest.language_model import load_model
+from train.checkpoint import SavedSae, load_sae, save_sae
+from train.config import ExcludeConfig
+from train.exclusion import InputStatistics
+from train.sae import SAE, initial_sae
+
+HOOK = "model.layers.1"
+
+
+def identity(d: int, norm_limit: float | None = None) -> SavedSae:
+    """An SAE that rebuilds every row: a feature for each sign of each dimension."""
+    eye = torch.eye(d)
+    sae = SAE(torch.cat([eye, -eye], 1), torch.zeros(2 * d), torch.cat([eye, -eye], 0), torch.zeros(d))
+    return SavedSae(sae, HOOK, InputStatistics(2.0, 1.0, norm_limit), {})
+
+
+def test_figures_are_what_they_are_defined_as():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 8, generator=generator).bfloat16()
+    rows[7] *= 100
+    kept = np.arange(300) != 7
+    source = (np.arange(300) % 3 == 0).astype(np.uint8)
+    saved = SavedSae(initial_sae(8, 20, 0), HOOK, InputStatistics(0.7, 1.0, 50.0), {})
+    sliced = (slice(0, 120), slice(120, 240), slice(240, 300))
+    batches = [HeldoutBatch(rows[s], kept[s], source[s]) for s in sliced]
+    found = fidelity(saved, iter(batches), ["a", "b"], torch.device("cpu"))
+
+    x = rows.double()
+    f = torch.relu(x * 0.7 @ saved.sae.W_enc.double())
+    error = (f @ saved.sae.W_dec.double() / 0.7 - x).square().sum(1)
+    for counted, mask in (("outliers_excluded", torch.from_numpy(kept)), ("all_rows", torch.ones(300, dtype=bool))):
+        for group, chosen in (("all", mask), ("b", mask & torch.from_numpy(source == 1))):
+            figures = found.figures[counted][group]
+            spread = (x[chosen] - x[chosen].mean(0)).square().sum()
+            assert figures["rows"] == chosen.sum()
+            assert figures["explained_variance"] == pytest.approx(float(1 - error[chosen].sum() / spread), abs=1e-6)
+            assert figures["mse"] == pytest.approx(float(error[chosen].mean()), rel=1e-6)
+            assert figures["l0"] == pytest.approx(float((f[chosen] > 0).sum(1).double().mean()))
+            legacy = []
+            for s in sliced:
+                batch, inside = x[s][chosen[s]], error[s][chosen[s]]
+                legacy.append(1 - inside / (batch - batch.mean(0)).square().sum(1))
+            assert figures["explained_variance_legacy"] == pytest.approx(float(torch.cat(legacy).mean()), abs=1e-6)
+    density = (f[torch.from_numpy(kept)] > 0).double().mean(0).numpy()
+    assert np.allclose(found.density_F, density)
+    assert torch.allclose(found.mean_D, x[torch.from_numpy(kept)].mean(0))
+
+
+def test_a_perfect_sae_loses_nothing(finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    model = load_model(
+        ModelConfig(name="assets/tiny-llama"), None, [HOOK], torch.float32, torch.device("cpu"), with_head=True
+    )
+    tokens = np.random.default_rng(0).integers(0, 300, (6, 16)).astype(np.uint32)
+    sources = np.array([0, 1, 0, 1, 0, 1], np.uint8)
+    saved = identity(32)
+    found = downstream(model, saved, ExcludeConfig(), torch.zeros(32), tokens, sources, ["a", "b"], 4)
+    # Rows go through bfloat16, as the store holds them.
+    assert found["all"]["ce_loss_score"] == pytest.approx(1, abs=0.02)
+    assert found["all"]["ce_mean_ablated"] == found["all"]["ce_zero_ablated"]
+    with torch.no_grad():
+        logits = model.model(torch.from_numpy(tokens.astype(np.int64))).logits
+    clean = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), torch.from_numpy(tokens[:, 1:].astype(np.int64)).flatten()
+    )
+    assert found["all"]["ce_clean"] == pytest.approx(clean.item(), rel=1e-5)
+    assert found["a"]["contexts"] == found["b"]["contexts"] == 3
+    assert (found["a"]["ce_clean"] + found["b"]["ce_clean"]) / 2 == pytest.approx(found["all"]["ce_clean"])
+
+
+def test_rows_that_training_leaves_out_pass_through(finished, monkeypatch):
+    monkeypatch.chdir(finished)
+    model = load_model(
+        ModelConfig(name="assets/tiny-llama"), None, [HOOK], torch.float32, torch.device("cpu"), with_head=True
+    )
+    tokens = np.random.default_rng(0).integers(0, 300, (4, 16)).astype(np.uint32)
+    sources = np.zeros(4, np.uint8)
+    sae = SavedSae(initial_sae(32, 8, 0), HOOK, InputStatistics(1.0, 1.0, None), {})
+    every_row = [
+        ExcludeConfig(positions=tuple(range(16)), norm_above_median=None),
+        ExcludeConfig(token_ids=tuple(range(300)), norm_above_median=None),
+    ]
+    for exclude in every_row:
+        found = downstream(model, sae, exclude, torch.zeros(32), tokens, sources, ["a"], 4)["all"]
+        assert found["ce_sae"] == pytest.approx(found["ce_clean"], rel=1e-6)
+        assert found["kl_sae"] == pytest.approx(0, abs=1e-6)
+        assert found["ce_sae_all_rows"] != pytest.approx(found["ce_clean"], rel=1e-6)
+        assert found["kl_sae_all_rows"] > 0
+
+
+def test_densities():
+    figures = density_figures(np.array([0, 0, 0.5, 0.01, 1.0]))
+    assert (figures["dead_features"], figures["dense_features"], figures["dead_fraction"]) == (2, 2, 0.4)
+    assert sum(figures["log10_density_histogram"]["counts"]) == 3
+
+
+def test_metrics_are_named_and_defined(finished):
+    metrics = json.loads(only(finished, "runs/evaluate/*/metrics.json").read_text())
+    sae = metrics["saes"][HOOK]
+    for counted in ("outliers_excluded", "all_rows"):
+        assert set(sae["fidelity"][counted]) == {"all", "chat", "reasoning"}
+        for figures in sae["fidelity"][counted].values():
+            assert figures.keys() == metrics["definitions"]["fidelity"].keys()
+    assert set(sae["downstream"]) == {"all", "chat", "reasoning"}
+    named = {re.sub(r"^kl_.*", "kl_*", name) for name in sae["downstream"]["all"]}
+    assert named == metrics["definitions"]["downstream"].keys()
+    assert sae["features"]["d_sae"] == 128
+
+
+def test_the_report_opens_offline_and_escapes(run_folder):
+    shutil.rmtree(only(run_folder, "runs/evaluate/*"))
+    train = only(run_folder, "runs/train/*")
+    manifest = json.loads((train / "manifest.json").read_text())
+    manifest["settings"]["hostile"] = "<script>alert(1)</script>"
+    (train / "manifest.json").write_text(json.dumps(manifest))
+    assert pipeline("evaluate").status == 0
+    html = only(run_folder, "runs/evaluate/*/report.html").read_text()
+    assert "<script" not in html
+    assert "&lt;script&gt;alert(1)" in html
+    assert not re.search(r"(src|href)=\"?(https?:)?//", html)
+    assert "default-src 'none'" in html
+    assert html.count("<svg") == 4
+    assert "68.5%" in html
+    assert "86.0" in html
+
+
+def test_an_sae_of_another_width_is_refused(run_folder):
+    folder = only(run_folder, f"runs/train/*/{HOOK}")
+    saved = load_sae(folder)
+    save_sae(folder, initial_sae(16, 8, 0), HOOK, saved.statistics, {})
+    shutil.rmtree(run_folder / "runs" / "evaluate")
+    ran = pipeline("evaluate")
+    assert ran.status == 1
+    assert "an SAE of d_in 16; the store" in ran.out
+
+
+def test_without_downstream_and_with_the_best_sae(run_folder):
+    ran = pipeline("evaluate", "evaluate.downstream=null", "evaluate.sae=best")
+    assert ran.status == 0, ran.out
+    assert "ce_clean" not in ran.out
+
+
+def test_ticks_are_round():
+    assert ticks(0, 720) == [0, 200, 400, 600]
+    assert ticks(0, 0) == [0]
+    assert [round(t, 3) for t in ticks(0.1, 0.62)] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]

@@ -1,0 +1,93 @@
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from pydantic import Field
+
+from harvest.config import Settings
+from pipeline.config import load
+from pipeline.fingerprint import STAGES, Inputs, find_inputs, fingerprints, hashed_settings
+
+SMOLLM2 = ROOT / "configs" / "smollm2.yaml"
+INPUTS = Inputs("sha256:tokenizer", "sha256:model", ("sha256:chat", "sha256:reasoning"))
+GOLDEN = Path(__file__).parent / "golden_fingerprints.json"
+
+
+def of(*overrides: str, inputs: Inputs = INPUTS, file: Path = SMOLLM2) -> dict[str, str]:
+    return fingerprints(load(file, list(overrides)), inputs)
+
+
+def first_changed(*overrides: str) -> str | None:
+    old, new = of(), of(*overrides)
+    changed = [stage for stage in STAGES if old[stage] != new[stage]]
+    assert changed == list(STAGES[STAGES.index(changed[0]) :] if changed else [])
+    return changed[0] if changed else None
+
+
+def test_shipped_settings_keep_their_fingerprints():
+    """Fails when a default or a setting's meaning changed: bump that stage's version and this file then."""
+    found = {name: of(file=ROOT / "configs" / f"{name}.yaml") for name in ("smollm2", "r1-llama-8b", "tiny")}
+    found["defaults"] = {s: hashed_settings(getattr(load(SMOLLM2, []), s)) for s in STAGES}
+    assert json.loads(json.dumps(found)) == json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.parametrize(
+    ("override", "stage"),
+    [
+        ("sample.seed=1", "sample"),
+        ("sample.template=deepseek-r1", "sample"),
+        ("sample.train_tokens=32768", "sample"),
+        ("harvest.hooks=[model.layers.3]", "harvest"),
+        ("harvest.batch_contexts=4", "harvest"),
+        ("harvest.threads=1", "harvest"),
+        ("harvest.compute_dtype=float32", "harvest"),
+        ("train.sae.l1_coefficient=4", "train"),
+        ("train.exclude.positions=[0]", "train"),
+        ("train.validate_every=7", "train"),
+        ("evaluate.sae=best", "evaluate"),
+        ("sample.runtime.offline=true", None),
+        ("harvest.runtime.device=cpu", None),
+        ("train.runtime.checkpoint_every=7", None),
+        ("train.runtime.threads=1", None),
+        ("evaluate.runtime.threads=1", None),
+        ("model.name=somewhere/else", None),
+        ("sample.sources.0.path=elsewhere.jsonl", None),
+    ],
+)
+def test_a_setting_touches_its_stage_and_those_after(override, stage):
+    assert first_changed(override) == stage
+
+
+def test_content_enters_where_it_is_used():
+    old = of()
+    model = of(inputs=INPUTS._replace(model="sha256:other"))
+    assert [stage for stage in STAGES if old[stage] != model[stage]] == ["harvest", "train", "evaluate"]
+    tokenizer = of(inputs=INPUTS._replace(tokenizer="sha256:other"))
+    assert old["sample"] != tokenizer["sample"]
+
+
+def test_an_added_setting_stays_out_while_it_has_its_default():
+    class Old(Settings):
+        a: int = 1
+
+    class New(Settings):
+        a: int = 1
+        b: int = Field(default=2, json_schema_extra={"added": True})
+
+    assert hashed_settings(New()) == hashed_settings(Old())
+    assert hashed_settings(New(b=3)) == {"a": 1, "b": 3}
+
+
+def test_local_inputs_are_known_by_content(fresh_folder):
+    config = load(ROOT / "configs" / "tiny.yaml", [])
+    before = find_inputs(config, Path("runs"))
+    Path("assets/tiny-llama").rename("assets/other")
+    moved = find_inputs(load(ROOT / "configs" / "tiny.yaml", ["model.name=assets/other"]), Path("runs"))
+    assert moved == before
+    with Path("assets/tiny-chat.jsonl").open("a") as file:
+        file.write("{}\n")
+    Path("assets/other").rename("assets/tiny-llama")
+    changed = find_inputs(config, Path("runs"))
+    assert changed.sources[0] != before.sources[0]
+    assert changed.model == before.model

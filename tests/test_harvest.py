@@ -1,0 +1,124 @@
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from conftest import contents, only, pipeline, start
+
+from harvest import run as harvest_run
+from harvest.activation_store import ActivationStore
+from harvest.config import ModelConfig
+from harvest.language_model import HookedModel, load_model
+
+
+def test_rows_are_the_models_activations(run_folder):
+    """Every stored row is the bfloat16 activation of its token in its context."""
+    store = ActivationStore.open(only(run_folder, "runs/harvest/*/store"))
+    tokens = zarr.open_group(only(run_folder, "runs/sample/*/contexts"), mode="r")["train/tokens"][:]
+    hook = "model.layers.1"
+    model = load_model(ModelConfig(name="assets/tiny-llama"), None, [hook], torch.float32, torch.device("cpu"))
+    chunks = [store.read_chunk("train", hook, c) for c in range(4, 8)]
+    rows = torch.from_numpy(np.concatenate(chunks)).view(torch.bfloat16)
+    context, position = (store.read_provenance("train", name, 1).astype(int) for name in ("context", "position"))
+    assert sorted(set(context.tolist())) == list(range(16, 32))
+    assert len({*zip(context.tolist(), position.tolist(), strict=True)}) == 256
+    assert np.array_equal(store.read_provenance("train", "token_id", 1), tokens[context, position])
+    batches = [model.activations(torch.from_numpy(tokens[i : i + 4].astype(np.int64)))[hook] for i in range(16, 32, 4)]
+    expected = torch.cat(batches)[context - 16, position].bfloat16()
+    assert torch.equal(rows, expected)
+    assert np.array_equal(store.read_norms("train", hook, 1), expected.float().norm(dim=1).numpy())
+
+
+def test_killed_and_started_again_gives_the_same_store(finished, fresh_folder):
+    assert pipeline("sample").status == 0
+    process = start("harvest", cwd=fresh_folder)
+    deadline = time.monotonic() + 60
+    while not list(fresh_folder.glob("runs/harvest/*/store/*/shards/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    store = only(fresh_folder, "runs/harvest/*/store")
+    assert not (store.parent / "manifest.json").exists()
+    ran = pipeline("harvest")
+    assert ran.status == 0, ran.out
+    assert "resumes" in ran.out
+    undisturbed = contents(only(finished, "runs/harvest/*/store"))
+    again = {name: data for name, data in contents(store).items() if ".partial" not in name}
+    assert again == undisturbed
+
+
+def test_an_interrupt_keeps_complete_shards(fresh_folder, finished, monkeypatch):
+    assert pipeline("sample").status == 0
+    made = []
+    original = harvest_run.shard_rows
+
+    def third_is_interrupted(*arguments, **more):
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        made.append(1)
+        return original(*arguments, **more)
+
+    monkeypatch.setattr(harvest_run, "shard_rows", third_is_interrupted)
+    ran = pipeline("harvest")
+    assert ran.status == 130
+    assert "run the same command again" in ran.out
+    store = ActivationStore.open(only(fresh_folder, "runs/harvest/*/store"))
+    assert sum(len(store.complete_shards(split)) for split in ("train", "holdout")) == 3
+    assert "would resume" in pipeline("status").out
+    monkeypatch.setattr(harvest_run, "shard_rows", original)
+    assert pipeline("harvest").status == 0
+    assert contents(store.path) == contents(only(finished, "runs/harvest/*/store"))
+
+
+def test_a_nan_stops_the_run_and_names_context_and_hook(fresh_folder, monkeypatch):
+    assert pipeline("sample").status == 0
+    original = HookedModel.activations
+    calls = []
+
+    def poisoned(self, tokens):
+        out = original(self, tokens)
+        calls.append(1)
+        if len(calls) == 6 and tokens.shape[0] > 1:  # after the width check and a shard of 4
+            out["model.layers.1"] = out["model.layers.1"].clone()
+            out["model.layers.1"][2, 3, 4] = float("nan")
+        return out
+
+    monkeypatch.setattr(HookedModel, "activations", poisoned)
+    ran = pipeline("harvest")
+    assert ran.status == 1
+    assert "'model.layers.1': NaN or infinity in the activations of holdout context 18" in ran.out
+    store = ActivationStore.open(only(fresh_folder, "runs/harvest/*/store"))
+    assert store.complete_shards("holdout") == {0}
+
+
+def test_out_of_memory_names_the_setting(fresh_folder, monkeypatch):
+    assert pipeline("sample").status == 0
+    original = HookedModel.activations
+
+    def too_large(self, tokens):
+        if tokens.shape[0] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, tokens)
+
+    monkeypatch.setattr(HookedModel, "activations", too_large)
+    ran = pipeline("harvest")
+    assert ran.status == 1
+    assert "harvest.batch_contexts: 4: out of memory" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("harvest.hooks=[model.layers.9]", "the model has 2 layers, 0 to 1"),
+        ("harvest.hooks=[model.layers.0.mlp.gate_proj,model.layers.0]", "hooks of different widths"),
+        ("model.name=assets/none", "model.name: 'assets/none': no such folder"),
+    ],
+)
+def test_what_the_model_cannot_give(fresh_folder, override, message):
+    assert fresh_folder.exists()
+    assert pipeline("sample").status == 0
+    ran = pipeline("harvest", override)
+    assert ran.status == 1
+    assert message in ran.out

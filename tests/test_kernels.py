@@ -1,0 +1,132 @@
+"""The Triton kernels against their plain torch twins, on a GPU where there is one, else interpreted.
+
+Triton's interpreter must be chosen before anything imports triton, so it gets a process of its own. The
+tiles are cut down so that small shapes have several, and a short last one.
+
+Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.sae import SAE, initial_sae
+from train.sparse_step import PLAIN, ByFeature, ByRow, active_features, by_feature, sparse_step
+
+triton = pytest.importorskip("triton", reason="triton is not installed: it has no build for this platform")
+from train import kernels  # noqa: E402
+from train.kernels import TRITON  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+B, D, F = 7, 21, 29
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
+def test_kernels_in_the_interpreter() -> None:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+        pytest.skip(f"triton {triton.__version__}: its interpreter fails with NumPy 2.4, 3.9 does not")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def batch(firing: str = "some") -> tuple[SAE, Tensor]:
+    """Row 0 fires nothing, row 5 everything but feature 3, which never fires; or nothing fires at all."""
+    generator = torch.Generator().manual_seed(0)
+    sae, x_BD = initial_sae(D, F, seed=1), torch.randn(B, D, generator=generator)
+    sae.b_enc.fill_(-0.05)
+    sae.b_dec.normal_(generator=generator)
+    sae.W_enc[0] = 0.1
+    x_BD[0] = 0
+    x_BD[5] = 20 * torch.eye(D)[0]
+    sae.b_enc[3] = -1e6
+    if firing == "none":
+        sae.b_enc.fill_(-1e6)
+    return sae.to(DEVICE), x_BD.to(DEVICE)
+
+
+def entries(sae: SAE, x_BD: Tensor) -> tuple[ByRow, ByFeature]:
+    active = active_features(sae, x_BD, torch.float32, PLAIN)
+    return active, by_feature(active, F)
+
+
+class TestKernels:
+    __test__ = DEVICE == "cuda" or INTERPRETED
+
+    @pytest.fixture(autouse=True)
+    def small_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, size in {"EXTRACT_TILE": 16, "D_TILE": 16, "N_TILE": 4, "F_TILE": 8}.items():
+            monkeypatch.setattr(kernels, name, size)
+
+    def test_the_batch_is_what_it_says(self) -> None:
+        active, by = entries(*batch())
+        count_B, count_F = active.offset_B.diff(), by.offset_F.diff()
+        assert count_B[0] == 0 and count_B[5] == F - 1 and count_F[3] == 0
+        assert len(active.f_N) > 50
+        assert len(entries(*batch("none"))[0].f_N) == 0
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("firing", ["some", "none"])
+    def test_extract(self, firing: str, dtype: torch.dtype) -> None:
+        sae, x_BD = batch(firing)
+        pre_BF = (x_BD @ sae.W_enc).to(dtype)
+        pre_BF[2, 7] = float("nan")
+        triple, twin = (ops.extract(pre_BF, sae.b_enc) for ops in (TRITON, PLAIN))
+        for ours, plain in zip(triple, twin, strict=True):
+            assert torch.equal(ours.nan_to_num(-1).long(), plain.nan_to_num(-1).long())
+            torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0, equal_nan=True, check_dtype=False)
+
+    def test_extract_holds_every_entry_when_all_are_active(self) -> None:
+        pre_BF = torch.rand(B, F, device=DEVICE) + 1
+        count_B, feature_N, f_N = TRITON.extract(pre_BF, torch.zeros(F, device=DEVICE))
+        assert (count_B == F).all()
+        assert torch.equal(feature_N.view(B, F), torch.arange(F, device=DEVICE).expand(B, F).int())
+        assert torch.equal(f_N.view(B, F), pre_BF)
+
+    @pytest.mark.parametrize("firing", ["some", "none"])
+    def test_gathers(self, firing: str) -> None:
+        sae, x_BD = batch(firing)
+        active, by = entries(sae, x_BD)
+        error_BD = PLAIN.residual(active, sae.W_dec, sae.b_dec, x_BD)
+        f_N, scale_F = active.f_N[by.order_N], torch.rand(F, device=DEVICE)
+        calls = {
+            "residual": (active, sae.W_dec, sae.b_dec, x_BD),
+            "row_dots": (active, error_BD, sae.W_dec),
+            "decoder_sums": (by, f_N, error_BD, sae.W_dec, scale_F),
+            "encoder_sums": (by, f_N, x_BD),
+        }
+        for name, arguments in calls.items():
+            ours, plain = (getattr(ops, name)(*arguments) for ops in (TRITON, PLAIN))
+            assert ours.is_contiguous() and ours.dtype == torch.float32, name
+            assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-5), name
+
+    def test_gathers_from_bf16_operands_sum_in_float32(self) -> None:
+        sae, x_BD = batch()
+        active, by = entries(sae, x_BD)
+        W_dec, x, f_N = sae.W_dec.bfloat16(), x_BD.bfloat16(), active.f_N[by.order_N]
+        calls = {
+            "residual": lambda W_dec, x: (active, W_dec, sae.b_dec, x_BD),
+            "row_dots": lambda W_dec, x: (active, x, W_dec),
+            "encoder_sums": lambda W_dec, x: (by, f_N, x),
+        }
+        for name, arguments in calls.items():
+            ours = getattr(TRITON, name)(*arguments(W_dec, x))
+            plain = getattr(PLAIN, name)(*arguments(W_dec.float(), x.float()))
+            assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-5), name
+
+    @pytest.mark.parametrize("firing", ["some", "none"])
+    def test_the_step_on_kernels_equals_the_plain_step(self, firing: str) -> None:
+        sae, x_BD = batch(firing)
+        ours, again, plain = (
+            sparse_step(sae, x_BD, 5.0, torch.float32, operations) for operations in (TRITON, TRITON, PLAIN)
+        )
+        torch.testing.assert_close(ours.loss, plain.loss, rtol=1e-5, atol=0)
+        assert torch.equal(ours.fired_F, plain.fired_F)
+        for a, b, c in zip(ours.gradients, again.gradients, plain.gradients, strict=True):
+            assert torch.equal(a, b)
+            assert (a - c).norm() <= 1e-5 * c.norm()

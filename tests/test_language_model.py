@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from harvest.config import ModelConfig
+from harvest.files import UserError
+from harvest.language_model import HookedModel, load_model
+
+CPU = torch.device("cpu")
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def load(hooks, with_head=False, dtype=torch.float32, name="assets/tiny-llama") -> HookedModel:
+    return load_model(ModelConfig(name=name), None, hooks, dtype, CPU, with_head=with_head)
+
+
+@pytest.fixture
+def whole(fresh_folder):
+    del fresh_folder
+    return AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.bfloat16).float().eval()
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("name", ["model.layers.{}", "blocks.{}.hook_resid_post"])
+def test_activations_are_the_models_own(whole, layer, name):
+    hook = name.format(layer)
+    found = load([hook]).activations(TOKENS)[hook]
+    hidden = []
+    handle = whole.model.layers[layer].register_forward_hook(lambda _m, _i, output: hidden.append(output))
+    whole(TOKENS)
+    handle.remove()
+    assert torch.equal(found, hidden[0])
+
+
+def test_several_hooks_in_one_pass_and_no_layer_more_than_needed(whole):
+    model = load(["model.layers.0"])
+    assert len(model.model.layers) == 1
+    both = load(["model.layers.0", "model.layers.1", "model.layers.0.mlp"])
+    found = both.activations(TOKENS)
+    assert torch.equal(found["model.layers.0"], model.activations(TOKENS)["model.layers.0"])
+    assert torch.equal(found["model.layers.0"], whole(TOKENS, output_hidden_states=True).hidden_states[1])
+    assert set(found) == {"model.layers.0", "model.layers.1", "model.layers.0.mlp"}
+
+
+@pytest.mark.parametrize("hook", ["model.layers.0", "model.layers.1", "model.layers.0.mlp", "model.embed_tokens"])
+def test_replacing_an_activation_by_itself_changes_nothing(whole, hook):
+    model = load([hook], with_head=True)
+    acts = model.activations(TOKENS)[hook]
+    with torch.no_grad():
+        with model.replaced(hook, acts):
+            same = model.model(TOKENS).logits
+        with model.replaced(hook, torch.zeros_like(acts)):
+            zero = model.model(TOKENS).logits
+        assert torch.equal(same, whole(TOKENS).logits)
+        assert not torch.allclose(zero, same)
+        assert torch.equal(model.model(TOKENS).logits, same)
+
+
+@pytest.mark.parametrize(
+    ("hook", "message"),
+    [
+        ("model.layers.2", "'model.layers.2': the model has 2 layers, 0 to 1"),
+        ("blocks.7.hook_resid_post", "the model has 2 layers, 0 to 1"),
+        ("model.layer.1", "no such module in LlamaForCausalLM; did you mean 'model.layers.1'?"),
+        ("model.layers", "no such module"),
+        ("xyz", "no such module in LlamaForCausalLM; a layer is model.layers.0"),
+    ],
+)
+def test_hooks_that_the_model_does_not_have(fresh_folder, hook, message):
+    del fresh_folder
+    with pytest.raises(UserError) as caught:
+        load([hook])
+    assert message in str(caught.value)
+
+
+def test_models_that_cannot_be_loaded(fresh_folder):
+    weights = Path("assets/tiny-llama/model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="weights cannot be loaded"):
+        load(["model.layers.0"])
+    Path("assets/tiny-llama/config.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load(["model.layers.0"])

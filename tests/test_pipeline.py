@@ -1,0 +1,163 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, contents, only, pipeline
+
+from harvest.files import locked
+from pipeline import cli
+
+
+def test_everything_twice_gives_the_same_bytes(finished, fresh_folder):
+    assert pipeline("run").status == 0
+    for pattern in ("sample/*/contexts", "harvest/*/store"):
+        assert contents(only(fresh_folder, f"runs/{pattern}")) == contents(only(finished, f"runs/{pattern}"))
+    names = ("runs/train/*/*/sae_weights.safetensors", "runs/train/*/*/best/sae.json", "runs/evaluate/*/metrics.json")
+    for pattern in names:
+        assert only(fresh_folder, pattern).read_bytes() == only(finished, pattern).read_bytes()
+
+
+def test_nothing_runs_when_all_is_complete(run_folder):
+    before = contents(run_folder / "runs", "*/**/*")
+    ran = pipeline("run")
+    assert ran.status == 0
+    lines = ran.out.splitlines()
+    assert [line.split()[:2] for line in lines[:4]] == [
+        [stage, "complete"] for stage in ("sample", "harvest", "train", "evaluate")
+    ]
+    report = Path(lines[-1])
+    assert report.name == "report.html"
+    assert report.exists()
+    assert contents(run_folder / "runs", "*/**/*") == before
+
+
+def test_a_changed_setting_reruns_just_its_stage(run_folder):
+    change = "train.sae.l1_coefficient=0.5"
+    status = pipeline("status", change).out.splitlines()
+    assert [line.split()[1] for line in status] == ["complete", "complete", "would", "would"]
+    assert "would run: sae.l1_coefficient: 1 -> 0.5" in status[2]
+    ran = pipeline("train", change)
+    assert ran.status == 0
+    assert len(list(run_folder.glob("runs/train/*/manifest.json"))) == 2
+    assert len(list(run_folder.glob("runs/harvest/*"))) == 1
+    assert pipeline("status", change).out.splitlines()[2].split()[1] == "complete"
+
+
+def test_status_of_an_upstream_change(run_folder):
+    assert run_folder.exists()
+    lines = pipeline("status", "sample.seed=1").out.splitlines()
+    assert "sample    would run: seed: 0 -> 1" in lines[0]
+    assert "sample would run before it" in lines[2]
+
+
+def test_path_prints_the_directory_and_nothing_else(finished, run_folder):
+    ran = pipeline("path", "evaluate")
+    assert ran.out == f"{only(finished, 'runs/evaluate/*').relative_to(finished)}\n"
+    assert Path(ran.out.strip(), "metrics.json").exists()
+    assert run_folder.exists()
+    assert pipeline("path", "nonsense").status == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        (["status"], 0),
+        (["path", "train"], 0),
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["train", "train.sae.d_sea=3"], 2),
+        (["train"], 0),
+    ],
+)
+def test_what_must_answer_at_once_never_imports_torch(run_folder, arguments, status):
+    """All of it, the last one being a stage that is complete."""
+    if "--help" not in arguments:
+        arguments = [*arguments, "--config", str(TINY)]
+    code = (
+        "import sys\nfrom pipeline.cli import app\n"
+        f"try:\n    app({arguments!r})\nexcept SystemExit as e:\n    status = e.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'zarr'} & set(sys.modules)\n"
+        "assert not heavy, heavy\nsys.exit(status)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=run_folder, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stdout + done.stderr
+
+
+def test_force_asks_before_it_clears_what_is_complete(run_folder, monkeypatch):
+    manifest = only(run_folder, "runs/train/*/manifest.json")
+    before = contents(manifest.parent)
+    ran = pipeline("train", "--force")
+    assert ran.status == 1
+    assert "left as it was" in ran.out
+    assert contents(manifest.parent) == before
+    elsewhere = run_folder / "elsewhere.txt"
+    elsewhere.write_text("not ours to delete")
+    (manifest.parent / "link").symlink_to(elsewhere)
+    monkeypatch.setattr(cli, "INTERRUPTED", cli.INTERRUPTED)
+    assert pipeline("train", "--force", "--yes").status == 0
+    assert elsewhere.exists()
+    weights = "model.layers.1/sae_weights.safetensors"
+    assert (manifest.parent / weights).read_bytes() == before[weights]
+
+
+def test_other_numerics_stop_a_resume_unless_allowed(run_folder):
+    train = only(run_folder, "runs/train/*")
+    (train / "manifest.json").unlink()
+    (train / "model.layers.1" / "sae.json").unlink()
+    begun = json.loads((train / "begun.json").read_text())
+    begun["numerics"]["torch"] = "2.0.0"
+    (train / "begun.json").write_text(json.dumps(begun))
+    ran = pipeline("train")
+    assert ran.status == 1
+    assert "begun under other numerics (torch: 2.0.0 then, " in ran.out
+    assert "--allow-mixed" in ran.out
+    ran = pipeline("train", "--allow-mixed")
+    assert ran.status == 0, ran.out
+    assert json.loads((train / "manifest.json").read_text())["mixed_with"]
+
+
+def test_two_of_one_stage_cannot_run_together(run_folder):
+    train = only(run_folder, "runs/train/*")
+    (train / "manifest.json").unlink()
+    with locked(train, "train"):
+        assert "running" in pipeline("status").out
+        ran = pipeline("train")
+    assert ran.status == 1
+    assert "another process is running this train" in ran.out
+
+
+def test_a_folder_that_cannot_be_written(run_folder, monkeypatch):
+    shutil.rmtree(run_folder / "runs" / "evaluate")
+
+    def refuse(*_arguments, **_more):
+        raise OSError(28, "No space left on device", "runs/evaluate/x/report.html")
+
+    monkeypatch.setattr("evaluate.run.write_report", refuse)
+    ran = pipeline("evaluate")
+    assert ran.status == 1
+    assert "runs/evaluate/x/report.html: No space left on device" in ran.out
+    assert not list(run_folder.glob("runs/evaluate/*/manifest.json"))
+    monkeypatch.undo()
+    monkeypatch.chdir(run_folder)
+    assert pipeline("evaluate").status == 0
+
+
+def test_manifests_say_what_was_run_and_hold_no_secret(finished, run_folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecret")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "aws_secretsecret")
+    assert pipeline("train", "train.seed=5").status == 0
+    for name, data in contents(run_folder / "runs").items():
+        assert b"secretsecret" not in data, name
+    manifest = json.loads(only(finished, "runs/harvest/*/manifest.json").read_text())
+    assert manifest["settings"]["hooks"] == ["model.layers.1"]
+    assert {"torch", "compute_dtype", "device", "attention"} <= manifest["numerics"].keys()
+    assert manifest["summary"]["train_rows"] == 1536
+    assert manifest["versions"]["zarr"]
+    assert not {"host", "user"} & manifest.keys()

@@ -1,0 +1,110 @@
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import tiny
+import zarr
+from conftest import contents, only, pipeline
+
+from harvest.config import SampleConfig, Source
+from harvest.conversations import document_key, turns
+from harvest.sampling import contexts_by_source
+from harvest.sources import open_source
+
+
+def source(path: Path, rows: str) -> Source:
+    return Source(name="s", path=str(path), rows=rows, share=1)
+
+
+@pytest.mark.parametrize(("rows", "made"), [("conversation", tiny.conversations), ("reasoning", tiny.solutions)])
+def test_json_lines_and_parquet_give_the_same_turns(tmp_path, rows, made):
+    tiny.write_jsonl(tmp_path / "a.jsonl", made(10))
+    datasets.Dataset.from_list(made(10)).to_parquet(tmp_path / "b.parquet")
+    read = [open_source(source(tmp_path / name, rows), None, offline=True) for name in ("a.jsonl", "b.parquet")]
+    documents = [[turns(rows, row) for row in data] for data in read]
+    assert documents[0] == documents[1] == [turns(rows, row) for row in made(10)]
+
+
+def test_splits_hold_whole_shards_of_their_shares(finished):
+    group = zarr.open_group(only(finished, "runs/sample/*/contexts"), mode="r")
+    assert group["train/tokens"].shape == (96, 16)
+    assert group["holdout/tokens"].shape == (32, 16)
+    assert np.bincount(group["train/source"][:]).tolist() == [48, 48]
+    assert group.attrs["sources"] == ["chat", "reasoning"]
+
+
+def test_no_prompt_is_on_both_sides(finished):
+    group = zarr.open_group(only(finished, "runs/sample/*/contexts"), mode="r")
+    keys = {}
+    for split in ("train", "holdout"):
+        found = set()
+        for number, (rows, name) in enumerate((("conversation", "chat"), ("reasoning", "reasoning"))):
+            lines = (finished / "assets" / f"tiny-{name}.jsonl").read_text().splitlines()
+            chosen = group[f"{split}/document"][:][group[f"{split}/source"][:] == number]
+            found |= {document_key(turns(rows, json.loads(lines[i]))) for i in np.unique(chosen)}
+        keys[split] = found
+    assert keys["train"]
+    assert keys["holdout"]
+    assert not keys["train"] & keys["holdout"]
+
+
+def test_a_context_holds_what_its_documents_say(finished):
+    """Tokens of a document, gathered over the contexts of its split, are found in its text in order."""
+    group = zarr.open_group(only(finished, "runs/sample/*/contexts"), mode="r")
+    tokenizer = tiny.tokenizer()
+    tokens, document, origin = (group[f"train/{name}"][:] for name in ("tokens", "document", "source"))
+    chat = (finished / "assets" / "tiny-chat.jsonl").read_text().splitlines()
+    row = int(np.flatnonzero(origin == 0)[0])
+    number = int(document[row][0])
+    text = tokenizer.decode(tokens[row][document[row] == number], skip_special_tokens=True)
+    whole = "".join(f"{t['role']}\n{t['content']}\n" for t in json.loads(chat[number])["conversation"])
+    assert text.strip("�") in whole
+
+
+def test_the_same_settings_give_the_same_bytes(finished, fresh_folder):
+    assert pipeline("sample").status == 0
+    again = contents(only(fresh_folder, "runs/sample/*/contexts"))
+    assert again == contents(only(finished, "runs/sample/*/contexts"))
+
+
+def test_a_budget_that_is_no_whole_number_of_shards_says_what_is_used(fresh_folder):
+    ran = pipeline("sample", "sample.train_tokens=1500")
+    assert ran.status == 0
+    assert "1,500 is no whole number of shards; 1,280 are used (5 whole shards of 256)" in ran.out
+
+
+def test_too_little_text_gives_both_numbers(fresh_folder):
+    ran = pipeline("sample", "sample.train_tokens=1000000")
+    assert ran.status == 1
+    assert "source 'chat' has" in ran.out
+    assert "its share is 499,968" in ran.out
+
+
+def test_missing_columns_and_files(fresh_folder):
+    ran = pipeline("sample", "sample.sources.0.rows=text")
+    assert ran.status == 1
+    assert "'text' needs the column text; the data set has conversation" in ran.out
+    ran = pipeline("sample", "sample.sources.0.path=assets/none.jsonl")
+    assert ran.status == 1
+    assert "sample.sources.0.path: 'assets/none.jsonl'" in ran.out
+    Path("assets/broken.jsonl").write_text('{"conversation": [')
+    ran = pipeline("sample", "sample.sources.0.path=assets/broken.jsonl")
+    assert ran.status == 1
+    assert "assets/broken.jsonl" in ran.out
+    assert "cannot be read as json" in ran.out
+
+
+def test_shares_are_met_to_a_context():
+    sources = tuple(Source(name=n, path="x", rows="text", share=s) for n, s in (("a", 0.5), ("b", 0.3), ("c", 0.2)))
+    config = SampleConfig(
+        sources=sources,
+        template="chatml",
+        context_size=4,
+        shard_contexts=7,
+        train_tokens=28,
+        holdout_tokens=28,
+        holdout_fraction=0.1,
+    )
+    assert contexts_by_source(config, "train") == [4, 2, 1]

@@ -1,0 +1,204 @@
+import errno
+import json
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import contents, only, pipeline, start
+
+from harvest.files import UserError
+from train import checkpoint as checkpoints
+from train import run as train_run
+from train.checkpoint import load_sae, newest_checkpoint
+from train.trainer import Trainer
+
+SAE_FILES = ("sae_weights.safetensors", "sae.json", "best/sae_weights.safetensors", "best/sae.json")
+
+
+def drop_training(folder) -> None:
+    shutil.rmtree(folder / "runs" / "train")
+    shutil.rmtree(folder / "runs" / "evaluate")
+
+
+def results(folder) -> dict[str, bytes]:
+    here = only(folder, "runs/train/*/model.layers.1")
+    return {name: (here / name).read_bytes() for name in SAE_FILES}
+
+
+def log(folder) -> list[dict]:
+    lines = only(folder, "runs/train/*/model.layers.1/metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
+
+
+def test_the_log_and_the_last_checkpoint(finished):
+    lines = log(finished)
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train] == [*range(5, 96, 5), 96]
+    assert train[0]["l1_coefficient"] == pytest.approx(4 / 5)  # warm-up of 5 of 96 steps, the fifth step
+    assert train[-1]["lr"] == pytest.approx(1e-3 / 19)
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [*range(10, 96, 10), 96]
+    folder = only(finished, "runs/train/*/model.layers.1/checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == ["00000060", "00000080"]
+
+
+def test_the_best_sae_has_the_least_heldout_loss(finished):
+    validation = [line for line in log(finished) if line["kind"] == "validation"]
+    best = min(validation, key=lambda line: line["loss"])
+    assert load_sae(only(finished, "runs/train/*/model.layers.1/best")).about["step"] == best["step"]
+
+
+@pytest.mark.parametrize("at", [1, 33, 60, 95])
+def test_interrupted_and_resumed_gives_the_same_bytes(finished, run_folder, monkeypatch, at):
+    drop_training(run_folder)
+    original = Trainer.step
+
+    def interrupted(self, rows):
+        if self.step_number == at:
+            signal.raise_signal(signal.SIGTERM if at % 2 else signal.SIGINT)
+        return original(self, rows)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+    ran = pipeline("train")
+    assert ran.status == 130
+    found = newest_checkpoint(only(run_folder, "runs/train/*/model.layers.1/checkpoints"))
+    assert found
+    assert found[0].step == at + 1  # the step in hand was finished
+    assert f"{(at + 1) * 64:,}/" in pipeline("status").out or "would resume" in pipeline("status").out
+    monkeypatch.setattr(Trainer, "step", original)
+    ran = pipeline("train")
+    assert ran.status == 0, ran.out
+    assert results(run_folder) == results(finished)
+    assert log(run_folder) == log(finished)
+
+
+def test_killed_and_resumed_gives_the_same_bytes(finished, run_folder):
+    drop_training(run_folder)
+    process = start("train", "train.runtime.checkpoint_every=1", cwd=run_folder)
+    deadline = time.monotonic() + 60
+    while not list(run_folder.glob("runs/train/*/*/checkpoints/0000000[3-9]")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    ran = pipeline("train")
+    assert ran.status == 0, ran.out
+    assert "resumes" in ran.out
+    assert results(run_folder) == results(finished)
+    assert log(run_folder) == log(finished)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(finished, run_folder, monkeypatch):
+    drop_training(run_folder)
+    original = checkpoints.safetensors.torch.save_file
+    saved = []
+
+    def full(tensors, path, *rest):
+        if len(tensors) > 4:
+            saved.append(path)
+        if len(saved) == 3:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return original(tensors, path, *rest)
+
+    monkeypatch.setattr(checkpoints.safetensors.torch, "save_file", full)
+    ran = pipeline("train")
+    assert ran.status == 1
+    assert "No space left on device" in ran.out
+    assert "run the same command again" in ran.out
+    folder = only(run_folder, "runs/train/*/model.layers.1/checkpoints")
+    assert sorted(path.name for path in folder.iterdir()) == ["00000020", "00000040"]
+    monkeypatch.setattr(checkpoints.safetensors.torch, "save_file", original)
+    assert pipeline("train").status == 0
+    assert results(run_folder) == results(finished)
+
+
+def test_a_damaged_checkpoint_is_named(run_folder):
+    folder = only(run_folder, "runs/train/*/model.layers.1/checkpoints")
+    tensors = folder / "00000080" / "tensors.safetensors"
+    tensors.write_bytes(tensors.read_bytes()[:-100])
+    with pytest.raises(UserError, match="00000080: damaged .* resume from the one before it, 00000060"):
+        newest_checkpoint(folder)
+    (folder / "00000080" / "checkpoint.json").unlink()
+    found = newest_checkpoint(folder)
+    assert found
+    assert found[0].step == 60
+
+
+def test_an_incomplete_or_damaged_store_is_an_error(run_folder):
+    drop_training(run_folder)
+    store = only(run_folder, "runs/harvest/*/store")
+    record = store / "train/shards/00002.json"
+    kept = record.read_bytes()
+    record.unlink()
+    ran = pipeline("train")
+    assert ran.status == 1
+    assert "incomplete: 1 of 6 train shards are missing, first 2" in ran.out
+    record.write_bytes(kept)
+    acts = store / "train/model.layers.1/acts/c/2/0"
+    data = bytearray(acts.read_bytes())
+    data[100] ^= 1
+    acts.write_bytes(data)
+    ran = pipeline("train")
+    assert ran.status == 1
+    assert "acts/c/2/0: damaged" in ran.out
+
+
+def test_training_without_a_harvest_says_what_to_run(fresh_folder):
+    assert fresh_folder.exists()
+    ran = pipeline("train")
+    assert ran.status == 1
+    assert "the harvest stage for these settings is not complete" in ran.out
+    assert "`make harvest`" in ran.out
+
+
+def test_a_loss_that_is_no_number_stops(run_folder):
+    ran = pipeline("train", "train.lr=1e30")
+    assert ran.status == 1
+    assert "the loss is no number at step" in ran.out
+    assert not list(run_folder.glob("runs/train/*/manifest.json"))[1:]
+
+
+def test_exclusions_that_leave_nothing(run_folder):
+    assert run_folder.exists()
+    ran = pipeline("train", f"train.exclude.positions={list(range(16))}".replace(" ", ""))
+    assert ran.status == 1
+    assert "leaves no row" in ran.out
+
+
+def test_saved_saes_are_checked(run_folder):
+    folder = only(run_folder, "runs/train/*/model.layers.1")
+    about = json.loads((folder / "sae.json").read_text())
+    (folder / "sae.json").write_text(json.dumps(about | {"d_in": 31}))
+    with pytest.raises(UserError, match=r"W_enc is torch.float32 \(32, 128\); float32 \(31, 128\) expected"):
+        load_sae(folder)
+    (folder / "sae_weights.safetensors").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(UserError, match="damaged, or not an SAE of ours"):
+        load_sae(folder)
+
+
+def test_several_hooks_train_an_sae_each(run_folder):
+    """The layer-wise SAE; each is the one that its hook alone gives."""
+    ran = pipeline("run", "harvest.hooks=[model.layers.1,model.layers.0]")
+    assert ran.status == 0, ran.out
+    both = next(p for p in run_folder.glob("runs/train/*") if (p / "model.layers.0").exists())
+    single = next(p for p in run_folder.glob("runs/train/*") if not (p / "model.layers.0").exists())
+    weights = "model.layers.1/sae_weights.safetensors"
+    assert (both / weights).read_bytes() == (single / weights).read_bytes()
+    assert contents(both / "model.layers.0").keys() == contents(both / "model.layers.1").keys()
+
+
+def test_steps():
+    config = train_run.TrainConfig(sae={"d_sae": 8}, epochs=2.5, batch_size=64)
+    assert train_run.total_steps(config, 1000) == 39
+    config = train_run.TrainConfig(sae={"d_sae": 8}, training_tokens=6400, batch_size=64)
+    assert train_run.total_steps(config, 10) == 100
+
+
+def test_bfloat16_products_train_too(run_folder):
+    ran = pipeline("train", "train.compute_dtype=bfloat16")
+    assert ran.status == 0, ran.out
+    folders = sorted(run_folder.glob("runs/train/*/model.layers.1"), key=lambda p: p.stat().st_mtime)
+    last = [json.loads((f / "metrics.jsonl").read_text().splitlines()[-1]) for f in folders]
+    assert abs(last[0]["explained_variance"] - last[1]["explained_variance"]) < 0.02
+    assert load_sae(folders[-1]).sae.W_enc.dtype == torch.float32

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from train.config import SaeConfig, TrainConfig
+from train.sae import SAE, initial_sae
+from train.trainer import Trainer
+
+
+def planted_rows(dictionary: torch.Tensor, rows: int, generator: torch.Generator) -> torch.Tensor:
+    """Sparse non-negative combinations of the dictionary's rows, three at a time on average."""
+    active = torch.rand(rows, len(dictionary), generator=generator) < 3 / len(dictionary)
+    strength = 0.5 + torch.rand(rows, len(dictionary), generator=generator)
+    return (active * strength) @ dictionary
+
+
+def trainer(d_in: int, d_sae: int, steps: int, **settings) -> Trainer:
+    values = {"lr": 3e-3, "batch_size": 256, "epochs": 1, "sae": SaeConfig(d_sae=d_sae, l1_coefficient=0.3)}
+    return Trainer(initial_sae(d_in, d_sae, 0), 1.0, TrainConfig(**values | settings), steps, 1000, torch.float32)
+
+
+def test_a_planted_dictionary_is_found():
+    generator = torch.Generator().manual_seed(0)
+    dictionary = torch.nn.functional.normalize(torch.randn(24, 32, generator=generator), dim=1)
+    steps = 1000
+    training = trainer(32, 48, steps)
+    scale = 32**0.5 / planted_rows(dictionary, 4096, generator).norm(dim=1).mean()
+    for _ in range(steps):
+        training.step(planted_rows(dictionary, 256, generator) * scale)
+    found = torch.nn.functional.normalize(training.sae.W_dec, dim=1)
+    assert (dictionary @ found.T).max(dim=1).values.mean() >= 0.9
+
+
+def test_start():
+    sae = initial_sae(16, 40, 3)
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    assert torch.allclose(sae.W_dec.norm(dim=1), torch.full((40,), 0.1))
+    assert all(weight.is_contiguous() for weight in sae)
+    assert not sae.b_enc.any()
+    assert not sae.b_dec.any()
+    assert torch.equal(sae.W_dec, initial_sae(16, 40, 3).W_dec)
+
+
+def test_adam_updates_the_elements_that_it_should():
+    """Against Adam written out; fused Adam goes wrong in silence when layouts differ."""
+    training = trainer(8, 12, 10, clip_norm=1e9, lr_decay_fraction=0)
+    before = SAE(*(weight.clone() for weight in training.sae))
+    stepped = training.step(torch.randn(256, 8, generator=torch.Generator().manual_seed(1)))
+    for old, new, gradient in zip(before, training.sae, stepped.result.gradients, strict=True):
+        expected = old - 3e-3 * gradient / (gradient.abs() + 1e-8)
+        assert torch.allclose(new, expected, atol=1e-6)
+
+
+def test_gradients_are_clipped_together():
+    training = trainer(8, 12, 10, clip_norm=0.5)
+    stepped = training.step(10 * torch.randn(256, 8, generator=torch.Generator().manual_seed(1)))
+    assert stepped.grad_norm > 0.5
+    norm = torch.stack([g.norm() for g in stepped.result.gradients]).norm()
+    assert norm == pytest.approx(0.5, rel=1e-4)
+
+
+def test_dead_features_are_counted_over_the_last_rows():
+    training = trainer(8, 12, 10)
+    training.sae.b_enc[3] = -1e9
+    rows = torch.randn(256, 8, generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        training.step(rows)
+    assert training.dead_features() == 0
+    training.step(rows)  # 1,024 rows: more than an epoch of 1,000
+    assert training.dead_features() == 1
+
+
+def test_restored_it_goes_on_as_if_nothing_had_been():
+    rows = [torch.randn(256, 8, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    straight = trainer(8, 12, 8)
+    for batch in rows:
+        straight.step(batch)
+    first = trainer(8, 12, 8)
+    for batch in rows[:5]:
+        first.step(batch)
+    second = trainer(8, 12, 8)
+    second.restore({name: tensor.clone() for name, tensor in first.tensors().items()}, 5)
+    for batch in rows[5:]:
+        second.step(batch)
+    for name, tensor in straight.tensors().items():
+        assert torch.equal(tensor, second.tensors()[name]), name
+
+
+def test_validation_is_at_the_full_penalty():
+    training = trainer(8, 12, 10)
+    rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
+    found = training.validate(rows)
+    f = training.sae.encode(rows)
+    error = (training.sae.decode(f) - rows).square().sum(1)
+    loss = error + 0.3 * f @ training.sae.W_dec.norm(dim=1)
+    assert found.loss == pytest.approx(loss.mean().item(), rel=1e-5)
+    assert found.l0 == pytest.approx((f > 0).sum(1).float().mean().item())
