@@ -1,6 +1,6 @@
 """Small charts as inline SVG: the report must open offline, without scripts."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 
 from markupsafe import Markup, escape
@@ -57,7 +57,7 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{round(value, 10):g}"
 
 
-def lines(title: str, series: dict[str, Sequence[tuple[float, float]]], x_label: str = "step") -> Markup:
+def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_label: str = "step") -> Markup:
     """A line for each named series of (x, y)."""
     points = [point for values in series.values() for point in values]
     if not points:

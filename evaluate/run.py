@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,32 +21,38 @@ from train.checkpoint import SavedSae, load_sae
 from train.config import ExcludeConfig
 
 
+class Upstream(NamedTuple):
+    """Directories of the stages before, and their manifests by name."""
+
+    sample: Path
+    harvest: Path
+    train: Path
+    manifests: dict[str, dict[str, Any]]
+
+
 def run(
     model_config: ModelConfig,
     model_commit: str | None,
     config: EvaluateConfig,
-    manifests: dict[str, dict[str, Any]],
-    sample_directory: Path,
-    harvest_directory: Path,
-    train_directory: Path,
+    upstream: Upstream,
     directory: Path,
     begin: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Write `directory/metrics.json` and `report.html` and return the main figures.
 
-    `manifests` are those of the stages before, for the report. Raises UserError for an SAE that does
-    not fit the store or the model, and for held-out text that is damaged or missing.
+    Raises UserError for an SAE that does not fit the store or the model, and for held-out text that is
+    damaged or missing.
     """
     device = resolve_device(config.runtime.device)
     dtype = resolve_dtype(config.downstream.compute_dtype if config.downstream else "auto", device)
     threads = set_threads(config.runtime.threads, device)
     begin(numerics(device, dtype, threads=threads if device.type == "cpu" else None))
-    store = ActivationStore.open(harvest_directory / "store")
+    store = ActivationStore.open(upstream.harvest / "store")
     store.check_complete(("holdout",))
-    contexts = zarr.open_group(str(sample_directory / "contexts"), mode="r")
+    contexts = zarr.open_group(str(upstream.sample / "contexts"), mode="r")
     source_names = cast("list[str]", list(cast(Any, contexts.attrs["sources"])))
     context_source = np.asarray(cast(zarr.Array, contexts["holdout/source"])[:])
-    exclude = ExcludeConfig(**manifests["train"]["settings"]["exclude"])
+    exclude = ExcludeConfig(**upstream.manifests["train"]["settings"]["exclude"])
     model = None
     if config.downstream:
         model = load_model(
@@ -60,7 +66,7 @@ def run(
         )
     saes: dict[str, Any] = {}
     for hook in store.geometry.hooks:
-        saved = _load(train_directory / slug(hook), config.sae, store)
+        saved = _load(upstream.train / slug(hook), config.sae, store)
         tokens = cast(zarr.Array, contexts["holdout/tokens"])
         saes[hook] = _evaluate(
             saved, store, exclude, context_source, source_names, tokens, model, config, device, directory
@@ -72,7 +78,7 @@ def run(
         "outliers_excluded": "rows that training leaves out (train.exclude) are not counted",
         "all_rows": "every held-out row is counted",
     }
-    inputs = {name: manifest["fingerprint"] for name, manifest in manifests.items()}
+    inputs = {name: manifest["fingerprint"] for name, manifest in upstream.manifests.items()}
     metrics = {
         "schema": 1,
         "inputs": inputs,
@@ -81,8 +87,8 @@ def run(
         "definitions": definitions,
     }
     write_json(directory / "metrics.json", metrics)
-    curves = {hook: train_directory / slug(hook) / "metrics.jsonl" for hook in saes}
-    write_report(directory / "report.html", metrics, curves, manifests)
+    curves = {hook: upstream.train / slug(hook) / "metrics.jsonl" for hook in saes}
+    write_report(directory / "report.html", metrics, curves, upstream.manifests)
     return {hook: _main_figures(figures) for hook, figures in saes.items()}
 
 

@@ -25,7 +25,7 @@ from harvest.files import UserError, fsync_path, read_json, write_json
 
 SCHEMA = 1
 FILL = 0x7FC0  # bfloat16 NaN
-SPLITS = ("train", "holdout")
+SPLITS: tuple[str, ...] = ("train", "holdout")
 PROVENANCE = {"token_id": "uint32", "context": "uint32", "position": "uint16"}
 
 

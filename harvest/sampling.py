@@ -27,7 +27,7 @@ from harvest.progress import Progress
 from harvest.sources import open_source
 from harvest.tokenizer import SegmentTokenizer, load_tokenizer
 
-SPLITS = ("train", "holdout")
+SPLITS: tuple[str, ...] = ("train", "holdout")
 DOCUMENTS_AT_ONCE = 256
 
 

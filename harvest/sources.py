@@ -34,7 +34,8 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
     Raises UserError that names the setting when the data cannot be had or read.
     """
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets import config as datasets_config
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     datasets.disable_progress_bars()
     where = f"sample.sources ({source.name}).path: {source.path!r}"
@@ -47,7 +48,7 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
     else:
         builder, options = source.path, {"name": source.subset, "revision": commit, "split": source.split}
         if offline:
-            datasets.config.HF_HUB_OFFLINE = True
+            datasets_config.HF_HUB_OFFLINE = True
     try:
         return datasets.load_dataset(builder, **options)
     except DatasetNotFoundError as error:
@@ -59,7 +60,7 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
         raise UserError(f"{where}: not on the hub at this revision, or private: {_first_line(error)}") from None
     except (ConnectionError, TimeoutError) as error:
         raise UserError(f"{where}: the hub cannot be reached and its cache lacks it: {_first_line(error)}") from None
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+    except (DatasetGenerationError, ValueError) as error:
         cause = error.__cause__ or error
         raise UserError(f"{where}: cannot be read as {builder}: {_first_line(cause)}") from None
 

@@ -102,12 +102,12 @@ def convert_model(gguf: Path, folder: Path) -> None:
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     quantized = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    config = quantized.config
+    config: Any = quantized.config
     # transformers 5 refuses to save what it loaded from GGUF, so the weights move to a fresh model.
     del config.quantization_config
     config.dtype = torch.bfloat16
     config._name_or_path = "SmolLM2-135M-Instruct"
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).bfloat16()
     model.load_state_dict(quantized.state_dict())
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(**where).save_pretrained(folder)

@@ -18,7 +18,9 @@ from pipeline.config import PipelineConfig
 from train.config import TRAIN_VERSION
 
 STAGES = ("sample", "harvest", "train", "evaluate")
-VERSIONS = dict(zip(STAGES, (SAMPLE_VERSION, HARVEST_VERSION, TRAIN_VERSION, EVALUATE_VERSION), strict=True))
+VERSIONS: dict[str, int] = dict(
+    zip(STAGES, (SAMPLE_VERSION, HARVEST_VERSION, TRAIN_VERSION, EVALUATE_VERSION), strict=True)
+)
 TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges)\.(json|txt|model)")
 WEIGHT_FILES = re.compile(r"config\.json|.*\.safetensors|.*\.safetensors\.index\.json")
 COMMIT = re.compile(r"[0-9a-f]{40}")

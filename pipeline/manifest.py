@@ -34,14 +34,14 @@ def begin(directory: Path, identity: dict[str, Any], numerics: dict[str, Any], a
         write_json(path, {**identity, "numerics": numerics, "begun": time.time(), "mixed_with": []})
         return
     begun = read_json(path)
-    before = begun.get("numerics")
+    before: dict[str, Any] = begun.get("numerics") or {}
     if before == numerics or numerics in begun.get("mixed_with", []):
         return
     if not allow_mixed:
         changed = [
-            f"{key}: {(before or {}).get(key)} then, {numerics.get(key)} now"
-            for key in sorted({*(before or {}), *numerics})
-            if (before or {}).get(key) != numerics.get(key)
+            f"{key}: {before.get(key)} then, {numerics.get(key)} now"
+            for key in sorted({*before, *numerics})
+            if before.get(key) != numerics.get(key)
         ]
         raise UserError(
             f"{directory}: was begun under other numerics ({'; '.join(changed)}), so the rest would differ in "

@@ -115,9 +115,8 @@ def _stage_function(runs: Runs, stage: str) -> Callable[[Callable[[dict[str, Any
     from evaluate import run as evaluate
 
     manifests = {name: read_json(here(name) / MANIFEST) for name in STAGES[:3]}
-    return lambda begin: evaluate.run(
-        config.model, model_commit, config.evaluate, manifests, *(here(name) for name in STAGES), begin
-    )
+    upstream = evaluate.Upstream(here("sample"), here("harvest"), here("train"), manifests)
+    return lambda begin: evaluate.run(config.model, model_commit, config.evaluate, upstream, here("evaluate"), begin)
 
 
 def _clear(directory: Path, confirm: Callable[[str], bool]) -> None:

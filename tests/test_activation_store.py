@@ -99,6 +99,16 @@ def test_files_of_the_wrong_size_are_found_at_opening(store, name, damage):
         ActivationStore.open(store.path).check_complete()
 
 
+def read_shard_1(store: ActivationStore, name: str) -> None:
+    if "acts" in name:
+        for chunk in range(4, 8):
+            store.read_chunk("train", HOOKS[0], chunk)
+    elif "norm" in name:
+        store.read_norms("train", HOOKS[1], 1)
+    else:
+        store.read_provenance("train", "token_id", 1)
+
+
 @pytest.mark.parametrize("name", [ACTS, "train/model.layers.1/norm/c/1", "train/row/token_id/c/1"])
 @pytest.mark.parametrize("at", [0, 33, -2])
 def test_a_flipped_bit_is_found(store, name, at):
@@ -111,12 +121,7 @@ def test_a_flipped_bit_is_found(store, name, at):
     with pytest.raises(UserError, match=name):
         again.verify_shard("train", 1)
     with pytest.raises(UserError, match=name):
-        if "acts" in name:
-            [again.read_chunk("train", HOOKS[0], chunk) for chunk in range(4, 8)]
-        elif "norm" in name:
-            again.read_norms("train", HOOKS[1], 1)
-        else:
-            again.read_provenance("train", "token_id", 1)
+        read_shard_1(again, name)
 
 
 def test_a_shard_in_the_place_of_another_is_found(store):

@@ -23,7 +23,7 @@ from train.kernels import TRITON  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-B, D, F = 7, 21, 29
+B, D, F = 6, 21, 23
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
@@ -67,7 +67,7 @@ class TestKernels:
         active, by = entries(*batch())
         count_B, count_F = active.offset_B.diff(), by.offset_F.diff()
         assert count_B[0] == 0 and count_B[5] == F - 1 and count_F[3] == 0
-        assert len(active.f_N) > 50
+        assert len(active.f_N) > 40
         assert len(entries(*batch("none"))[0].f_N) == 0
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -122,11 +122,17 @@ class TestKernels:
     @pytest.mark.parametrize("firing", ["some", "none"])
     def test_the_step_on_kernels_equals_the_plain_step(self, firing: str) -> None:
         sae, x_BD = batch(firing)
-        ours, again, plain = (
-            sparse_step(sae, x_BD, 5.0, torch.float32, operations) for operations in (TRITON, TRITON, PLAIN)
-        )
+        ours, plain = (sparse_step(sae, x_BD, 5.0, torch.float32, ops) for ops in (TRITON, PLAIN))
         torch.testing.assert_close(ours.loss, plain.loss, rtol=1e-5, atol=0)
         assert torch.equal(ours.fired_F, plain.fired_F)
-        for a, b, c in zip(ours.gradients, again.gradients, plain.gradients, strict=True):
-            assert torch.equal(a, b)
-            assert (a - c).norm() <= 1e-5 * c.norm()
+        for a, b in zip(ours.gradients, plain.gradients, strict=True):
+            assert (a - b).norm() <= 1e-5 * b.norm()
+
+    @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program at a time: no order to depend on")
+    def test_same_input_gives_the_same_bytes(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        sae, x_BD = initial_sae(256, 4096, seed=0, device=DEVICE), torch.randn(1024, 256, generator=generator)
+        first, *others = (sparse_step(sae, x_BD.to(DEVICE), 5.0, torch.bfloat16) for _ in range(4))
+        for other in others:
+            assert torch.equal(first.loss, other.loss)
+            assert all(torch.equal(a, b) for a, b in zip(first.gradients, other.gradients, strict=True))

@@ -32,9 +32,7 @@ def rows(count: int, d_in: int, seed: int = 0) -> Tensor:
     return mixed * (d_in**0.5 / mixed.norm(dim=1).mean())
 
 
-def trained(
-    sae: SAE, x_BD: Tensor, step: Callable[..., StepResult], steps: int
-) -> tuple[SAE, list[StepResult]]:
+def trained(sae: SAE, x_BD: Tensor, step: Callable[..., StepResult], steps: int) -> tuple[SAE, list[StepResult]]:
     """The SAE after fp32 Adam steps on batches of 64 of the rows, and what each step reported."""
     sae = SAE(*(w.clone() for w in sae))
     adam = torch.optim.Adam(sae, lr=2e-3, betas=(0.9, 0.999))

@@ -117,7 +117,7 @@ def test_a_damaged_checkpoint_is_named(run_folder):
     folder = only(run_folder, "runs/train/*/model.layers.1/checkpoints")
     tensors = folder / "00000080" / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-100])
-    with pytest.raises(UserError, match="00000080: damaged .* resume from the one before it, 00000060"):
+    with pytest.raises(UserError, match=r"00000080: damaged .* resume from the one before it, 00000060"):
         newest_checkpoint(folder)
     (folder / "00000080" / "checkpoint.json").unlink()
     found = newest_checkpoint(folder)

@@ -2,13 +2,14 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = ("wait therefore the sum of two numbers is even so let me check again however maybe it holds").split(" ")
+WORDS = tuple(dict.fromkeys(re.findall(r"\w+", "wait therefore the sum of two numbers is even so let me check")))
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 DEEPSEEK = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"]
 

@@ -12,6 +12,9 @@ Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros. Offsets into (B
 are int64: 4096 × 524,288 passes 2³¹.
 """
 
+# pyright: reportArgumentType=false
+# Triton turns the numbers given for tl.constexpr parameters into constants itself.
+
 import torch
 import triton
 import triton.language as tl
