@@ -24,6 +24,8 @@ setup: .venv/.dependencies assets/.complete ## virtual environment, dependencies
 
 .venv/.dev: .venv/.dependencies
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@# The kernels' tests run in Triton's interpreter; torch for CUDA brings a triton of its own, torch for CPU none.
+	.venv/bin/python -c 'import triton' 2>/dev/null || .venv/bin/python -m pip install --quiet 'triton==3.9.0' || true
 	@touch $@
 
 assets/.complete: .venv/.dependencies configs/assets.txt pipeline/assets.py
