@@ -48,7 +48,7 @@ eval: setup ## measure the SAE and write the report
 status: setup ## which stage is complete, which would run, and why
 	@$(RUN) status --config $(CONFIG) $(SET)
 
-verify: setup ## read every byte of the store and check it
+verify: setup ## read every byte of the store; what is bad is made anew by the next harvest
 	@$(RUN) verify --config $(CONFIG) $(SET)
 
 test: setup .venv/.dev ## the tests

@@ -76,7 +76,7 @@ def downstream(
 def _variants(
     acts_BSD: Tensor, ids_BS: Tensor, saved: SavedSae, exclude: ExcludeConfig, mean_D: Tensor
 ) -> dict[str, Tensor]:
-    sae, scale = saved.sae.to(acts_BSD.device), saved.statistics.scale
+    sae, scale = saved.sae, saved.statistics.scale
     rows = acts_BSD.flatten(0, 1).bfloat16().float()  # as the store holds them
     rebuilt_BSD = (sae.decode(sae.encode(rows * scale)) / scale).view_as(acts_BSD)
     norm_BS = rows.norm(dim=1).view(ids_BS.shape)

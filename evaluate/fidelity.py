@@ -117,8 +117,8 @@ def _join(parts: list[Any], batch_rows: int) -> tuple[HeldoutBatch, list[Any]]:
 
 @torch.no_grad()
 def fidelity(saved: SavedSae, batches: Iterator[HeldoutBatch], sources: list[str], device: torch.device) -> Fidelity:
-    """All figures of an SAE from batches of held-out rows."""
-    sae, scale = saved.sae.to(device), saved.statistics.scale
+    """All figures of an SAE, which is on `device`, from batches of held-out rows."""
+    sae, scale = saved.sae, saved.statistics.scale
     groups = ["all", *sources]
     sums = {counted: {group: _Sums(sae.d_in) for group in groups} for counted in ("outliers_excluded", "all_rows")}
     fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)

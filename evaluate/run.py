@@ -67,6 +67,7 @@ def run(
     saes: dict[str, Any] = {}
     for hook in store.geometry.hooks:
         saved = _load(upstream.train / slug(hook), config.sae, store)
+        saved = saved._replace(sae=saved.sae.to(device))
         tokens = cast(zarr.Array, contexts["holdout/tokens"])
         saes[hook] = _evaluate(
             saved, store, exclude, context_source, source_names, tokens, model, config, device, directory

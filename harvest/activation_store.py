@@ -25,6 +25,7 @@ from harvest.files import UserError, fsync_path, read_json, write_json
 
 SCHEMA = 1
 FILL = 0x7FC0  # bfloat16 NaN
+REDO = "`make verify` finds and marks what is bad, `make harvest` then redoes just that"
 SPLITS: tuple[str, ...] = ("train", "holdout")
 PROVENANCE = {"token_id": "uint32", "context": "uint32", "position": "uint16"}
 
@@ -196,7 +197,7 @@ class ActivationStore:
             if missing:
                 raise UserError(
                     f"{self.path}: incomplete: {len(missing)} of {self.geometry.shards(split)} {split} shards are "
-                    f"missing, first {missing[0]}; run the harvest again to finish it"
+                    f"missing, first {missing[0]}; {REDO}"
                 )
             for shard in range(self.geometry.shards(split)):
                 self._check_sizes(split, shard)
@@ -212,21 +213,20 @@ class ActivationStore:
             size = path.stat().st_size if path.exists() else None
             if size != expected[name].get("bytes"):
                 found = "missing" if size is None else f"{size:,} bytes"
-                raise UserError(
-                    f"{path}: {found}, {expected[name].get('bytes'):,} bytes expected; delete "
-                    f"{self.record_path(split, shard)} and run the harvest again to redo this shard"
-                )
+                raise UserError(f"{path}: {found}, {expected[name].get('bytes'):,} bytes expected; {REDO}")
         return record
+
+    def sweep(self) -> None:
+        """Remove what killed writers left half written; only under the harvest's lock."""
+        for path in self.path.rglob("*.partial"):
+            path.unlink()
 
     def verify_shard(self, split: str, shard: int) -> None:
         """Read every byte of a shard and raise UserError for the first that is not as it was written."""
         record = self._check_sizes(split, shard)
         for name, expected in record["files"].items():
             if self._checked_crc32c(name, (self.path / name).read_bytes()) != expected["crc32c"]:
-                raise UserError(
-                    f"{self.path / name}: its bytes have changed since they were written (crc32c); delete "
-                    f"{self.record_path(split, shard)} and run the harvest again to redo this shard"
-                )
+                raise UserError(f"{self.path / name}: its bytes have changed since they were written (crc32c); {REDO}")
 
     def _checked_crc32c(self, name: str, data: bytes) -> int | None:
         """crc32c of the crc32c's of a file's chunks; None when a chunk does not match its own.
@@ -257,7 +257,7 @@ class ActivationStore:
         rows = self._read(f"{split}/{slug(hook)}/acts", where, f"c/{chunk // g.chunks_per_shard}/0")
         if (rows[:, 0] == FILL).any():
             file = self.path / split / slug(hook) / "acts" / f"c/{chunk // g.chunks_per_shard}/0"
-            raise UserError(f"{file}: rows are missing from it; run verify, then the harvest again")
+            raise UserError(f"{file}: rows are missing from it; {REDO}")
         return rows
 
     def read_norms(self, split: str, hook: str, shard: int) -> np.ndarray:
@@ -272,13 +272,11 @@ class ActivationStore:
         rows = self.geometry.shard_rows
         file = self.path / name / f"c/{shard}"
         if not file.exists():
-            raise UserError(f"{file}: missing; run verify, then the harvest again")
+            raise UserError(f"{file}: missing; {REDO}")
         return self._read(name, slice(shard * rows, (shard + 1) * rows), f"c/{shard}")
 
     def _read(self, name: str, where: slice, key: str) -> np.ndarray:
         try:
             return np.asarray(self._array(name)[where])
         except (ValueError, OSError, RuntimeError) as error:
-            raise UserError(
-                f"{self.path / name / key}: damaged ({error}); run verify, then the harvest again"
-            ) from None
+            raise UserError(f"{self.path / name / key}: damaged ({error}); {REDO}") from None

@@ -98,7 +98,8 @@ def is_held_out(key: str, seed: int, fraction: float) -> bool:
 def compose(template: str, document: list[Turn], eos: str) -> list[Segment]:
     """The text of a document as marker and content segments. `eos` ends plain text."""
     if document[0].role == "":
-        return [Segment(document[0].content, False), Segment(eos, True)]
+        end = [Segment(eos, True)] if eos else []
+        return [Segment(document[0].content, False), *end]
     return _chatml(document) if template == "chatml" else _deepseek_r1(document)
 
 

@@ -5,9 +5,13 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_UMASK = os.umask(0o022)  # reading it means setting it
+os.umask(_UMASK)
 
 MAX_JSON_BYTES = 64 << 20  # what we write ourselves stays far below
 
@@ -36,6 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = partial_name(path)
     try:
         yield partial
+        partial.chmod(0o666 & ~_UMASK)  # safetensors makes its files readable by the owner alone
         fsync_path(partial)
         partial.replace(path)
     except BaseException:
@@ -77,10 +82,16 @@ def locked(directory: Path, role: str) -> Iterator[None]:
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f".lock-{role}"
     with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{directory}: another process is running this {role}; wait for it or stop it") from None
+        for last_try in (False, False, True):  # `is_locked` holds it for an instant
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if last_try:
+                    raise UserError(
+                        f"{directory}: another process is running this {role}; wait for it or stop it"
+                    ) from None
+                time.sleep(0.1)
         yield
 
 

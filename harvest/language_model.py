@@ -107,8 +107,8 @@ class HookedModel:
     def replaced(self, hook: str, value_BSD: Tensor) -> Iterator[None]:
         """Within this, the activation at a hook is `value_BSD`, whatever the model reads.
 
-        Where the hook is the output of a decoder layer, that layer and those before it are not computed:
-        nothing of theirs is used.
+        Where the hook is the output of a decoder layer, the layers before it are not computed: nothing of
+        theirs is used.
         """
         module = self.modules[hook]
         layers = next((m for m in self.model.modules() if isinstance(m, nn.ModuleList) and module in list(m)), None)

@@ -62,6 +62,7 @@ def run(
     begun = read_json(directory / "begun.json")
     attributes = {"seed": sample.seed, "model": begun["inputs"]["model"], "fingerprint": directory.name}
     store = ActivationStore.create(directory / "store", geometry, {**attributes, "numerics": begun["numerics"]})
+    store.sweep()
     every = [Shard(split, s) for split in ("holdout", "train") for s in range(geometry.shards(split))]
     done = {Shard(split, s) for split in SPLITS for s in store.complete_shards(split)}
     with (

@@ -11,6 +11,7 @@ memory stays flat, disk is twice the result for a while.
     contexts/<split>/source    u1 (contexts,)                  index into the sources
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -99,12 +100,7 @@ def _pack(
 ) -> tuple[dict[str, Packed], dict[str, int]]:
     size = config.context_size
     packed = {
-        split: Packed(
-            *(
-                np.lib.format.open_memmap(scratch / f"{index}-{split}-{name}.npy", "w+", np.uint32, (count * size,))
-                for name in Packed._fields
-            )
-        )
+        split: Packed(*(_scratch(scratch / f"{index}-{split}-{name}", count * size) for name in Packed._fields))
         for split, count in wanted.items()
         if count
     }
@@ -132,6 +128,13 @@ def _pack(
     return packed, {f"{split}_documents": used[split] for split in SPLITS}
 
 
+def _scratch(path: Path, size: int) -> np.ndarray:
+    """A file of so many uint32 as an array; allocated now, as a full disk would kill a sparse one with SIGBUS."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 4 * size)
+    return np.memmap(path, np.uint32, "r+", shape=(size,))
+
+
 def _tokenized(
     index: int,
     source: Source,
@@ -145,7 +148,6 @@ def _tokenized(
     data = open_source(source, commit, config.runtime.offline)
     check_columns(source.rows, data.column_names, source.name)
     order = np.random.default_rng([config.seed, index]).permutation(len(data))
-    checked = False
     for start in range(0, len(order), DOCUMENTS_AT_ONCE):
         numbers = order[start : start + DOCUMENTS_AT_ONCE]
         if all(filled[split] >= wanted[split] * config.context_size for split in SPLITS):
@@ -160,9 +162,6 @@ def _tokenized(
                 kept[split][0].append(number)
                 kept[split][1].append(compose(config.template, document, tokenizer.eos))
         for split, (rows, documents) in kept.items():
-            if documents and not checked:
-                tokenizer.check_template(config.template, documents[0])
-                checked = True
             yield split, rows, tokenizer.encode(documents)
 
 

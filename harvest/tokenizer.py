@@ -30,7 +30,10 @@ class SegmentTokenizer:
         self._markers: dict[str, list[int]] = {}
 
     def encode(self, documents: Sequence[Sequence[Segment]]) -> list[np.ndarray]:
-        """Token ids, uint32, of each document; no token is added that no segment asks for."""
+        """Token ids, uint32, of each document; no token is added that no segment asks for.
+
+        Raises UserError when a marker holds no token of this tokenizer: the template is another model's.
+        """
         contents = [s.text for document in documents for s in document if not s.is_marker]
         ids = iter(self.plain.encode_batch_fast(contents, add_special_tokens=False))
         return [
@@ -43,19 +46,14 @@ class SegmentTokenizer:
 
     def _marker(self, text: str) -> list[int]:
         if text not in self._markers:
+            known = {token.content for token in self.whole.get_added_tokens_decoder().values()}
+            if not any(name in text for name in known if name.strip()):
+                raise UserError(
+                    f"sample.template: writes the marker {text.strip()!r}, which holds no token of this model's "
+                    "tokenizer; choose the template that the model was trained with"
+                )
             self._markers[text] = self.whole.encode(text, add_special_tokens=False).ids
         return self._markers[text]
-
-    def check_template(self, template: str, segments: Sequence[Segment]) -> None:
-        """Raise UserError when a marker of the template is no special token of this model."""
-        added = {token.content for token in self.whole.get_added_tokens_decoder().values()}
-        for text in {s.text.strip() for s in segments if s.is_marker}:
-            name = text if text in added else text.split(">")[0] + ">"
-            if name not in added:
-                raise UserError(
-                    f"sample.template: {template!r} writes the marker {name!r}, which is no token of this "
-                    "model's tokenizer; choose the template that the model was trained with"
-                )
 
 
 def load_tokenizer(model: ModelConfig, commit: str | None, offline: bool) -> SegmentTokenizer:

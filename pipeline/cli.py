@@ -11,9 +11,10 @@ from typing import Annotated
 
 import typer
 
-from harvest.files import UserError
+from harvest.files import UserError, locked
 from pipeline import config, stages
 from pipeline.fingerprint import STAGES
+from pipeline.manifest import MANIFEST
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -173,6 +174,30 @@ def path(
         if stage not in STAGES:
             raise config.SettingsError(f"path: {stage!r}: not a stage; one of {', '.join(STAGES)}")
         print(_find(config_file, overrides, runs).directory(stage))
+
+
+@app.command()
+def verify(
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    runs: Root = DEFAULT_RUNS,
+    digest: Annotated[bool, typer.Option("--digest", help="Only print one sha256 of all files of the store.")] = False,
+) -> None:
+    """Read every byte of the activation store; what is bad is named, and made anew by the next harvest."""
+    with _errors():
+        from harvest import verify as verification
+
+        directory = _find(config_file, overrides, runs).directory("harvest")
+        if digest:
+            print(verification.digest(directory / "store"))
+            return
+        with locked(directory, "harvest"):
+            bad = verification.verify(directory / "store")
+            if bad:
+                (directory / MANIFEST).unlink(missing_ok=True)
+                raise UserError(
+                    "\n".join(bad) + f"\n{len(bad)} bad shards are marked; `make harvest` redoes just these"
+                )
 
 
 def main() -> None:

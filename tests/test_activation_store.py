@@ -95,7 +95,7 @@ def test_files_of_the_wrong_size_are_found_at_opening(store, name, damage):
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(UserError, match=f"{name}: .*bytes expected; delete .*00001.json"):
+    with pytest.raises(UserError, match=f"{name}: .*bytes expected; `make verify`"):
         ActivationStore.open(store.path).check_complete()
 
 

@@ -79,14 +79,13 @@ def test_text_that_looks_like_a_special_token_stays_text(tokenizer, marker):
     assert tokenizer.whole.decode(hostile, skip_special_tokens=False).count(marker) == 1 + plain.count(token)
 
 
-def test_a_template_of_another_model_is_an_error(tokenizer):
-    del tokenizer
+def test_a_template_of_another_model_is_an_error():
     other = tiny.tokenizer().backend_tokenizer.to_str().replace("<｜User｜>", "<other>")
     from tokenizers import Tokenizer
 
     known = SegmentTokenizer(Tokenizer.from_str(other), "")
-    with pytest.raises(UserError, match=r"sample\.template: 'deepseek-r1' writes the marker '<｜User｜>'"):
-        known.check_template("deepseek-r1", compose("deepseek-r1", [Turn("user", "a")], ""))
+    with pytest.raises(UserError, match=r"sample\.template: writes the marker '<｜User｜>'"):
+        known.encode([compose("deepseek-r1", [Turn("user", "a")], "")])
 
 
 def test_equal_prompts_fall_on_one_side():

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from harvest.activation_store import ActivationStore
+from harvest.files import UserError
 from train.config import ExcludeConfig
 from train.exclusion import kept_rows
 
@@ -151,7 +152,10 @@ class ActivationLoader:
 def heldout_rows(
     store: ActivationStore, hook: str, exclude: ExcludeConfig, norm_limit: float | None, count: int
 ) -> Tensor:
-    """The first kept held-out rows, bfloat16 (at most count, d_in)."""
+    """The first kept held-out rows, bfloat16 (at most count, d_in).
+
+    Raises UserError when the exclusions leave none.
+    """
     g = store.geometry
     parts: list[np.ndarray] = []
     for shard in range(g.holdout_shards):
@@ -161,4 +165,6 @@ def heldout_rows(
             parts.append(rows[keep[inside * g.chunk_rows : (inside + 1) * g.chunk_rows]])
             if sum(map(len, parts)) >= count:
                 return torch.from_numpy(np.concatenate(parts)[:count]).view(torch.bfloat16)
-    return torch.from_numpy(np.concatenate(parts)[:count]).view(torch.bfloat16)
+    if not any(map(len, parts)):
+        raise UserError(f"train.exclude: {exclude.model_dump()}: leaves no held-out row of {hook}")
+    return torch.from_numpy(np.concatenate(parts)).view(torch.bfloat16)
