@@ -1,12 +1,15 @@
 """What the model loses when the SAE's reconstruction stands in for the activation.
 
 For held-out contexts, the next token's cross-entropy (nats) with the activation at the hook
-    clean              as it is
-    sae                rebuilt by the SAE; rows that training leaves out pass through unchanged
-    sae_all_rows       every row rebuilt
-    zero_ablated       0
-    mean_ablated       the mean of the kept held-out rows
-and KL(clean ‖ each). ce_loss_score = (zero − sae) / (zero − clean), as in SAELens' evals.
+    clean                    as it is
+    sae                      rebuilt by the SAE; rows that training leaves out pass through unchanged
+    zero_ablated             0; the same rows pass through
+    mean_ablated             the mean of the kept held-out rows; the same rows pass through
+    sae_all_rows             every row rebuilt
+    zero_ablated_all_rows    every row 0, SAELens' ablation
+and KL(clean ‖ SAE). ce_loss_score = (zero − sae) / (zero − clean), as in SAELens' evals. Numerator and
+denominator replace the same rows: where outlier rows pass, the attention sink stays in both. (With every
+row 0, a model without biases gives every token the same logit, and the cross-entropy is ln V.)
 
 Shape suffixes: B contexts, S positions, D d_in, V vocabulary.
 """
@@ -22,18 +25,22 @@ from harvest.progress import Progress
 from train.checkpoint import SavedSae
 from train.config import ExcludeConfig
 
-VARIANTS = ("sae", "sae_all_rows", "zero_ablated", "mean_ablated")
+ABLATED = ("zero_ablated", "mean_ablated", "zero_ablated_all_rows")
+REBUILT = ("sae", "sae_all_rows")
+POSITIONS_AT_ONCE = 64  # logits of more positions leave the cache between two passes
 
 DEFINITIONS = {
     "contexts": "held-out contexts read by the whole model",
     "ce_clean": "mean cross-entropy of the next token, nats, with the activation as it is",
     "ce_sae": "the same with the SAE's reconstruction; rows that training leaves out pass through unchanged",
+    "ce_zero_ablated": "the same with the activation set to 0; the same rows pass through",
+    "ce_mean_ablated": "the same with the mean of the kept held-out rows; the same rows pass through",
     "ce_sae_all_rows": "the same with every row through the SAE",
-    "ce_zero_ablated": "the same with the activation set to 0",
-    "ce_mean_ablated": "the same with the activation set to the mean of the kept held-out rows",
+    "ce_zero_ablated_all_rows": "the same with every row set to 0 (SAELens' ablation)",
     "ce_loss_score": "(ce_zero_ablated - ce_sae) / (ce_zero_ablated - ce_clean)",
-    "ce_loss_score_all_rows": "the same for ce_sae_all_rows",
-    "kl_*": "mean over positions of KL(clean || variant), nats",
+    "ce_loss_score_all_rows": "the same for the figures of all rows (SAELens' score)",
+    "kl_sae": "mean over positions of KL(clean || sae), nats",
+    "kl_sae_all_rows": "mean over positions of KL(clean || sae_all_rows), nats",
 }
 
 
@@ -50,18 +57,19 @@ def downstream(
     progress: Progress | None = None,
 ) -> dict[str, dict[str, float]]:
     """Figures for all contexts and for each source. `tokens` (contexts, S), `sources` (contexts,)."""
-    losses: dict[str, list[np.ndarray]] = {name: [] for name in ("clean", *VARIANTS)}
-    divergences: dict[str, list[np.ndarray]] = {name: [] for name in VARIANTS}
+    losses: dict[str, list[np.ndarray]] = {name: [] for name in ("clean", *REBUILT, *ABLATED)}
+    divergences: dict[str, list[np.ndarray]] = {name: [] for name in REBUILT}
     for start in range(0, len(tokens), batch_contexts):
         ids_BS = torch.from_numpy(tokens[start : start + batch_contexts].astype(np.int64)).to(model.device)
-        acts_BSD = model.activations(ids_BS)[saved.hook]
-        clean_BSV = _log_probabilities(model, ids_BS)
-        losses["clean"].append(_loss(clean_BSV, ids_BS))
+        acts, output = model.read(ids_BS)
+        acts_BSD, clean_BSV = acts[saved.hook], output.logits
+        losses["clean"].append(_cross_entropy(clean_BSV, ids_BS))
         for name, value_BSD in _variants(acts_BSD.float(), ids_BS, saved, exclude, mean_D).items():
             with model.replaced(saved.hook, value_BSD):
-                variant_BSV = _log_probabilities(model, ids_BS)
-            losses[name].append(_loss(variant_BSV, ids_BS))
-            divergences[name].append(_divergence(clean_BSV, variant_BSV))
+                logits_BSV = model.model(ids_BS, use_cache=False).logits
+            losses[name].append(_cross_entropy(logits_BSV, ids_BS))
+            if name in REBUILT:
+                divergences[name].append(_divergence(clean_BSV, logits_BSV))
         if progress:
             progress.advance(ids_BS.numel())
     loss = {name: np.concatenate(parts) for name, parts in losses.items()}
@@ -85,37 +93,45 @@ def _variants(
     passed_BS |= torch.isin(position_S, torch.tensor(exclude.positions, device=ids_BS.device, dtype=torch.long))
     if saved.statistics.norm_limit is not None:
         passed_BS |= norm_BS > saved.statistics.norm_limit
+    passed_BS1 = passed_BS.unsqueeze(2)
+    mean_BSD = mean_D.to(acts_BSD).expand_as(acts_BSD)
     return {
-        "sae": torch.where(passed_BS.unsqueeze(2), acts_BSD, rebuilt_BSD),
+        "sae": torch.where(passed_BS1, acts_BSD, rebuilt_BSD),
+        "zero_ablated": acts_BSD * passed_BS1,
+        "mean_ablated": torch.where(passed_BS1, acts_BSD, mean_BSD),
         "sae_all_rows": rebuilt_BSD,
-        "zero_ablated": torch.zeros_like(acts_BSD),
-        "mean_ablated": mean_D.to(acts_BSD).expand_as(acts_BSD),
+        "zero_ablated_all_rows": torch.zeros_like(acts_BSD),
     }
 
 
-def _log_probabilities(model: HookedModel, ids_BS: Tensor) -> Tensor:
-    return model.model(ids_BS, use_cache=False).logits.float().log_softmax(-1)
-
-
-def _loss(log_p_BSV: Tensor, ids_BS: Tensor) -> np.ndarray:
+def _cross_entropy(logits_BSV: Tensor, ids_BS: Tensor) -> np.ndarray:
     """Mean cross-entropy of each context, (B,)."""
-    chosen = log_p_BSV[:, :-1].gather(2, ids_BS[:, 1:].unsqueeze(2)).squeeze(2)
-    return -chosen.double().mean(1).cpu().numpy()
+    positions = zip(
+        logits_BSV[:, :-1].split(POSITIONS_AT_ONCE, 1), ids_BS[:, 1:].split(POSITIONS_AT_ONCE, 1), strict=True
+    )
+    losses = [
+        torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+        for logits, ids in positions
+    ]
+    return torch.cat(losses, 1).double().mean(1).cpu().numpy()
 
 
-def _divergence(clean_BSV: Tensor, variant_BSV: Tensor) -> np.ndarray:
-    """Mean KL(clean ‖ variant) of each context, (B,)."""
-    kl_BS = torch.stack([(c.exp() * (c - v)).sum(-1) for c, v in zip(clean_BSV, variant_BSV, strict=True)])
-    return kl_BS.double().mean(1).cpu().numpy()
+def _divergence(clean_BSV: Tensor, other_BSV: Tensor) -> np.ndarray:
+    """Mean KL(clean ‖ other) of each context, (B,)."""
+    parts = []
+    for clean, other in zip(clean_BSV.split(POSITIONS_AT_ONCE, 1), other_BSV.split(POSITIONS_AT_ONCE, 1), strict=True):
+        log_p, log_q = clean.float().log_softmax(-1), other.float().log_softmax(-1)
+        parts.append((log_p.exp() * log_p.sub(log_q)).sum(-1))
+    return torch.cat(parts, 1).double().mean(1).cpu().numpy()
 
 
 def _figures(loss: dict[str, Any], divergence: dict[str, Any], chosen: np.ndarray) -> dict[str, float]:
     ce = {name: float(values[chosen].mean()) for name, values in loss.items()}
     out: dict[str, float] = {"contexts": int(chosen.sum())}
     out |= {f"ce_{name}": value for name, value in ce.items()}
-    span = ce["zero_ablated"] - ce["clean"]
-    if span:
-        out["ce_loss_score"] = (ce["zero_ablated"] - ce["sae"]) / span
-        out["ce_loss_score_all_rows"] = (ce["zero_ablated"] - ce["sae_all_rows"]) / span
+    for rows in ("", "_all_rows"):
+        span = ce[f"zero_ablated{rows}"] - ce["clean"]
+        if span:
+            out[f"ce_loss_score{rows}"] = (ce[f"zero_ablated{rows}"] - ce[f"sae{rows}"]) / span
     out |= {f"kl_{name}": float(values[chosen].mean()) for name, values in divergence.items()}
     return out

@@ -30,6 +30,7 @@ DOWNSTREAM_COLUMNS = {
     "ce_sae_all_rows": "SAE, all rows",
     "ce_mean_ablated": "mean-ablated",
     "ce_zero_ablated": "zero-ablated",
+    "ce_zero_ablated_all_rows": "zero, all rows",
     "ce_loss_score": "score",
     "ce_loss_score_all_rows": "score, all rows",
     "kl_sae": "KL",

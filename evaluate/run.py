@@ -164,6 +164,13 @@ def _main_figures(figures: dict[str, Any]) -> dict[str, Any]:
     }
     if "downstream" in figures:
         down = figures["downstream"]["all"]
-        for name in ("ce_clean", "ce_sae", "ce_zero_ablated", "ce_loss_score", "ce_loss_score_all_rows"):
+        for name in (
+            "ce_clean",
+            "ce_sae",
+            "ce_zero_ablated",
+            "ce_loss_score",
+            "ce_sae_all_rows",
+            "ce_loss_score_all_rows",
+        ):
             out[name] = down.get(name)
     return out

@@ -87,6 +87,11 @@ class HookedModel:
     @torch.inference_mode()
     def activations(self, tokens_BS: Tensor) -> dict[str, Tensor]:
         """Activations (B, S, d_in) at every hook, in the precision of the forward pass."""
+        return self.read(tokens_BS)[0]
+
+    @torch.inference_mode()
+    def read(self, tokens_BS: Tensor) -> tuple[dict[str, Tensor], Any]:
+        """The activations, and the model's own output."""
         out: dict[str, Tensor] = {}
 
         def reader(name: str) -> Callable[..., None]:
@@ -97,11 +102,11 @@ class HookedModel:
 
         handles = [module.register_forward_hook(reader(name)) for name, module in self.modules.items()]
         try:
-            self.model(tokens_BS.to(self.device), use_cache=False)
+            output = self.model(tokens_BS.to(self.device), use_cache=False)
         finally:
             for handle in handles:
                 handle.remove()
-        return out
+        return out, output
 
     @contextmanager
     def replaced(self, hook: str, value_BSD: Tensor) -> Iterator[None]:

@@ -202,3 +202,17 @@ def test_bfloat16_products_train_too(run_folder):
     last = [json.loads((f / "metrics.jsonl").read_text().splitlines()[-1]) for f in folders]
     assert abs(last[0]["explained_variance"] - last[1]["explained_variance"]) < 0.02
     assert load_sae(folders[-1]).sae.W_enc.dtype == torch.float32
+
+
+def test_both_kernels_are_used_and_agree(finished, run_folder):
+    """The tiny run switches from dense to sparse; either alone ends at the same figures."""
+    assert {line["kernel"] for line in log(finished) if line["kind"] == "train"} == {"dense", "sparse"}
+    last = {}
+    for kernel in ("dense", "sparse"):
+        assert pipeline("train", f"train.kernel={kernel}").status == 0
+        newest = max(run_folder.glob("runs/train/*/model.layers.1/metrics.jsonl"), key=lambda p: p.stat().st_mtime)
+        lines = [json.loads(line) for line in newest.read_text().splitlines()]
+        assert {line["kernel"] for line in lines if line["kind"] == "train"} == {kernel}
+        last[kernel] = lines[-1]
+    for name in ("loss", "l0", "explained_variance"):
+        assert last["dense"][name] == pytest.approx(last["sparse"][name], rel=5e-3)

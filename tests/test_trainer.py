@@ -78,7 +78,7 @@ def test_restored_it_goes_on_as_if_nothing_had_been():
     for batch in rows[:5]:
         first.step(batch)
     second = trainer(8, 12, 8)
-    second.restore({name: tensor.clone() for name, tensor in first.tensors().items()}, 5)
+    second.restore({name: tensor.clone() for name, tensor in first.tensors().items()}, 5, first.kernel.state())
     for batch in rows[5:]:
         second.step(batch)
     for name, tensor in straight.tensors().items():

@@ -30,6 +30,7 @@ class Checkpoint(NamedTuple):
     position: Position
     best_loss: float | None
     metrics_bytes: int
+    kernel: dict[str, Any]
     statistics: InputStatistics
 
 
@@ -77,6 +78,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | No
             position=Position(**about["position"]),
             best_loss=about["best_loss"],
             metrics_bytes=about["metrics_bytes"],
+            kernel=about["kernel"],
             statistics=InputStatistics(**about["statistics"]),
         )
     except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:

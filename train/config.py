@@ -74,8 +74,11 @@ class TrainConfig(Settings):
     """Shards of a window: consecutive shards whose chunks are read in random order."""
     pool_rows: int = Field(default=131_072, ge=1)
     """Rows that are shuffled together in memory; two pools are held."""
-    kernel: Literal["dense"] = "dense"
-    """How gradients are computed."""
+    kernel: Literal["auto", "dense", "sparse"] = "auto"
+    """How gradients are computed: by five dense products, from the non-zeros alone (the same, faster while
+    few features are active), or whichever suits the L0 of some steps before."""
+    sparse_below: float = Field(default=0.01, gt=0, le=1)
+    """auto goes sparse when L0 falls below this part of d_sae, and back to dense above twice as much."""
     compute_dtype: ComputeDtype = "auto"
     """Precision of the matrix products; weights, sums and Adam stay float32. auto: as harvest.compute_dtype."""
     validate_every: int = Field(default=1000, ge=1)

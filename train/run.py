@@ -72,8 +72,8 @@ def _train_hook(
         checkpoint, tensors = found
         if tensors["W_enc"].shape != sae.W_enc.shape:
             raise UserError(f"{folder}: its checkpoint is of an SAE of shape {tuple(tensors['W_enc'].shape)}")
-        trainer.restore(tensors, checkpoint.step)
-        _, position, best_loss, metrics_bytes, _ = checkpoint
+        trainer.restore(tensors, checkpoint.step, checkpoint.kernel)
+        position, best_loss, metrics_bytes = checkpoint.position, checkpoint.best_loss, checkpoint.metrics_bytes
     loader = ActivationLoader(
         store,
         hook,
@@ -119,7 +119,7 @@ def _train_hook(
                     best_loss = validation.loss
                     save_sae(folder / "best", sae, hook, statistics, about | {"step": step})
             if step % config.runtime.checkpoint_every == 0 or interrupted():
-                checkpoint = Checkpoint(step, position, best_loss, metrics.bytes(), statistics)
+                checkpoint = Checkpoint(step, position, best_loss, metrics.bytes(), trainer.kernel.state(), statistics)
                 save_checkpoint(folder / "checkpoints", checkpoint, trainer.tensors(), config.runtime.keep_last)
                 if interrupted():
                     raise KeyboardInterrupt
@@ -174,7 +174,7 @@ class _Metrics:
         rate = (tokens - self._last[1]) / (now - self._last[0]) if self._last else None
         self._last = (now, tokens)
         schedule = {"lr": stepped.lr, "l1_coefficient": stepped.l1_coefficient, "dead_features": dead}
-        head = {"kind": "train", "step": step, "tokens": tokens}
+        head = {"kind": "train", "step": step, "tokens": tokens, "kernel": stepped.kernel}
         self._write(head | figures | schedule | {"tokens_per_second": rate and round(rate)})
         return f"L0 {figures['l0']:.1f}  explained variance {figures['explained_variance']:.3f}"
 

@@ -3,14 +3,16 @@
 Knows nothing of stores: it takes batches of rows, wherever they come from.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from train.config import TrainConfig
+from train.kernel_choice import KernelChoice
 from train.sae import SAE
 from train.schedules import decayed_lr, warmed_l1
+from train.sparse_step import sparse_step
 from train.step import StepResult, dense_step
 
 DEAD_ROWS = 10_000_000  # a feature that fired in none of as many rows is dead
@@ -23,6 +25,7 @@ class Stepped(NamedTuple):
     grad_norm: Tensor  # before clipping
     lr: float
     l1_coefficient: float
+    kernel: str  # the one that was used
 
 
 class Validation(NamedTuple):
@@ -44,6 +47,7 @@ class Trainer:
         self.sae, self.scale, self.config, self.steps = sae, scale, config, steps
         self.compute_dtype = compute_dtype
         self.step_number = 0
+        self.kernel = KernelChoice(config, sae.d_sae)
         self.dead_after = min(DEAD_ROWS, rows)
         self.rows_since_fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
         self.adam = torch.optim.Adam(list(sae), lr=config.lr, betas=config.adam_betas, fused=True)
@@ -64,7 +68,10 @@ class Trainer:
         config = self.config
         lr = decayed_lr(config.lr, self.step_number, self.steps, config.lr_decay_fraction)
         l1_coefficient = warmed_l1(config.sae.l1_coefficient, self.step_number, self.steps, config.l1_warmup_fraction)
-        result = dense_step(self.sae, self.scaled(rows_BD), l1_coefficient, self.compute_dtype)
+        kernel = "sparse" if self.kernel.sparse else "dense"
+        compute = sparse_step if self.kernel.sparse else dense_step
+        result = compute(self.sae, self.scaled(rows_BD), l1_coefficient, self.compute_dtype)
+        self.kernel.note(result.l0)
         for weight, gradient in zip(self.sae, result.gradients, strict=True):
             weight.grad = gradient
         grad_norm = torch.nn.utils.clip_grad_norm_(list(self.sae), config.clip_norm)
@@ -72,7 +79,7 @@ class Trainer:
         self.adam.step()
         self.rows_since_fired_F.add_(len(rows_BD)).masked_fill_(result.fired_F, 0)
         self.step_number += 1
-        return Stepped(result, grad_norm, lr, l1_coefficient)
+        return Stepped(result, grad_norm, lr, l1_coefficient, kernel)
 
     @torch.no_grad()
     def validate(self, rows: Tensor) -> Validation:
@@ -104,8 +111,9 @@ class Trainer:
         out["rows_since_fired"] = self.rows_since_fired_F
         return {name: tensor.cpu() for name, tensor in out.items()}
 
-    def restore(self, tensors: dict[str, Tensor], step_number: int) -> None:
-        """Take up the state that `tensors` gave."""
+    def restore(self, tensors: dict[str, Tensor], step_number: int, kernel: dict[str, Any]) -> None:
+        """Take up the state that `tensors` and `kernel.state` gave."""
+        self.kernel.restore(kernel)
         for name, weight in self.sae._asdict().items():
             weight.copy_(tensors[name])
             state = self.adam.state[weight]
