@@ -65,7 +65,7 @@ def _errors() -> Iterator[None]:
         sys.exit(INTERRUPTED)
 
 
-def _find(file: Path, overrides: list[str] | None, root: Path) -> stages.Runs:
+def _find(file: Path, overrides: list[str] | None, root: Path) -> list[stages.Runs]:
     settings = config.load(file, overrides or [])
     return stages.find_runs(settings, root)
 
@@ -80,15 +80,16 @@ def _run(
     yes: bool,
 ) -> None:
     with _errors():
-        runs = _find(file, overrides, root)
+        sweep = _find(file, overrides, root)
 
         def confirm(question: str) -> bool:
             return yes or (sys.stdin.isatty() and typer.confirm(question))
 
         for name in names:
-            stages.run_stage(runs, name, allow_mixed=allow_mixed, force=force, confirm=confirm)
+            stages.run_stage(sweep, name, allow_mixed=allow_mixed, force=force, confirm=confirm)
         if names[-1] == "evaluate":
-            print(runs.directory("evaluate") / "report.html")
+            for runs in sweep:
+                print(runs.directory("evaluate") / "report.html")
 
 
 @app.command()
@@ -169,11 +170,12 @@ def path(
     config_file: ConfigFile = DEFAULT_CONFIG,
     runs: Root = DEFAULT_RUNS,
 ) -> None:
-    """Print a stage's directory for these settings and nothing else, for scripts."""
+    """Print a stage's directory for these settings (one for each of a sweep) and nothing else, for scripts."""
     with _errors():
         if stage not in STAGES:
             raise config.SettingsError(f"path: {stage!r}: not a stage; one of {', '.join(STAGES)}")
-        print(_find(config_file, overrides, runs).directory(stage))
+        for directory in dict.fromkeys(each.directory(stage) for each in _find(config_file, overrides, runs)):
+            print(directory)
 
 
 @app.command()
@@ -187,7 +189,7 @@ def verify(
     with _errors():
         from harvest import verify as verification
 
-        directory = _find(config_file, overrides, runs).directory("harvest")
+        directory = _find(config_file, overrides, runs)[0].directory("harvest")
         if digest:
             print(verification.digest(directory / "store"))
             return

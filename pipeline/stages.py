@@ -4,7 +4,9 @@ Nothing here imports torch until a stage really runs.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +22,8 @@ from pipeline.fingerprint import (
     resolved_commit,
 )
 from pipeline.manifest import BEGUN, MANIFEST, begin, finish, is_complete
+
+Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
 
 
 class Runs(NamedTuple):
@@ -56,67 +60,88 @@ class Runs(NamedTuple):
         return settings
 
 
-def find_runs(config: PipelineConfig, root: Path) -> Runs:
-    """Identify inputs and fingerprints; see `find_inputs` for what it raises."""
+def find_runs(config: PipelineConfig, root: Path) -> list[Runs]:
+    """Identify inputs and fingerprints, of every single setting of a sweep.
+
+    See `find_inputs` for what it raises.
+    """
     inputs = find_inputs(config, root)
-    return Runs(config, inputs, fingerprints(config, inputs), root)
+    single = [config.model_copy(update={"train": train}) for train in config.train.expanded()]
+    return [Runs(c, inputs, fingerprints(c, inputs), root) for c in single]
 
 
-def run_stage(runs: Runs, stage: str, *, allow_mixed: bool, force: bool, confirm: Callable[[str], bool]) -> None:
-    """Run a stage unless it is complete; resume it where it was left.
+def run_stage(
+    sweep: Sequence[Runs], stage: str, *, allow_mixed: bool, force: bool, confirm: Callable[[str], bool]
+) -> None:
+    """Run a stage for every setting of a sweep unless it is complete; resume it where it was left.
 
     Raises UserError when the stage before is not complete, another process runs this one, or the
     numerics have changed.
     """
-    directory, upstream = runs.directory(stage), runs.upstream(stage)
-    if is_complete(directory) and not force:
-        print(f"{stage:9} complete  {directory}", flush=True)
-        return
+    todo: dict[Path, Runs] = {}
+    for directory, runs in {runs.directory(stage): runs for runs in sweep}.items():
+        if is_complete(directory) and not force:
+            print(f"{stage:9} complete  {directory}", flush=True)
+            continue
+        _check_upstream(runs, stage)
+        todo[directory] = runs
+    with ExitStack() as stack:
+        begins = []
+        for directory, runs in todo.items():
+            stack.enter_context(locked(directory, stage))
+            if force and (directory / BEGUN).exists():
+                _clear(directory, confirm)
+            verb = "resumes" if (directory / BEGUN).exists() else "runs"
+            print(f"{stage:9} {verb}  {directory}", flush=True)
+            begins.append(partial(begin, directory, runs.identity(stage), allow_mixed=allow_mixed))
+        for (directory, _), summary in zip(todo.items(), _run(stage, list(todo.values()), begins), strict=True):
+            finish(directory, summary)
+            print(summary_table(stage, summary), flush=True)
+            print(f"{stage:9} complete  {directory}", flush=True)
+
+
+def _check_upstream(runs: Runs, stage: str) -> None:
+    upstream = runs.upstream(stage)
     if upstream and not is_complete(runs.directory(upstream)):
         command = "harvest" if upstream == "sample" else upstream
         raise UserError(
             f"{stage}: the {upstream} stage for these settings is not complete ({runs.directory(upstream)}); "
             f"run `make {command}` with the same CONFIG and SET first"
         )
-    with locked(directory, stage):
-        if force and (directory / BEGUN).exists():
-            _clear(directory, confirm)
-        print(f"{stage:9} {'resumes' if (directory / BEGUN).exists() else 'runs'}  {directory}", flush=True)
-        run = _stage_function(runs, stage)
-
-        def on_begin(numerics: dict[str, Any]) -> None:
-            begin(directory, runs.identity(stage), numerics, allow_mixed)
-
-        summary = run(on_begin)
-        finish(directory, summary)
-    print(summary_table(stage, summary), flush=True)
-    print(f"{stage:9} complete  {directory}", flush=True)
 
 
-def _stage_function(runs: Runs, stage: str) -> Callable[[Callable[[dict[str, Any]], None]], dict[str, Any]]:
+def _run(stage: str, todo: list[Runs], begins: list[Begin]) -> Iterator[dict[str, Any]]:
+    """Summaries of a stage's runs, one by one; those of train together, as they share a reading of the store."""
+    if stage == "train" and todo:
+        from train import run as train
+
+        tasks = [train.Task(r.config.train, r.directory(stage), b) for r, b in zip(todo, begins, strict=True)]
+        yield from train.run(tasks, todo[0].directory("harvest"))
+        return
+    for runs, begin_run in zip(todo, begins, strict=True):
+        yield _run_one(stage, runs, begin_run)
+
+
+def _run_one(stage: str, runs: Runs, begin_run: Begin) -> dict[str, Any]:
     config, inputs, here = runs.config, runs.inputs, runs.directory
     if stage == "sample":
         from harvest import sampling
 
         commits = [resolved_commit(identity) for identity in inputs.sources]
-        model_commit = resolved_commit(inputs.tokenizer)
-        return lambda begin: sampling.run(config.model, model_commit, config.sample, commits, here("sample"), begin)
-    model_commit = resolved_commit(inputs.model)
+        commit = resolved_commit(inputs.tokenizer)
+        return sampling.run(config.model, commit, config.sample, commits, here("sample"), begin_run)
+    commit = resolved_commit(inputs.model)
     if stage == "harvest":
         from harvest import run as harvest
 
-        return lambda begin: harvest.run(
-            config.model, model_commit, config.sample, config.harvest, here("sample"), here("harvest"), begin
+        return harvest.run(
+            config.model, commit, config.sample, config.harvest, here("sample"), here("harvest"), begin_run
         )
-    if stage == "train":
-        from train import run as train
-
-        return lambda begin: train.run(config.train, here("harvest"), here("train"), begin)
     from evaluate import run as evaluate
 
     manifests = {name: read_json(here(name) / MANIFEST) for name in STAGES[:3]}
     upstream = evaluate.Upstream(here("sample"), here("harvest"), here("train"), manifests)
-    return lambda begin: evaluate.run(config.model, model_commit, config.evaluate, upstream, here("evaluate"), begin)
+    return evaluate.run(config.model, commit, config.evaluate, upstream, here("evaluate"), begin_run)
 
 
 def _clear(directory: Path, confirm: Callable[[str], bool]) -> None:
@@ -132,8 +157,13 @@ def _clear(directory: Path, confirm: Callable[[str], bool]) -> None:
             path.unlink()
 
 
-def status_lines(runs: Runs) -> list[str]:
-    """One line a stage: complete, running (with progress), interrupted, or why it would run."""
+def status_lines(sweep: Sequence[Runs]) -> list[str]:
+    """One line a stage (and setting of a sweep): complete, running, interrupted, or why it would run."""
+    lines = {line: STAGES.index(line.split()[0]) for runs in sweep for line in _status_lines(runs)}
+    return sorted(lines, key=lambda line: lines[line])
+
+
+def _status_lines(runs: Runs) -> list[str]:
     lines = []
     stale: str | None = None
     for stage in STAGES:

@@ -1,5 +1,6 @@
 """Settings of the train stage."""
 
+import itertools
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -36,6 +37,23 @@ class ExcludeConfig(Settings):
     norm_above_median: float | None = Field(default=10.0, gt=1)
     """Rows whose norm is above this multiple of the median norm are not trained on; null keeps them.
     A few such rows hold nearly all squared norm and would drown the rest."""
+
+
+class SweepConfig(Settings):
+    l1_coefficient: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Values of train.sae.l1_coefficient."""
+    lr: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Values of train.lr."""
+    d_sae: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Values of train.sae.d_sae."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SweepConfig":
+        for name in type(self).model_fields:
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names a value twice")
+        return self
 
 
 class TrainRuntime(Settings):
@@ -87,12 +105,29 @@ class TrainConfig(Settings):
     """Held-out rows of a look."""
     seed: Seed = 0
     """Initial weights and order of rows."""
+    sweep: SweepConfig | None = Field(default=None, json_schema_extra={"added": True})
+    """Several SAEs from one reading of the store: every combination of these values, each with a folder and
+    a fingerprint of its own, as if it were trained alone."""
     runtime: TrainRuntime = TrainRuntime()
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        if self.sweep and self.sweep.d_sae and self.sae.d_sae is None:
+            raise ValueError("sweep.d_sae needs sae.d_sae instead of sae.expansion_factor")
         if (self.training_tokens is None) == (self.epochs is None):
             raise ValueError("set exactly one of training_tokens and epochs (null takes one away)")
         if self.training_tokens is not None and self.training_tokens < self.batch_size:
             raise ValueError(f"training_tokens is less than one batch of batch_size = {self.batch_size} rows")
         return self
+
+    def expanded(self) -> list["TrainConfig"]:
+        """The single settings that a sweep stands for; without one, these settings."""
+        if self.sweep is None:
+            return [self]
+        values = [getattr(self.sweep, name) or (None,) for name in ("l1_coefficient", "lr", "d_sae")]
+        out = []
+        for l1_coefficient, lr, d_sae in itertools.product(*values):
+            sae = {"l1_coefficient": l1_coefficient, "d_sae": d_sae}
+            changed = {"sae": self.sae.model_copy(update={k: v for k, v in sae.items() if v is not None})}
+            out.append(self.model_copy(update=changed | {"sweep": None} | ({"lr": lr} if lr is not None else {})))
+        return out

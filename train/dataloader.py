@@ -8,7 +8,8 @@ The position yielded with a batch is all that a resume needs; the seed does the 
 window depends on no later shard. Costs two pools of memory: one is filled while the other is used.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -34,6 +35,13 @@ class Position(NamedTuple):
 class Batch(NamedTuple):
     rows_BD: Tensor  # bfloat16, as stored, on the host
     next: Position
+
+
+class Reading(NamedTuple):
+    """What a loader has done since it was made."""
+
+    bytes: int = 0  # of activations, read from the store
+    stall_seconds: float = 0.0  # in which the step waited for rows
 
 
 class ReadingOrder(NamedTuple):
@@ -101,9 +109,10 @@ class ActivationLoader:
         self.order = ReadingOrder(
             g.train_shards, g.chunks_per_shard, min(window_shards, g.train_shards), pool_chunks, seed
         )
+        self.reading = Reading()
         self._kept: dict[int, np.ndarray] = {}
 
-    def batches(self, start: Position) -> Iterator[Batch]:
+    def batches(self, start: Position) -> Generator[Batch, None, None]:
         """Batches from `start` on.
 
         Raises UserError for a damaged chunk, from the thread that reads ahead.
@@ -114,7 +123,10 @@ class ActivationLoader:
             parts: list[np.ndarray] = []
             wanted = self.batch_size
             while True:
+                began = time.monotonic()
                 pool = ahead.result()
+                waited = time.monotonic() - began
+                self.reading = Reading(self.reading.bytes + pool.rows.nbytes, self.reading.stall_seconds + waited)
                 ahead = reader.submit(self._load, self.order.next_pool(at))
                 while row < len(pool.order):
                     taken = pool.order[row : row + wanted]
