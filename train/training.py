@@ -97,9 +97,10 @@ class Training:
                     step, config.batch_size, stepped, self.trainer.dead_features(), reading
                 )
             except FloatingPointError as error:
+                at = ", ".join(f"{name} {value}" for name, value in batch.next._asdict().items())
                 raise UserError(
-                    f"{self.folder}: {error} at step {step}, whose batch ends at {batch.next}; the last checkpoint is "
-                    f"kept. Lower train.lr ({config.lr:g}) or train.clip_norm ({config.clip_norm:g})"
+                    f"{self.folder}: the loss is no number at step {step} ({error}), whose batch ends at {at}; the last "
+                    f"checkpoint is kept. Lower train.lr ({config.lr:g}) or train.clip_norm ({config.clip_norm:g})"
                 ) from None
         if step % config.validate_every == 0 or self.done:
             validation = self.trainer.validate(validation_rows)
@@ -157,7 +158,7 @@ class Metrics:
         figures = {name: float(value) for name, value in results.items() if name not in ("gradients", "fired_F")}
         figures["grad_norm"] = float(stepped.grad_norm)
         if not all(value == value and abs(value) != float("inf") for value in figures.values()):
-            raise FloatingPointError(f"the loss is no number ({figures})")
+            raise FloatingPointError(f"loss {figures['loss']:g}, gradient norm {figures['grad_norm']:g}")
         now = _Mark(time.monotonic(), step, reading)
         timings = now.since(self._last, batch_size) if self._last else {}
         self._last = now
