@@ -67,12 +67,14 @@ def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_lab
     # The first steps reach far beyond the rest; the top hundredth may leave the frame.
     top = ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))]
     frame = _Frame((min(xs), max(xs)), (min(0.0, ordered[0]) if ordered[0] > -1 else ordered[0], top), x_label)
+    rises = ys[-1] > (frame.y[0] + frame.y[1]) / 2
+    legend = HEIGHT - BOTTOM - 14 * len(series) - 8 if rises else TOP  # away from where the lines end
     for i, (name, values) in enumerate(series.items()):
         path = " ".join(f"{frame.px(x):.1f},{max(frame.py(y), TOP):.1f}" for x, y in values)
         colour = COLOURS[i % len(COLOURS)]
         frame.parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{path}"/>')
         frame.parts.append(
-            f'<text x="{WIDTH - RIGHT - 4}" y="{TOP + 14 * (i + 1)}" fill="{colour}" text-anchor="end">'
+            f'<text x="{WIDTH - RIGHT - 4}" y="{legend + 14 * (i + 1)}" fill="{colour}" text-anchor="end">'
             f"{escape(name)}</text>"
         )
     return frame.svg(title)

@@ -23,17 +23,18 @@ FIDELITY_COLUMNS = {
     "cosine": "cosine",
     "norm_ratio": "norm ratio",
 }
-DOWNSTREAM_COLUMNS = {
+DOWNSTREAM_ROWS = {
     "contexts": "contexts",
-    "ce_clean": "clean",
-    "ce_sae": "SAE",
-    "ce_sae_all_rows": "SAE, all rows",
+    "ce_clean": "activations as they are",
+    "ce_sae": "rebuilt by the SAE",
     "ce_mean_ablated": "mean-ablated",
     "ce_zero_ablated": "zero-ablated",
-    "ce_zero_ablated_all_rows": "zero, all rows",
-    "ce_loss_score": "score",
-    "ce_loss_score_all_rows": "score, all rows",
-    "kl_sae": "KL",
+    "ce_loss_score": "ce_loss_score",
+    "kl_sae": "KL(clean ‖ SAE)",
+    "ce_sae_all_rows": "rebuilt by the SAE, all rows",
+    "ce_zero_ablated_all_rows": "zero-ablated, all rows",
+    "ce_loss_score_all_rows": "ce_loss_score, all rows",
+    "kl_sae_all_rows": "KL(clean ‖ SAE), all rows",
 }
 
 
@@ -49,7 +50,7 @@ def write_report(
         metrics=metrics,
         paper=PAPER,
         fidelity_columns=FIDELITY_COLUMNS,
-        downstream_columns=DOWNSTREAM_COLUMNS,
+        downstream_rows=DOWNSTREAM_ROWS,
         charts={hook: _charts(metrics["saes"][hook], _lines(file)) for hook, file in curves.items()},
         manifests=manifests,
         settings={name: _flat(manifest["settings"]) for name, manifest in manifests.items()},
