@@ -39,7 +39,7 @@ INTERRUPTED = 130  # the shell's status for SIGINT
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def _errors(root: Path = DEFAULT_RUNS) -> Iterator[None]:
     """Turn what a user can mend into one sentence and an exit status: 2 for settings, 1 for the rest."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -53,7 +53,7 @@ def _errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        where = error.filename or "the runs folder"
+        where = error.filename or root
         print(
             f"error: {where}: {os.strerror(error.errno)}. What was complete is untouched; mend it (or choose "
             "another folder with --runs) and run the same command again to go on",
@@ -79,7 +79,7 @@ def _run(
     force: bool,
     yes: bool,
 ) -> None:
-    with _errors():
+    with _errors(root):
         sweep = _find(file, overrides, root)
 
         def confirm(question: str) -> bool:

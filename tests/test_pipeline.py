@@ -21,6 +21,15 @@ def test_everything_twice_gives_the_same_bytes(finished, fresh_folder):
         assert only(fresh_folder, pattern).read_bytes() == only(finished, pattern).read_bytes()
 
 
+def test_bfloat16_goes_through_every_stage(fresh_folder):
+    """What a GPU, or a CPU with bfloat16 instructions, takes by itself."""
+    stages = ("harvest", "train", "evaluate.downstream")
+    ran = pipeline("run", *(f"{stage}.compute_dtype=bfloat16" for stage in stages))
+    assert ran.status == 0, ran.out
+    manifest = json.loads(only(fresh_folder, "runs/harvest/*/manifest.json").read_text())
+    assert manifest["numerics"]["compute_dtype"] == "bfloat16"
+
+
 def test_nothing_runs_when_all_is_complete(run_folder):
     before = contents(run_folder / "runs", "*/**/*")
     ran = pipeline("run")

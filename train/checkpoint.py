@@ -5,6 +5,8 @@ checkpoints/00000200/checkpoint.json       step, position, best loss, length of 
 sae_weights.safetensors, sae.json          an SAE: its weights speak of scaled rows (sae.json: scale)
 """
 
+import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,8 +51,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, tensors: dict[str, Ten
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
     try:
-        with replacing(new / TENSORS) as partial:
-            safetensors.torch.save_file(tensors, partial)
+        _save_tensors(new / TENSORS, tensors)
         about = checkpoint._asdict() | {"statistics": checkpoint.statistics._asdict()}
         write_json(new / MARKER, about | {"position": checkpoint.position._asdict()})
     except BaseException:
@@ -94,10 +95,21 @@ def _complete(folder: Path) -> list[Path]:
 def save_sae(folder: Path, sae: SAE, hook: str, statistics: InputStatistics, about: dict[str, Any]) -> None:
     """Write an SAE's weights, then sae.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / WEIGHTS) as partial:
-        safetensors.torch.save_file({name: weight.cpu() for name, weight in sae._asdict().items()}, partial)
+    _save_tensors(folder / WEIGHTS, {name: weight.cpu() for name, weight in sae._asdict().items()})
     shape = {"d_in": sae.d_in, "d_sae": sae.d_sae, "hook_name": hook}
     write_json(folder / ABOUT, about | shape | statistics._asdict())
+
+
+def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    with replacing(path) as partial:
+        try:
+            safetensors.torch.save_file(tensors, partial)
+        except safetensors.SafetensorError as error:
+            # A full disk comes as text: "I/O error: No space left on device (os error 28)".
+            system = re.search(r"os error (\d+)", str(error))
+            if not system:
+                raise
+            raise OSError(int(system[1]), os.strerror(int(system[1])), str(path)) from None
 
 
 def load_sae(folder: Path) -> SavedSae:

@@ -99,8 +99,8 @@ class Training:
             except FloatingPointError as error:
                 at = ", ".join(f"{name} {value}" for name, value in batch.next._asdict().items())
                 raise UserError(
-                    f"{self.folder}: the loss is no number at step {step} ({error}), whose batch ends at {at}; the last "
-                    f"checkpoint is kept. Lower train.lr ({config.lr:g}) or train.clip_norm ({config.clip_norm:g})"
+                    f"{self.folder}: the loss is no number at step {step} ({error}), whose batch ends at {at}; "
+                    f"the last checkpoint is kept. Lower train.lr ({config.lr:g}) or train.clip_norm ({config.clip_norm:g})"
                 ) from None
         if step % config.validate_every == 0 or self.done:
             validation = self.trainer.validate(validation_rows)
