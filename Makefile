@@ -5,9 +5,14 @@
 CONFIG ?= configs/smollm2.yaml
 SET ?=
 PYTHON ?= python3
+# Processes that training splits the features over: one a GPU, or PROCS on a CPU.
+GPUS ?= 1
+PROCS ?= $(GPUS)
 # On a CPU: waiting threads sleep (a busy neighbour costs five times as much else), and freed memory is kept, as
 # every large tensor would be new pages otherwise (10% of a forward pass). Neither changes a result.
 RUN = OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 .venv/bin/python -m pipeline
+
+LAUNCH = $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-node $(PROCS) -m pipeline,$(RUN))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup all harvest train eval status verify test check
@@ -41,8 +46,8 @@ harvest: setup ## sample the text and write the model's activations into a store
 	@$(RUN) sample --config $(CONFIG) $(SET)
 	@$(RUN) harvest --config $(CONFIG) $(SET)
 
-train: setup ## train the SAE from the store
-	@$(RUN) train --config $(CONFIG) $(SET)
+train: setup ## train the SAE from the store; GPUS=N splits its features over N GPUs
+	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) train --config $(CONFIG) $(SET)
 
 eval: setup ## measure the SAE and write the report
 	@$(RUN) evaluate --config $(CONFIG) $(SET)

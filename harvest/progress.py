@@ -29,15 +29,18 @@ class Progress:
     """Counts units of work and says how fast they go and how long the rest takes.
 
     `start` is what an earlier run had done already; it does not count for the speed. With a `path`,
-    {done, total, unit, seconds_left} is kept there for `status`.
+    {done, total, unit, seconds_left} is kept there for `status`. `quiet` counts in silence.
     """
 
-    def __init__(self, title: str, total: int, unit: str, start: int = 0, path: Path | None = None) -> None:
-        self.title, self.total, self.unit, self.done, self.path = title, total, unit, start, path
+    def __init__(
+        self, title: str, total: int, unit: str, start: int = 0, path: Path | None = None, quiet: bool = False
+    ) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, start
+        self.path, self.quiet = None if quiet else path, quiet
         self._start, self._began = start, time.monotonic()
         self._last_line = self._last_file = self._began
         self._bar: Bar | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
             self._bar = Bar(*columns, console=Console(stderr=True))
             self._task = self._bar.add_task(title, total=total, completed=start, text="")
@@ -80,4 +83,6 @@ class Progress:
         return f"{text}  {duration(self._seconds_left(now))} left" if self.done < self.total else text
 
     def _line(self, note: str = "") -> None:
+        if self.quiet:
+            return
         print(f"{self.title}: {self._figures(time.monotonic())}  {note}".rstrip(), file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 Nothing here imports torch until a stage really runs.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -81,10 +82,15 @@ def run_stage(
     todo: dict[Path, Runs] = {}
     for directory, runs in {runs.directory(stage): runs for runs in sweep}.items():
         if is_complete(directory) and not force:
-            print(f"{stage:9} complete  {directory}", flush=True)
+            if not _is_follower():
+                print(f"{stage:9} complete  {directory}", flush=True)
             continue
         _check_upstream(runs, stage)
         todo[directory] = runs
+    if _is_follower():
+        for _ in _run(stage, list(todo.values()), [_ignore] * len(todo)):
+            pass
+        return
     with ExitStack() as stack:
         begins = []
         for directory, runs in todo.items():
@@ -98,6 +104,15 @@ def run_stage(
             finish(directory, summary)
             print(summary_table(stage, summary), flush=True)
             print(f"{stage:9} complete  {directory}", flush=True)
+
+
+def _is_follower() -> bool:
+    """Whether torchrun or accelerate started this process beside another one, which writes and speaks."""
+    return int(os.environ.get("RANK", "0")) > 0
+
+
+def _ignore(_numerics: dict[str, Any]) -> None:
+    """What a follower does with the numerics: rank 0 compares them."""
 
 
 def _check_upstream(runs: Runs, stage: str) -> None:

@@ -1,11 +1,14 @@
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import contents, only, pipeline, start
+from conftest import ROOT, TINY, contents, only, pipeline, start
 from safetensors import SafetensorError
 
 from harvest.files import UserError
@@ -217,3 +220,36 @@ def test_both_kernels_are_used_and_agree(finished, run_folder):
         last[kernel] = lines[-1]
     for name in ("loss", "l0", "explained_variance"):
         assert last["dense"][name] == pytest.approx(last["sparse"][name], rel=5e-3)
+
+
+def test_features_split_over_processes(finished, run_folder):
+    """Two processes of torchrun: the SAE of one up to rounding; their checkpoint goes on in one process."""
+    drop_training(run_folder)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "train", "--config", str(TINY)],
+        cwd=run_folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("train     complete") == 1
+    split, whole = (load_sae(only(folder, "runs/train/*/model.layers.1")).sae for folder in (run_folder, finished))
+    for a, b in zip(split, whole, strict=True):
+        assert torch.allclose(a, b, atol=1e-3)
+    assert [line["step"] for line in log(run_folder)] == [line["step"] for line in log(finished)]
+    manifest = only(run_folder, "runs/train/*/manifest.json")
+    assert json.loads(manifest.read_text())["numerics"]["ranks"] == 2
+    manifest.unlink()
+    for name in ("sae.json", "sae_weights.safetensors"):
+        (manifest.parent / "model.layers.1" / name).unlink()
+    ran = pipeline("train")
+    assert ran.status == 1
+    assert "ranks: 2 then, 1 now" in ran.out
+    assert pipeline("train", "--allow-mixed").status == 0
+    again = load_sae(only(run_folder, "runs/train/*/model.layers.1")).sae
+    for a, b in zip(again, split, strict=True):
+        assert torch.allclose(a, b, atol=1e-3)

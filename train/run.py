@@ -1,6 +1,7 @@
 """The train stage: one SAE for each hook of a store, and several settings of a sweep from one reading.
 
-A folder each, resumable to the byte. An SAE of a sweep is the one that its settings alone would give.
+A folder each, resumable to the byte. An SAE of a sweep is the one that its settings alone would give. Started by
+torchrun or accelerate, the features are split over the processes; rank 0 writes.
 """
 
 import signal
@@ -16,6 +17,7 @@ from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
 from harvest.progress import Progress
 from train.config import TrainConfig
 from train.dataloader import ActivationLoader, heldout_rows
+from train.parallel import FeatureRanks
 from train.training import Training, is_trained, last_figures
 
 
@@ -37,24 +39,32 @@ def run(tasks: Sequence[Task], harvest_directory: Path) -> list[dict[str, Any]]:
     store = ActivationStore.open(harvest_directory / "store")
     store.check_complete()
     config = tasks[0].config
-    device = resolve_device(config.runtime.device)
+    ranks = FeatureRanks.from_environment(resolve_device(config.runtime.device))
+    device = ranks.device
     dtype = resolve_dtype(config.compute_dtype, device)
     threads = set_threads(config.runtime.threads, device)
     for task in tasks:
-        task.begin(numerics(device, dtype, threads=threads if device.type == "cpu" else None))
+        if ranks.rank == 0:
+            task.begin(numerics(device, dtype, threads=threads if device.type == "cpu" else None, ranks=ranks.size))
     for hook in store.geometry.hooks:
         todo = [task for task in tasks if not is_trained(task.directory / slug(hook))]
         if todo:
-            _train_hook(todo, store, hook, device, dtype)
+            _train_hook(todo, store, hook, device, dtype, ranks)
+    ranks.close()
     return [{h: last_figures(task.directory / slug(h)) for h in store.geometry.hooks} for task in tasks]
 
 
 def _train_hook(
-    tasks: Sequence[Task], store: ActivationStore, hook: str, device: torch.device, dtype: torch.dtype
+    tasks: Sequence[Task],
+    store: ActivationStore,
+    hook: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    ranks: FeatureRanks,
 ) -> None:
     """Feed one stream of batches to the SAEs of one hook, each from where it was left."""
     config = tasks[0].config
-    saes = [Training(task.config, store, hook, task.directory / slug(hook), device, dtype) for task in tasks]
+    saes = [Training(task.config, store, hook, task.directory / slug(hook), device, dtype, ranks) for task in tasks]
     first = min(saes, key=lambda sae: sae.step)
     loader = ActivationLoader(
         store,
@@ -74,7 +84,7 @@ def _train_hook(
         for sae in saes:
             stack.enter_context(closing(sae.metrics))
         path = tasks[0].directory / "progress.json"
-        progress = stack.enter_context(Progress(title, total, "tokens", start=done, path=path))
+        progress = stack.enter_context(Progress(title, total, "tokens", start=done, path=path, quiet=ranks.rank > 0))
         interrupted = stack.enter_context(deferred_interrupt())
         batches = stack.enter_context(closing(loader.batches(first.position)))
         step = first.step
@@ -85,7 +95,7 @@ def _train_hook(
                     sae.take(batch, loader.reading, held_out)
                     progress.advance(config.batch_size, sae.note)
             step += 1
-            if interrupted():
+            if ranks.any(interrupted()):  # signals reach ranks at different steps
                 for sae in saes:
                     if not sae.done:
                         sae.save_checkpoint()

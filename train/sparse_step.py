@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from train.sae import SAE
-from train.step import StepResult, result
+from train.step import StepResult, SumOverRanks, result
 
 # Rows of one encoder product on the CPU. The block is read again right after it is written, which wants
 # it in cache (19 MB at d_sae 9216); fewer rows make the product itself slower.
@@ -63,12 +63,13 @@ def sparse_step(
     l1_coefficient: float,
     compute_dtype: torch.dtype,
     operations: Operations | None = None,
+    sum_over_ranks: SumOverRanks | None = None,
 ) -> StepResult:
     """Gradients and metrics of one batch of scaled float32 rows; `dense_step` up to rounding.
 
     compute_dtype is that of the encoder product and, on CUDA, of all gathered operands; sums and results
-    are float32. operations is for tests: by default the device of x decides. Raises ValueError at 2³¹
-    or more non-zeros.
+    are float32. operations is for tests: by default the device of x decides. sum_over_ranks: as there.
+    Raises ValueError at 2³¹ or more non-zeros.
     """
     ops = operations or operations_for(x_BD.device)
     operand = compute_dtype if ops is not PLAIN else torch.float32
@@ -77,7 +78,12 @@ def sparse_step(
     W_dec = sae.W_dec.to(operand)
 
     active = active_features(sae, x_BD, compute_dtype, ops)
-    error_BD = ops.residual(active, W_dec, sae.b_dec, x_BD)
+    if sum_over_ranks:
+        zero_BD = torch.zeros_like(x_BD)
+        x_hat_BD = sum_over_ranks(ops.residual(active, W_dec, torch.zeros_like(sae.b_dec), zero_BD))
+        error_BD = x_hat_BD.add_(sae.b_dec).sub_(x_BD)
+    else:
+        error_BD = ops.residual(active, W_dec, sae.b_dec, x_BD)
     error = error_BD.to(operand)
     df_N = ops.row_dots(active, error, W_dec).mul_(2 / B)
     df_N.add_(norm_F[active.feature_N], alpha=l1_coefficient / B)

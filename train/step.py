@@ -12,9 +12,12 @@ Products run in `compute_dtype`; weights, sums, residual and gradients stay floa
 The backward is written out because autograd would take six products (it differentiates x too when x
 comes from a module) and keep two more (B, F) float32 tensors alive.
 
+A step may be given a part of the features: `SumOverRanks` then adds the other ranks' parts of x̂.
+
 Shape suffixes: B rows of a batch, D d_in, F d_sae.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,9 +25,16 @@ from torch import Tensor
 
 from train.sae import SAE
 
+# Makes this rank's part of a tensor the sum of all ranks' parts, in place, and returns it.
+SumOverRanks = Callable[[Tensor], Tensor]
+
 
 class StepResult(NamedTuple):
-    """What a step yields, whatever the kernel. Scalars are 0-d float32 tensors on the device."""
+    """What a step yields, whatever the kernel. Scalars are 0-d float32 tensors on the device.
+
+    Given a part of the features, gradients, loss, l1, l0 and fired_F are of that part, the rest is of all;
+    `with_sparsity` makes loss, l1 and l0 whole.
+    """
 
     gradients: SAE
     loss: Tensor
@@ -35,19 +45,35 @@ class StepResult(NamedTuple):
     explained_variance_legacy: Tensor  # mean over rows of 1 − ‖x − x̂‖² / ‖x − x̄‖² (SAELens < 6)
     fired_F: Tensor  # bool: the feature is active in some row
 
+    def with_sparsity(self, l1: Tensor, l0: Tensor, l1_coefficient: float) -> "StepResult":
+        """The same with these l1 and l0, and the loss that they give."""
+        return self._replace(loss=self.mse + l1_coefficient * l1, l1=l1, l0=l0)
+
 
 def product(a: Tensor, b: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """a @ b with operands in compute_dtype, result float32."""
     return (a.to(compute_dtype) @ b.to(compute_dtype)).float()
 
 
-def dense_step(sae: SAE, x_BD: Tensor, l1_coefficient: float, compute_dtype: torch.dtype) -> StepResult:
-    """Gradients and metrics of one batch of scaled float32 rows."""
+def dense_step(
+    sae: SAE,
+    x_BD: Tensor,
+    l1_coefficient: float,
+    compute_dtype: torch.dtype,
+    sum_over_ranks: SumOverRanks | None = None,
+) -> StepResult:
+    """Gradients and metrics of one batch of scaled float32 rows.
+
+    With sum_over_ranks, the SAE's features are a part of all, and it is called once, with the part of x̂.
+    """
     B = x_BD.shape[0]
     norm_F = sae.W_dec.norm(dim=1)
     f_BF = product(x_BD, sae.W_enc, compute_dtype).add_(sae.b_enc).relu_()
     active_BF = f_BF > 0
-    error_BD = product(f_BF, sae.W_dec, compute_dtype).add_(sae.b_dec).sub_(x_BD)
+    error_BD = product(f_BF, sae.W_dec, compute_dtype)
+    if sum_over_ranks:
+        sum_over_ranks(error_BD)
+    error_BD.add_(sae.b_dec).sub_(x_BD)
 
     df_BF = product(error_BD, sae.W_dec.t(), compute_dtype).mul_(2 / B).add_(norm_F, alpha=l1_coefficient / B)
     df_BF *= active_BF

@@ -1,6 +1,7 @@
 """One SAE being trained: schedules, step, clipping, Adam, and what a resume needs.
 
-Knows nothing of stores: it takes batches of rows, wherever they come from.
+Knows nothing of stores: it takes batches of rows, wherever they come from. Where the features are split
+over ranks, each rank has a trainer, and all of them make the same calls with the same rows.
 """
 
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from train.config import TrainConfig
 from train.kernel_choice import KernelChoice
+from train.parallel import SINGLE, FeatureRanks
 from train.sae import SAE
 from train.schedules import decayed_lr, warmed_l1
 from train.sparse_step import sparse_step
@@ -41,13 +43,25 @@ class Trainer:
     """Weights and Adam's moments in float32 on a device; `step` counts finished steps."""
 
     def __init__(
-        self, sae: SAE, scale: float, config: TrainConfig, steps: int, rows: int, compute_dtype: torch.dtype
+        self,
+        sae: SAE,
+        scale: float,
+        config: TrainConfig,
+        steps: int,
+        rows: int,
+        compute_dtype: torch.dtype,
+        ranks: FeatureRanks = SINGLE,
     ) -> None:
-        """`scale` multiplies rows as stored; `rows` is one epoch."""
-        self.sae, self.scale, self.config, self.steps = sae, scale, config, steps
-        self.compute_dtype = compute_dtype
-        self.step_number = 0
+        """`scale` multiplies rows as stored; `rows` is one epoch.
+
+        `sae` is whole; `self.sae`, and what hangs on it, are this rank's features of it.
+        """
+        self.scale, self.config, self.steps = scale, config, steps
+        self.compute_dtype, self.ranks = compute_dtype, ranks
+        self.d_sae = sae.d_sae
         self.kernel = KernelChoice(config, sae.d_sae)
+        self.sae = sae = ranks.shard(sae)
+        self.step_number = 0
         self.dead_after = min(DEAD_ROWS, rows)
         self.rows_since_fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
         self.adam = torch.optim.Adam(list(sae), lr=config.lr, betas=config.adam_betas, fused=True)
@@ -70,49 +84,75 @@ class Trainer:
         l1_coefficient = warmed_l1(config.sae.l1_coefficient, self.step_number, self.steps, config.l1_warmup_fraction)
         kernel = "sparse" if self.kernel.sparse else "dense"
         compute = sparse_step if self.kernel.sparse else dense_step
-        result = compute(self.sae, self.scaled(rows_BD), l1_coefficient, self.compute_dtype)
+        result = compute(
+            self.sae,
+            self.scaled(rows_BD),
+            l1_coefficient,
+            self.compute_dtype,
+            sum_over_ranks=self.ranks.sum_over_ranks,
+        )
+        result, grad_norm = self._whole(result, l1_coefficient)
         self.kernel.note(result.l0)
         for weight, gradient in zip(self.sae, result.gradients, strict=True):
             weight.grad = gradient
-        grad_norm = torch.nn.utils.clip_grad_norm_(list(self.sae), config.clip_norm)
+        torch.nn.utils.clip_grads_with_norm_(list(self.sae), config.clip_norm, grad_norm)
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
         self.rows_since_fired_F.add_(len(rows_BD)).masked_fill_(result.fired_F, 0)
         self.step_number += 1
         return Stepped(result, grad_norm, lr, l1_coefficient, kernel)
 
+    def _whole(self, result: StepResult, l1_coefficient: float) -> tuple[StepResult, Tensor]:
+        """The result with the loss, l1 and l0 of all features, and the norm of all gradients."""
+        W_enc, b_enc, W_dec, b_dec = map(torch.linalg.vector_norm, result.gradients)
+        parts = self.ranks.each(torch.stack([result.l1, result.l0, W_enc, b_enc, W_dec]))
+        result = result.with_sparsity(parts[:, 0].sum(), parts[:, 1].sum(), l1_coefficient)
+        return result, torch.linalg.vector_norm(torch.cat([parts[:, 2:].flatten(), b_dec.unsqueeze(0)]))
+
     @torch.no_grad()
     def validate(self, rows: Tensor) -> Validation:
         """Figures of held-out rows as stored, in batches of the training size."""
         sums = torch.zeros(4, dtype=torch.float64)
         batches = rows.split(self.config.batch_size)
+        # b_dec counts once in the sum over ranks.
+        part = self.sae if self.ranks.rank == 0 else self.sae._replace(b_dec=torch.zeros_like(self.sae.b_dec))
         for batch in batches:
             x_BD = self.scaled(batch)
             f_BF = self.sae.encode(x_BD)
-            error_B = (self.sae.decode(f_BF) - x_BD).square().sum(1)
+            error_B = (self.ranks.sum(part.decode(f_BF)) - x_BD).square().sum(1)
             spread_B = (x_BD - x_BD.mean(0)).square().sum(1)
-            l1_B = f_BF @ self.sae.W_dec.norm(dim=1)
+            l1_B = self.ranks.sum(f_BF @ self.sae.W_dec.norm(dim=1))
+            l0_B = self.ranks.sum((f_BF > 0).sum(1))
             loss = error_B + self.config.sae.l1_coefficient * l1_B
-            figures = [loss, (f_BF > 0).sum(1), error_B / spread_B.sum() * len(batch), error_B / spread_B]
+            figures = [loss, l0_B, error_B / spread_B.sum() * len(batch), error_B / spread_B]
             sums += torch.stack([figure.double().sum() for figure in figures]).cpu()
         loss, l0, unexplained, unexplained_legacy = (sums / len(rows)).tolist()
         return Validation(loss, l0, 1 - unexplained, 1 - unexplained_legacy)
 
     def dead_features(self) -> int:
         """Features that fired in none of the last min(10M, one epoch) rows."""
-        return int((self.rows_since_fired_F >= self.dead_after).sum())
+        return int(self.ranks.sum((self.rows_since_fired_F >= self.dead_after).sum()))
+
+    def whole_sae(self) -> SAE | None:
+        """The weights of all features, on the host; None but on rank 0."""
+        weights = self.ranks.gather(self.sae._asdict(), self.d_sae)
+        return SAE(**weights) if weights else None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that a resume needs, by name, on the host."""
+        """All tensors that a resume needs, by name, whole, on the host of rank 0; {} on other ranks."""
         out = dict(self.sae._asdict())
         for name, weight in self.sae._asdict().items():
             state = self.adam.state[weight]
             out |= {f"adam.{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
         out["rows_since_fired"] = self.rows_since_fired_F
-        return {name: tensor.cpu() for name, tensor in out.items()}
+        return self.ranks.gather(out, self.d_sae)
 
     def restore(self, tensors: dict[str, Tensor], step_number: int, kernel: dict[str, Any]) -> None:
-        """Take up the state that `tensors` and `kernel.state` gave."""
+        """Take up the state that `tensors` and `kernel.state` gave, of any number of ranks.
+
+        Every rank is given the whole tensors.
+        """
+        tensors = self.ranks.shard_tensors(tensors)
         self.kernel.restore(kernel)
         for name, weight in self.sae._asdict().items():
             weight.copy_(tensors[name])

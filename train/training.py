@@ -4,6 +4,7 @@ Several of them can be fed from one reading of a store: each takes the batches t
 """
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from train.checkpoint import ABOUT, Checkpoint, newest_checkpoint, save_checkpoi
 from train.config import TrainConfig
 from train.dataloader import Batch, Position, Reading
 from train.exclusion import InputStatistics, input_statistics
+from train.parallel import FeatureRanks
 from train.sae import initial_sae
 from train.trainer import Stepped, Trainer, Validation
 
@@ -46,6 +48,7 @@ class Training:
         folder: Path,
         device: torch.device,
         compute_dtype: torch.dtype,
+        ranks: FeatureRanks,
     ) -> None:
         g = store.geometry
         rows = g.train_shards * g.shard_rows
@@ -55,19 +58,21 @@ class Training:
         self.statistics: InputStatistics = (
             found[0].statistics if found else input_statistics(store, hook, config.exclude, config.window_shards)
         )
-        sae = initial_sae(g.d_in, config.sae.width(g.d_in), config.seed, device)
-        self.trainer = Trainer(sae, self.statistics.scale, config, self.steps, rows, compute_dtype)
+        shape = (g.d_in, config.sae.width(g.d_in))
+        sae = initial_sae(*shape, config.seed, device)
+        self.trainer = Trainer(sae, self.statistics.scale, config, self.steps, rows, compute_dtype, ranks)
+        self._writes = ranks.rank == 0
         self.position = Position()
         self.best_loss: float | None = None
         metrics_bytes = 0
         if found:
             checkpoint, tensors = found
-            if tensors["W_enc"].shape != sae.W_enc.shape:
+            if tensors["W_enc"].shape != shape:
                 raise UserError(f"{folder}: its checkpoint is of an SAE of shape {tuple(tensors['W_enc'].shape)}")
             self.trainer.restore(tensors, checkpoint.step, checkpoint.kernel)
             self.position, self.best_loss = checkpoint.position, checkpoint.best_loss
             metrics_bytes = checkpoint.metrics_bytes
-        self.metrics = Metrics(folder / "metrics.jsonl", metrics_bytes)
+        self.metrics = Metrics(folder / "metrics.jsonl" if self._writes else Path(os.devnull), metrics_bytes)
         self.note = ""
         self._about = {
             "architecture": "standard",
@@ -100,7 +105,8 @@ class Training:
                 at = ", ".join(f"{name} {value}" for name, value in batch.next._asdict().items())
                 raise UserError(
                     f"{self.folder}: the loss is no number at step {step} ({error}), whose batch ends at {at}; "
-                    f"the last checkpoint is kept. Lower train.lr ({config.lr:g}) or train.clip_norm ({config.clip_norm:g})"
+                    "the last checkpoint is kept. "
+                    f"Lower train.lr ({config.lr:g}) or train.clip_norm ({config.clip_norm:g})"
                 ) from None
         if step % config.validate_every == 0 or self.done:
             validation = self.trainer.validate(validation_rows)
@@ -108,16 +114,22 @@ class Training:
             warmed = step >= round(self.steps * config.l1_warmup_fraction)
             if warmed and (self.best_loss is None or validation.loss < self.best_loss):
                 self.best_loss = validation.loss
-                save_sae(
-                    self.folder / "best", self.trainer.sae, self.hook, self.statistics, self._about | {"step": step}
-                )
+                self._save_sae(self.folder / "best")
         if self.done:
-            save_sae(self.folder, self.trainer.sae, self.hook, self.statistics, self._about | {"step": step})
+            self._save_sae(self.folder)
         elif step % config.runtime.checkpoint_every == 0:
             self.save_checkpoint()
 
+    def _save_sae(self, folder: Path) -> None:
+        sae = self.trainer.whole_sae()
+        if sae:
+            save_sae(folder, sae, self.hook, self.statistics, self._about | {"step": self.step})
+
     def save_checkpoint(self) -> None:
-        """Write everything that a resume needs."""
+        """Write everything that a resume needs; collective, and written by rank 0."""
+        tensors = self.trainer.tensors()
+        if not self._writes:
+            return
         checkpoint = Checkpoint(
             self.step,
             self.position,
@@ -126,20 +138,23 @@ class Training:
             self.trainer.kernel.state(),
             self.statistics,
         )
-        save_checkpoint(self.folder / "checkpoints", checkpoint, self.trainer.tensors(), self.config.runtime.keep_last)
+        save_checkpoint(self.folder / "checkpoints", checkpoint, tensors, self.config.runtime.keep_last)
 
 
 class Metrics:
     """metrics.jsonl: a line every few steps; cut at a resume to what the checkpoint had seen."""
 
     def __init__(self, path: Path, keep_bytes: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        if path.stat().st_size < keep_bytes:
-            raise UserError(f"{path}: shorter than when the checkpoint was written; it was damaged")
-        self._file = path.open("r+b")
-        self._file.truncate(keep_bytes)
-        self._file.seek(keep_bytes)
+        if path == Path(os.devnull):  # a rank that does not write
+            self._file = path.open("wb")
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+            if path.stat().st_size < keep_bytes:
+                raise UserError(f"{path}: shorter than when the checkpoint was written; it was damaged")
+            self._file = path.open("r+b")
+            self._file.truncate(keep_bytes)
+            self._file.seek(keep_bytes)
         self._last: _Mark | None = None
 
     def bytes(self) -> int:

@@ -1,0 +1,311 @@
+"""Features split over 2 and 3 ranks (gloo, float32) against one process.
+
+100 features are no multiple of 3 ranks. Three processes do all the work once for the module, first two of
+them together, then all; `Outcome` is what each brings back.
+"""
+
+import multiprocessing
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from harvest.files import UserError
+from train.config import SaeConfig, TrainConfig
+from train.parallel import SINGLE, FeatureRanks
+from train.sae import SAE, initial_sae
+from train.trainer import Trainer, Validation
+
+D_IN, D_SAE, BATCH, SAVED_AT = 32, 100, 64, 5
+STEPS = {"dense": 200, "sparse": 200, "auto": 40}
+SWITCH = 0.6  # auto goes sparse below this part of d_sae: half of it is active at the start, so after a few steps
+SECONDS = 120  # for all the processes' work, which takes some 10
+FIGURES = ("loss", "mse", "l1", "l0", "explained_variance", "explained_variance_legacy")
+
+
+class Outcome(NamedTuple):
+    """A run of `trained`, seen by one rank."""
+
+    figures: list[dict[str, float]]  # of each step
+    kernels: list[str]
+    validation: Validation
+    dead: int
+    b_dec: list[Tensor]  # with Adam's moments
+    contiguous: bool
+    restored: dict[str, Tensor]  # right after the restore, if any; whole, on rank 0
+    tensors: dict[str, Tensor]  # at the end
+    sae: SAE | None
+    kernel: dict
+
+
+class Saved(NamedTuple):
+    step: int
+    tensors: dict[str, Tensor]
+    kernel: dict
+
+
+def batch(step: int) -> Tensor:
+    """Rows of norm about √d_in, mixed from 24 directions of which each row has a few."""
+    directions = torch.randn(24, D_IN, generator=torch.Generator().manual_seed(99))
+    generator = torch.Generator().manual_seed(step)
+    present = torch.rand(BATCH, 24, generator=generator) < 1 / 8
+    mixed = (present * torch.rand(BATCH, 24, generator=generator)) @ directions
+    return mixed + 0.1 * torch.randn(BATCH, D_IN, generator=generator)
+
+
+def trained(ranks: FeatureRanks, kernel: str, steps: int | None = None, start: Saved | None = None) -> Outcome:
+    """Train up to `steps` (the kernel's), from the beginning or from what was saved."""
+    config = TrainConfig(
+        sae=SaeConfig(d_sae=D_SAE, l1_coefficient=1.0),
+        lr=3e-3,
+        batch_size=BATCH,
+        epochs=1,
+        kernel=kernel,
+        sparse_below=SWITCH,
+    )
+    sae = initial_sae(D_IN, D_SAE, seed=0)
+    sae.b_enc[95:] = -1e3  # the last rank's: they never fire
+    sae.b_dec.fill_(0.5)  # to be counted once
+    trainer = Trainer(sae, 2.0, config, 200, 1000, torch.float32, ranks)
+    if start:
+        trainer.restore(start.tensors, start.step, start.kernel)
+    restored = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    figures, kernels = [], []
+    while trainer.step_number < (steps or STEPS[kernel]):
+        stepped = trainer.step(batch(trainer.step_number))
+        values = {name: float(getattr(stepped.result, name)) for name in FIGURES}
+        figures.append(values | {"grad_norm": float(stepped.grad_norm)})
+        kernels.append(stepped.kernel)
+    b_dec = trainer.sae.b_dec
+    moments = [trainer.adam.state[b_dec][key] for key in ("exp_avg", "exp_avg_sq")]
+    return Outcome(
+        figures,
+        kernels,
+        trainer.validate(torch.cat([batch(-step) for step in range(1, 4)])[:150]),
+        trainer.dead_features(),
+        [b_dec, *moments],
+        all(weight.is_contiguous() for weight in trainer.sae),
+        restored,
+        trainer.tensors(),
+        trainer.whole_sae(),
+        trainer.kernel.state(),
+    )
+
+
+def rank_work(process: int, folder: Path, ports: dict[int, int]) -> None:
+    """What each of the three processes does, as rank `process`; writes its outcomes into the folder."""
+    torch.set_num_threads(1)
+    outcomes: dict[str, Outcome] = {}
+    exchanged = {}
+    for size in (2, 3):
+        if process >= size:
+            continue
+        environment = {"RANK": process, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ports[size]}
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        ranks = FeatureRanks.from_environment(torch.device("cpu"))
+        for kernel in STEPS:
+            outcomes[f"{size} {kernel}"] = trained(ranks, kernel)
+        outcomes[f"{size} auto again"] = trained(ranks, "auto")
+        if size == 2:
+            first = trained(ranks, "auto", SAVED_AT)
+            if process == 0:
+                torch.save(Saved(SAVED_AT, first.tensors, first.kernel), folder / "saved.pt")
+        else:
+            dist.barrier()
+            start = torch.load(folder / "saved.pt", weights_only=False)
+            outcomes["3 resumed"] = trained(ranks, "auto", start=start)
+        exchanged[size] = [ranks.any(process == size - 1), ranks.any(False)]
+        ranks.close()
+    torch.save((outcomes, exchanged), folder / f"{process}.pt")
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Ranks(NamedTuple):
+    outcomes: list[dict[str, Outcome]]  # of each process
+    exchanged: list[dict[int, dict]]
+    saved: Saved
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """More would wait for each other at these shapes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    folder = tmp_path_factory.mktemp("ranks")
+    # The server imports torch once, and each process is a fork of it.
+    multiprocessing.set_forkserver_preload(["torch"])
+    processes = torch.multiprocessing.start_processes(
+        rank_work, (folder, {2: free_port(), 3: free_port()}), nprocs=3, join=False, start_method="forkserver"
+    )
+    deadline = time.monotonic() + SECONDS
+    while not processes.join(timeout=1):  # raises when one fails, and ends the others
+        if time.monotonic() > deadline:
+            for process in processes.processes:
+                process.kill()
+            pytest.fail(f"ranks are not done after {SECONDS} s")
+    brought = [torch.load(folder / f"{process}.pt", weights_only=False) for process in range(3)]
+    outcomes, exchanged = zip(*brought, strict=True)
+    return Ranks(list(outcomes), list(exchanged), torch.load(folder / "saved.pt", weights_only=False))
+
+
+@pytest.fixture(scope="module")
+def one_process() -> dict[str, Outcome]:
+    return {kernel: trained(SINGLE, kernel) for kernel in STEPS}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("kernel", STEPS)
+@pytest.mark.parametrize("size", [2, 3])
+class TestAgainstOneProcess:
+    def test_figures(self, ranks: Ranks, one_process: dict[str, Outcome], size: int, kernel: str) -> None:
+        ours, one = ranks.outcomes[0][f"{size} {kernel}"].figures, one_process[kernel].figures
+        for step, (a, b) in enumerate(zip(ours, one, strict=True)):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5 if step < 10 else 1e-3), step
+            for name in b:
+                assert a[name] == pytest.approx(b[name], rel=1e-5 if step < 1 else 5e-3), (name, step)
+        assert one[-1]["loss"] < 0.6 * one[0]["loss"]  # it did train
+        assert one[0]["grad_norm"] > 1  # and was clipped
+
+    def test_the_same_kernel_at_every_step(
+        self, ranks: Ranks, one_process: dict[str, Outcome], size: int, kernel: str
+    ) -> None:
+        for rank in range(size):
+            assert ranks.outcomes[rank][f"{size} {kernel}"].kernels == one_process[kernel].kernels
+        assert set(one_process[kernel].kernels) == ({"dense", "sparse"} if kernel == "auto" else {kernel})
+
+    def test_validation_and_dead_features(
+        self, ranks: Ranks, one_process: dict[str, Outcome], size: int, kernel: str
+    ) -> None:
+        one = one_process[kernel]
+        assert one.dead >= 5
+        for rank in range(size):
+            ours = ranks.outcomes[rank][f"{size} {kernel}"]
+            assert ours.validation == pytest.approx(one.validation, rel=5e-3)
+            assert ours.dead == one.dead
+
+    def test_tensors_are_whole_and_close(
+        self, ranks: Ranks, one_process: dict[str, Outcome], size: int, kernel: str
+    ) -> None:
+        ours, one = ranks.outcomes[0][f"{size} {kernel}"], one_process[kernel]
+        assert ours.tensors.keys() == one.tensors.keys()
+        for name, tensor in one.tensors.items():
+            assert ours.tensors[name].shape == tensor.shape, name
+            assert ours.tensors[name].dtype == tensor.dtype, name
+        for name in SAE._fields:
+            assert (ours.tensors[name] - one.tensors[name]).norm() <= 1e-2 * one.tensors[name].norm(), name
+        assert ours.sae is not None
+        assert_same(ours.sae._asdict(), {name: ours.tensors[name] for name in SAE._fields})
+
+
+@pytest.mark.parametrize("kernel", STEPS)
+@pytest.mark.parametrize("size", [2, 3])
+class TestRanks:
+    def test_agree_to_the_bit(self, ranks: Ranks, size: int, kernel: str) -> None:
+        first, *others = (ranks.outcomes[rank][f"{size} {kernel}"] for rank in range(size))
+        assert first.contiguous
+        for other in others:
+            assert other.figures == first.figures
+            assert other.validation == first.validation
+            assert other.kernel == first.kernel
+            assert all(torch.equal(a, b) for a, b in zip(other.b_dec, first.b_dec, strict=True))
+            assert other.contiguous
+            assert other.tensors == {}
+            assert other.sae is None
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_same_ranks_give_the_same_bytes_twice(ranks: Ranks, size: int) -> None:
+    for rank in range(size):
+        first, again = (ranks.outcomes[rank][f"{size} auto{which}"] for which in ("", " again"))
+        assert again.figures == first.figures
+        assert_same(again.tensors, first.tensors)
+
+
+class TestSavedOnTwo:
+    def test_restored_on_one(self, ranks: Ranks) -> None:
+        start = ranks.saved
+        resumed = trained(SINGLE, "auto", start=start)
+        assert_same(resumed.restored, start.tensors)
+        self.goes_on(resumed, ranks)
+
+    def test_restored_on_three(self, ranks: Ranks) -> None:
+        resumed = ranks.outcomes[0]["3 resumed"]
+        assert_same(resumed.restored, ranks.saved.tensors)
+        self.goes_on(resumed, ranks)
+
+    def goes_on(self, resumed: Outcome, ranks: Ranks) -> None:
+        straight = ranks.outcomes[0]["2 auto"]
+        assert resumed.kernels == straight.kernels[SAVED_AT:]
+        for step, (a, b) in enumerate(zip(resumed.figures, straight.figures[SAVED_AT:], strict=True)):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5 if step < 10 else 1e-3), step
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_flag_reaches_all_ranks(ranks: Ranks, size: int) -> None:
+    for rank in range(size):
+        assert ranks.exchanged[rank][size] == [True, False]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+def test_every_feature_has_one_rank(size: int) -> None:
+    found = [FeatureRanks(rank, size).features(D_SAE) for rank in range(size)]
+    assert [feature for features in found for feature in features] == list(range(D_SAE))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_a_shard_is_contiguous_and_a_copy() -> None:
+    whole = initial_sae(D_IN, D_SAE, seed=0)
+    for rank in range(3):
+        ranks = FeatureRanks(rank, 3)
+        mine, features = ranks.shard(whole), ranks.features(D_SAE)
+        assert torch.equal(mine.W_enc, whole.W_enc[:, features.start : features.stop])
+        assert torch.equal(mine.W_dec, whole.W_dec[features.start : features.stop])
+        assert torch.equal(mine.b_dec, whole.b_dec)
+        for a, b in zip(mine, whole, strict=True):
+            assert a.is_contiguous() and a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
+    assert SINGLE.shard(whole).W_enc is whole.W_enc
+
+
+def test_more_ranks_than_features_is_an_error() -> None:
+    with pytest.raises(UserError, match="4 features for 5 ranks"):
+        FeatureRanks(0, 5).shard(initial_sae(8, 4, seed=0))
+
+
+def test_more_ranks_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="start no more processes than GPUs"):
+        FeatureRanks.from_environment(torch.device("cuda", 0))
+
+
+def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    ranks = FeatureRanks.from_environment(torch.device("cpu"))
+    assert ranks.size == 1 and ranks.sum_over_ranks is None
+    assert ranks.any(True) and not ranks.any(False)
+    assert not dist.is_initialized()
+    ranks.close()
