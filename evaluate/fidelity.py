@@ -155,7 +155,7 @@ def fidelity(saved: SavedSae, batches: Iterator[HeldoutBatch], sources: list[str
 def density_figures(density_F: np.ndarray) -> dict[str, Any]:
     """Dead and dense features and a histogram of log10 density, from the density on held-out rows."""
     alive = density_F[density_F > 0]
-    counts, edges = np.histogram(np.log10(alive), bins=48, range=(-6, 0))
+    counts, edges = np.histogram(np.log10(alive), bins=56, range=(-7, 0))
     return {
         "d_sae": len(density_F),
         "dead_features": int((density_F == 0).sum()),

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import zarr
 
 from evaluate import downstream, fidelity
 from evaluate.config import EvaluateConfig
@@ -17,6 +16,7 @@ from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
 from harvest.files import UserError, write_json
 from harvest.language_model import HookedModel, load_model
 from harvest.progress import Progress
+from harvest.sampling import Contexts
 from train.checkpoint import SavedSae, load_sae
 from train.config import ExcludeConfig
 
@@ -49,9 +49,8 @@ def run(
     begin(numerics(device, dtype, threads=threads if device.type == "cpu" else None))
     store = ActivationStore.open(upstream.harvest / "store")
     store.check_complete(("holdout",))
-    contexts = zarr.open_group(str(upstream.sample / "contexts"), mode="r")
-    source_names = cast("list[str]", list(cast(Any, contexts.attrs["sources"])))
-    context_source = np.asarray(cast(zarr.Array, contexts["holdout/source"])[:])
+    contexts = Contexts(upstream.sample / "contexts")
+    context_source = contexts.read("holdout", "source", 0, contexts.count("holdout"))
     exclude = ExcludeConfig(**upstream.manifests["train"]["settings"]["exclude"])
     model = None
     if config.downstream:
@@ -68,10 +67,7 @@ def run(
     for hook in store.geometry.hooks:
         saved = _load(upstream.train / slug(hook), config.sae, store)
         saved = saved._replace(sae=saved.sae.to(device))
-        tokens = cast(zarr.Array, contexts["holdout/tokens"])
-        saes[hook] = _evaluate(
-            saved, store, exclude, context_source, source_names, tokens, model, config, device, directory
-        )
+        saes[hook] = _evaluate(saved, store, exclude, contexts, context_source, model, config, device, directory)
     definitions = {
         "fidelity": fidelity.DEFINITIONS,
         "features": fidelity.DENSITY_DEFINITIONS,
@@ -107,9 +103,8 @@ def _evaluate(
     saved: SavedSae,
     store: ActivationStore,
     exclude: ExcludeConfig,
+    contexts: Contexts,
     context_source: np.ndarray,
-    source_names: list[str],
-    tokens: zarr.Array,
     model: HookedModel | None,
     config: EvaluateConfig,
     device: torch.device,
@@ -124,7 +119,7 @@ def _evaluate(
                 yield batch
                 progress.advance(len(batch.rows_BD))
 
-        found = fidelity.fidelity(saved, counted(), source_names, device)
+        found = fidelity.fidelity(saved, counted(), contexts.sources, device)
     figures: dict[str, Any] = {
         "fidelity": found.figures,
         "features": fidelity.density_figures(found.density_F),
@@ -133,7 +128,7 @@ def _evaluate(
     np.save(directory / f"density-{slug(saved.hook)}.npy", found.density_F)
     if model and config.downstream:
         count = min(config.downstream.contexts, len(context_source))
-        ids = np.asarray(tokens[:count])
+        ids = contexts.read("holdout", "tokens", 0, count)
         title = f"downstream {saved.hook}"
         with Progress(title, ids.size, "tokens", path=directory / "progress.json") as progress:
             figures["downstream"] = downstream.downstream(
@@ -143,7 +138,7 @@ def _evaluate(
                 found.mean_D,
                 ids,
                 context_source[:count],
-                source_names,
+                contexts.sources,
                 config.downstream.batch_contexts,
                 progress,
             )

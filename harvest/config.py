@@ -18,7 +18,7 @@ ComputeDtype = Literal["auto", "bfloat16", "float32"]
 class Settings(BaseModel):
     """Frozen and strict: an unknown name is an error, a derived value is a property."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Settings):
@@ -85,8 +85,8 @@ class SampleConfig(Settings):
         if abs(total - 1) > 1e-6:
             raise ValueError(f"the shares of sources sum to {total:g}; they must sum to 1")
         names = [source.name for source in self.sources]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two sources have the same name: {', '.join(names)}")
+        if len(set(names)) < len(names) or {"all", "shards"} & set(names):
+            raise ValueError(f"sources need names of their own, not 'all' or 'shards': {', '.join(names)}")
         for split in ("train", "holdout"):
             if self.shards(split) < 1:
                 raise ValueError(

@@ -65,12 +65,15 @@ def turns(rows: str, row: dict[str, Any]) -> list[Turn] | None:
         problem, reasoning, solution = (row[name] for name in COLUMNS["reasoning"])
         if not (_is_text(problem) and _is_text(reasoning)):
             return None
-        return [Turn("user", problem), Turn("assistant", solution or "", reasoning)]
+        return [Turn("user", problem), Turn("assistant", solution if _is_text(solution) else "", reasoning)]
     role_key, content_key = ("role", "content") if rows == "conversation" else ("from", "value")
     out = []
     if _is_text(row.get("system")) and rows == "conversations":
         out.append(Turn("system", row["system"]))
-    for item in row[rows] or []:
+    items = row[rows]
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        return None
+    for item in items:
         role, content = ROLES.get(str(item.get(role_key)).lower()), item.get(content_key)
         if role is None or not _is_text(content):
             return None

@@ -7,6 +7,8 @@ import torch
 
 from harvest.files import UserError
 
+ALL_THREADS = torch.get_num_threads()  # before a stage sets its own: stages of one process follow one another
+
 
 def resolve_device(setting: str) -> torch.device:
     """The device of a `runtime.device` setting.
@@ -59,6 +61,6 @@ def numerics(device: torch.device, dtype: torch.dtype, **more: Any) -> dict[str,
 
 def set_threads(threads: int, device: torch.device) -> int:
     """Set torch's CPU threads (0: all cores) and return how many are used."""
-    if threads and device.type == "cpu":
-        torch.set_num_threads(threads)
+    if device.type == "cpu":
+        torch.set_num_threads(threads or ALL_THREADS)
     return torch.get_num_threads()

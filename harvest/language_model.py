@@ -83,6 +83,7 @@ class HookedModel:
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], device: torch.device) -> None:
         self.model, self.modules, self.device = model, modules, device
+        self._in_tuples = False  # whether modules return tuples, as Falcon's and GPT-J's layers do
 
     @torch.inference_mode()
     def activations(self, tokens_BS: Tensor) -> dict[str, Tensor]:
@@ -96,6 +97,7 @@ class HookedModel:
 
         def reader(name: str) -> Callable[..., None]:
             def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                self._in_tuples = isinstance(output, tuple)
                 out[name] = first_tensor(output)
 
             return read
@@ -110,7 +112,7 @@ class HookedModel:
 
     @contextmanager
     def replaced(self, hook: str, value_BSD: Tensor) -> Iterator[None]:
-        """Within this, the activation at a hook is `value_BSD`, whatever the model reads.
+        """Within this, the activation at a hook is `value_BSD`, whatever the model reads. `read` comes first.
 
         Where the hook is the output of a decoder layer, the layers before it are not computed: nothing of
         theirs is used.
@@ -125,13 +127,17 @@ class HookedModel:
 
         handle = module.register_forward_hook(splice)
         for layer in skipped:
-            layer.forward = _same_hidden_states
+            layer.forward = _same_hidden_states_in_a_tuple if self._in_tuples else _same_hidden_states
         try:
             yield
         finally:
             handle.remove()
             for layer in skipped:
                 del layer.forward
+
+
+def _same_hidden_states_in_a_tuple(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor]:
+    return (hidden_states,)
 
 
 def _same_hidden_states(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
@@ -153,7 +159,7 @@ def load_model(
     offline: bool = False,
     with_head: bool = False,
 ) -> HookedModel:
-    """Load weights as bfloat16 and compute in `compute_dtype`.
+    """Load weights as bfloat16 and compute in `compute_dtype`, bfloat16 or float32.
 
     Without the head, decoder layers after the last hook are never loaded. Raises UserError for what
     cannot be loaded and for hooks that the model does not have.
@@ -171,16 +177,22 @@ def load_model(
             model.name,
             config=config,
             dtype=torch.bfloat16,
-            attn_implementation="sdpa",
             use_safetensors=True,
             **_where(model, commit, offline),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model.name: {model.name!r}: its weights cannot be loaded: {first}") from None
-    loaded = loaded.to(device=device, dtype=compute_dtype).eval().requires_grad_(False)
+    loaded = loaded.to(device).eval().requires_grad_(False)
+    if compute_dtype == torch.float32:
+        loaded = loaded.float()  # never the other way: bfloat16 would round the rotary frequencies, which stay float32
     prefix = "" if with_head else f"{skeleton.model.base_model_prefix}."
-    modules = {hook: loaded.get_submodule(point.module.removeprefix(prefix)) for hook, point in points.items()}
+    try:
+        modules = {hook: loaded.get_submodule(point.module.removeprefix(prefix)) for hook, point in points.items()}
+    except AttributeError as error:
+        raise UserError(
+            f"harvest.hooks: {', '.join(hooks)}: {error}; hooks are taken in decoder layers, as {skeleton.layer_list}.0"
+        ) from None
     return HookedModel(loaded, modules, device)
 
 

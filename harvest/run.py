@@ -9,11 +9,10 @@ the rest is being made.
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import zarr
 from torch import Tensor
 
 from harvest.activation_store import SPLITS, ActivationStore, Geometry, ShardRows
@@ -22,6 +21,7 @@ from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
 from harvest.files import UserError, read_json
 from harvest.language_model import HookedModel, load_model
 from harvest.progress import Progress
+from harvest.sampling import Contexts
 
 
 class Shard(NamedTuple):
@@ -45,19 +45,21 @@ def run(
     device = resolve_device(config.runtime.device)
     dtype = resolve_dtype(config.compute_dtype, device)
     set_threads(config.threads, device)
-    found = numerics(device, dtype, attention="sdpa")
-    begin(found)
     model = load_model(model_config, model_commit, config.hooks, dtype, device, offline=config.runtime.offline)
-    contexts = zarr.open_group(str(sample_directory / "contexts"), mode="r")
-    tokens = {split: cast(zarr.Array, contexts[f"{split}/tokens"]) for split in SPLITS}
+    model_settings: Any = model.model.config
+    begin(numerics(device, dtype, attention=model_settings._attn_implementation))  # SDPA where the model has it
+    limit = getattr(model_settings.get_text_config(), "max_position_embeddings", None)
+    if limit and sample.context_size > limit:
+        raise UserError(f"sample.context_size: {sample.context_size}: the model has {limit} positions; lower it")
+    contexts = Contexts(sample_directory / "contexts")
     geometry = Geometry(
         hooks=config.hooks,
         d_in=_width(model, config.hooks),
         context_size=sample.context_size,
         shard_contexts=sample.shard_contexts,
         chunk_rows=config.chunk_rows,
-        train_shards=tokens["train"].shape[0] // sample.shard_contexts,
-        holdout_shards=tokens["holdout"].shape[0] // sample.shard_contexts,
+        train_shards=contexts.count("train") // sample.shard_contexts,
+        holdout_shards=contexts.count("holdout") // sample.shard_contexts,
     )
     begun = read_json(directory / "begun.json")
     attributes = {"seed": sample.seed, "model": begun["inputs"]["model"], "fingerprint": directory.name}
@@ -80,7 +82,7 @@ def run(
             if shard in done:
                 continue
             first = shard.number * sample.shard_contexts
-            ids = np.asarray(tokens[shard.split][first : first + sample.shard_contexts])
+            ids = contexts.read(shard.split, "tokens", first, sample.shard_contexts)
             rows = shard_rows(model, ids, shard, geometry, config.batch_contexts, sample.seed, progress)
             if writing:
                 writing.result()  # one shard is written while the next is made; never more wait
@@ -145,11 +147,18 @@ def _permuted(
 
 
 def _width(model: HookedModel, hooks: tuple[str, ...]) -> int:
-    """d_in at the hooks, from two tokens.
+    """d_in at the hooks, from a small batch.
 
-    Raises UserError when hooks differ in width: one store has one d_in.
+    Raises UserError when a hook gives no row for each token, or hooks differ in width: one store has one d_in.
     """
-    widths = {hook: acts.shape[-1] for hook, acts in model.activations(torch.zeros(1, 2, dtype=torch.long)).items()}
+    found = model.activations(torch.zeros(2, 3, dtype=torch.long))
+    for hook in hooks:
+        if hook not in found or found[hook].shape[:-1] != (2, 3):
+            shape = tuple(found[hook].shape) if hook in found else "nothing"
+            raise UserError(
+                f"harvest.hooks: {hook!r}: gives {shape} for 2 x 3 tokens, not a row for each; hook a layer"
+            )
+    widths = {hook: acts.shape[-1] for hook, acts in found.items()}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{hook}: {width}" for hook, width in widths.items())
         raise UserError(f"harvest.hooks: hooks of different widths ({listed}); harvest them with settings of their own")

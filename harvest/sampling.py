@@ -15,7 +15,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import zarr
@@ -30,6 +30,7 @@ from harvest.tokenizer import SegmentTokenizer, load_tokenizer
 
 SPLITS: tuple[str, ...] = ("train", "holdout")
 DOCUMENTS_AT_ONCE = 256
+RESAMPLE = "`python -m pipeline sample --force` makes them anew"
 
 
 class Packed(NamedTuple):
@@ -37,6 +38,44 @@ class Packed(NamedTuple):
 
     tokens: np.ndarray
     documents: np.ndarray
+
+
+class Contexts:
+    """What the sample stage wrote, checked when it is read: a missing chunk would read as zeros otherwise.
+
+    Raises UserError that names the file when something is missing or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._root = zarr.open_group(str(path), mode="r")
+            self.sources = [str(name) for name in cast("list[str]", self._root.attrs["sources"])]
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(f"{path}: no contexts there, or damaged ones ({error}); {RESAMPLE}") from None
+
+    def count(self, split: str) -> int:
+        """Number of contexts of a split."""
+        return self._array(split, "source").shape[0]
+
+    def read(self, split: str, name: str, first: int, count: int) -> np.ndarray:
+        """`tokens`, `document` (count, context_size) or `source` (count,) of contexts from `first` on."""
+        array = self._array(split, name)
+        step = array.chunks[0]
+        for chunk in range(first // step, -(-(first + count) // step)):
+            file = self.path / split / name / "c" / str(chunk) / ("0" if array.ndim > 1 else "")
+            if not file.exists():
+                raise UserError(f"{file}: missing; {RESAMPLE}")
+        try:
+            return np.asarray(array[first : first + count])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self.path / split / name}: damaged ({error}); {RESAMPLE}") from None
+
+    def _array(self, split: str, name: str) -> zarr.Array:
+        try:
+            return cast(zarr.Array, self._root[f"{split}/{name}"])
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(f"{self.path / split / name}: missing or damaged ({error}); {RESAMPLE}") from None
 
 
 def run(

@@ -60,7 +60,7 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
         raise UserError(f"{where}: not on the hub at this revision, or private: {_first_line(error)}") from None
     except (ConnectionError, TimeoutError) as error:
         raise UserError(f"{where}: the hub cannot be reached and its cache lacks it: {_first_line(error)}") from None
-    except (DatasetGenerationError, ValueError) as error:
+    except (DatasetGenerationError, FileNotFoundError, RuntimeError, ValueError) as error:
         cause = error.__cause__ or error
         raise UserError(f"{where}: cannot be read as {builder}: {_first_line(cause)}") from None
 

@@ -70,8 +70,10 @@ def load_tokenizer(model: ModelConfig, commit: str | None, offline: bool) -> Seg
             local_files_only=offline or Path(model.name).is_dir(),
             trust_remote_code=False,
         )
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
+    except Exception as error:  # tokenizers raises a bare Exception for a damaged tokenizer.json
+        if isinstance(error, OSError) and error.errno:
+            raise
+        first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model.name: {model.name!r}: no tokenizer can be loaded from it: {first}") from None
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):

@@ -137,7 +137,7 @@ def _override(loaded: Loaded, override: str) -> None:
         raise SettingsError(f"{override!r}: an override is section.key=value, as train.sae.l1_coefficient=4")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise SettingsError(f"{override}: the value is not valid YAML") from None
     target: Any = loaded.values
     *path, last = name.split(".")

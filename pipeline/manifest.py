@@ -17,6 +17,7 @@ from typing import Any
 from harvest.files import UserError, read_json, write_json
 
 BEGUN, MANIFEST = "begun.json", "manifest.json"
+STARTS_OVER = ("sample", "evaluate")  # stages that keep nothing of an interrupted run
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "zarr", "numpy", "safetensors")
 
 
@@ -30,7 +31,7 @@ def begin(directory: Path, identity: dict[str, Any], numerics: dict[str, Any], a
     Raises UserError when it was begun under other numerics and `allow_mixed` is not set.
     """
     path = directory / BEGUN
-    if not path.exists():
+    if not path.exists() or identity["stage"] in STARTS_OVER:
         write_json(path, {**identity, "numerics": numerics, "begun": time.time(), "mixed_with": []})
         return
     begun = read_json(path)

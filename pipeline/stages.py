@@ -24,6 +24,7 @@ from pipeline.fingerprint import (
 )
 from pipeline.manifest import BEGUN, MANIFEST, begin, finish, is_complete
 
+TRASH = ".trash-"
 Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
 
 
@@ -97,6 +98,7 @@ def run_stage(
             stack.enter_context(locked(directory, stage))
             if force and (directory / BEGUN).exists():
                 _clear(directory, confirm)
+            _empty_trash(directory)
             verb = "resumes" if (directory / BEGUN).exists() else "runs"
             print(f"{stage:9} {verb}  {directory}", flush=True)
             begins.append(partial(begin, directory, runs.identity(stage), allow_mixed=allow_mixed))
@@ -165,11 +167,17 @@ def _clear(directory: Path, confirm: Callable[[str], bool]) -> None:
         raise UserError(f"{directory}: left as it was")
     for name in (MANIFEST, BEGUN):  # first: what is half deleted must not pass for complete
         (directory / name).unlink(missing_ok=True)
-    for path in directory.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif not path.name.startswith(".lock-"):
+    for path in list(directory.iterdir()):
+        if path.is_dir() and not path.is_symlink() and not path.name.startswith(TRASH):
+            path.rename(directory / f"{TRASH}{path.name}")  # at once, as deleting terabytes can be interrupted
+        elif not path.is_dir() and not path.name.startswith(".lock-"):
             path.unlink()
+    _empty_trash(directory)
+
+
+def _empty_trash(directory: Path) -> None:
+    for path in directory.glob(f"{TRASH}*"):
+        shutil.rmtree(path)
 
 
 def status_lines(sweep: Sequence[Runs]) -> list[str]:

@@ -1,3 +1,4 @@
+import shutil
 import signal
 import time
 
@@ -96,7 +97,7 @@ def test_out_of_memory_names_the_setting(fresh_folder, monkeypatch):
     original = HookedModel.activations
 
     def too_large(self, tokens):
-        if tokens.shape[0] > 1:
+        if tokens.numel() > 6:  # more than the look at the width
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, tokens)
 
@@ -111,6 +112,7 @@ def test_out_of_memory_names_the_setting(fresh_folder, monkeypatch):
     [
         ("harvest.hooks=[model.layers.9]", "the model has 2 layers, 0 to 1"),
         ("harvest.hooks=[model.layers.0.mlp.gate_proj,model.layers.0]", "hooks of different widths"),
+        ("harvest.hooks=[model.rotary_emb]", "not a row for each; hook a layer"),
         ("model.name=assets/none", "model.name: 'assets/none': no such folder"),
     ],
 )
@@ -120,3 +122,37 @@ def test_what_the_model_cannot_give(fresh_folder, override, message):
     ran = pipeline("harvest", override)
     assert ran.status == 1
     assert message in ran.out
+
+
+def test_more_positions_than_the_model_has(fresh_folder):
+    changed = (
+        "sample.context_size=256",
+        "sample.shard_contexts=4",
+        "harvest.chunk_rows=64",
+        "sample.train_tokens=2048",
+    )
+    changed += ("sample.holdout_tokens=1024",)
+    assert pipeline("sample", *changed).status == 0
+    ran = pipeline("harvest", *changed)
+    assert ran.status == 1
+    assert "sample.context_size: 256: the model has 128 positions" in ran.out
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped", "gone"])
+def test_damaged_contexts_are_never_harvested(fresh_folder, damage):
+    """A missing chunk would read as token 0."""
+    assert pipeline("sample").status == 0
+    file = only(fresh_folder, "runs/sample/*/contexts/train/tokens/c/1/0")
+    if damage == "missing":
+        file.unlink()
+    elif damage == "flipped":
+        data = bytearray(file.read_bytes())
+        data[50] ^= 1
+        file.write_bytes(data)
+    else:
+        shutil.rmtree(file.parents[4])
+    ran = pipeline("harvest")
+    assert ran.status == 1
+    assert "`python -m pipeline sample --force` makes them anew" in ran.out
+    assert pipeline("sample", "--force", "--yes").status == 0
+    assert pipeline("harvest").status == 0

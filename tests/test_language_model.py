@@ -2,7 +2,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPT2Config,
+    GPTJConfig,
+    GPTNeoXConfig,
+    Qwen2Config,
+)
 
 from harvest.config import ModelConfig
 from harvest.files import UserError
@@ -58,6 +65,38 @@ def test_replacing_an_activation_by_itself_changes_nothing(whole, hook):
         assert torch.equal(model.model(TOKENS).logits, same)
 
 
+def test_rotary_frequencies_stay_float32(fresh_folder):
+    """Rounded to bfloat16 they are off by half a radian at position 1000; the weights alone are bfloat16."""
+    for with_head in (False, True):
+        model = load(["model.layers.1"], with_head=with_head, dtype=torch.bfloat16)
+        assert {buffer.dtype for buffer in model.model.buffers()} == {torch.float32}
+        assert {weight.dtype for weight in model.model.parameters()} == {torch.bfloat16}
+        own = AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.bfloat16).eval()
+        hidden = own(TOKENS, output_hidden_states=True).hidden_states[1]
+        assert torch.equal(load(["model.layers.0"], dtype=torch.bfloat16).activations(TOKENS)["model.layers.0"], hidden)
+
+
+@pytest.mark.parametrize("make", [GPTJConfig, FalconConfig, GPT2Config, GPTNeoXConfig, Qwen2Config])
+def test_other_architectures(tmp_path, make):
+    """Layers that return tensors and layers that return tuples."""
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    if make is GPTJConfig:
+        sizes |= {"rotary_dim": 4}
+    if make is Qwen2Config:
+        sizes |= {"num_key_value_heads": 4, "intermediate_size": 64}
+    torch.manual_seed(0)
+    own = AutoModelForCausalLM.from_config(make(**sizes, bos_token_id=0, eos_token_id=0)).bfloat16().eval()
+    own.save_pretrained(tmp_path)
+    own = own.float()
+    hook = "blocks.2.hook_resid_post"
+    acts = load([hook], name=str(tmp_path)).activations(TOKENS)[hook]
+    assert torch.allclose(acts, own(TOKENS, output_hidden_states=True).hidden_states[3], atol=1e-5)
+    whole = load([hook], with_head=True, name=str(tmp_path))
+    value = whole.activations(TOKENS)[hook]
+    with torch.no_grad(), whole.replaced(hook, value):
+        assert torch.allclose(whole.model(TOKENS).logits, own(TOKENS).logits, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("hook", "message"),
     [
@@ -65,6 +104,7 @@ def test_replacing_an_activation_by_itself_changes_nothing(whole, hook):
         ("blocks.7.hook_resid_post", "the model has 2 layers, 0 to 1"),
         ("model.layer.1", "no such module in LlamaForCausalLM; did you mean 'model.layers.1'?"),
         ("model.layers", "no such module"),
+        ("lm_head", "hooks are taken in decoder layers"),
         ("xyz", "no such module in LlamaForCausalLM; a layer is model.layers.0"),
     ],
 )

@@ -170,3 +170,27 @@ def test_manifests_say_what_was_run_and_hold_no_secret(finished, run_folder, mon
     assert manifest["summary"]["train_rows"] == 1536
     assert manifest["versions"]["zarr"]
     assert not {"host", "user"} & manifest.keys()
+
+
+def test_what_force_was_deleting_is_never_taken_up(run_folder):
+    """Killed while it deletes: what is left stands aside, and goes at the next start."""
+    harvest = only(run_folder, "runs/harvest/*")
+    before = contents(harvest / "store")
+    (harvest / "manifest.json").unlink()
+    (harvest / "begun.json").unlink()
+    (harvest / "store").rename(harvest / ".trash-store")
+    assert pipeline("harvest").status == 0
+    assert contents(harvest / "store") == before
+    assert not (harvest / ".trash-store").exists()
+
+
+def test_threads_of_one_stage_do_not_reach_the_next(monkeypatch):
+    import torch
+
+    from harvest import device
+
+    monkeypatch.setattr(device, "ALL_THREADS", 3)
+    before = torch.get_num_threads()
+    assert device.set_threads(1, torch.device("cpu")) == 1
+    assert device.set_threads(0, torch.device("cpu")) == 3
+    torch.set_num_threads(before)

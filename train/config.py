@@ -75,7 +75,7 @@ class TrainConfig(Settings):
     """Rows that the SAE sees, whole batches. Exactly one of training_tokens and epochs."""
     epochs: float | None = Field(default=None, gt=0)
     """The same as a multiple of the training rows of the store, excluded ones not counted out."""
-    batch_size: int = Field(default=4096, ge=1)
+    batch_size: int = Field(default=4096, ge=2)
     """Rows of a step."""
     lr: float = Field(default=5e-5, gt=0)
     """Adam's learning rate, constant until the decay."""

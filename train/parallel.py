@@ -34,7 +34,7 @@ class FeatureRanks:
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None) -> None:
         """device is this rank's, when the group was made for one."""
         self.rank, self.size = rank, size
-        self.device = device or torch.device("cpu") or torch.device("cpu")
+        self.device = device or torch.device("cpu")
 
     @classmethod
     def from_environment(cls, device: torch.device) -> "FeatureRanks":

@@ -120,7 +120,7 @@ class Trainer:
             x_BD = self.scaled(batch)
             f_BF = self.sae.encode(x_BD)
             error_B = (self.ranks.sum(part.decode(f_BF)) - x_BD).square().sum(1)
-            spread_B = (x_BD - x_BD.mean(0)).square().sum(1)
+            spread_B = (x_BD - x_BD.mean(0)).square().sum(1).clamp_min(1e-30)  # a last batch of one row has none
             l1_B = self.ranks.sum(f_BF @ self.sae.W_dec.norm(dim=1))
             l0_B = self.ranks.sum((f_BF > 0).sum(1))
             loss = error_B + self.config.sae.l1_coefficient * l1_B
