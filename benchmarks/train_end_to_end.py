@@ -77,7 +77,12 @@ def main() -> None:
         exclude = ExcludeConfig()
         found = input_statistics(store, "h", exclude, 4)
         config = TrainConfig(
-            sae=SaeConfig(d_sae=options.d_sae), epochs=1, batch_size=options.batch, lr=1e-3, l1_warmup_fraction=0, sparse_below=0.1
+            sae=SaeConfig(d_sae=options.d_sae),
+            epochs=1,
+            batch_size=options.batch,
+            lr=1e-3,
+            l1_warmup_fraction=0,
+            sparse_below=0.1,
         )
         sae = initial_sae(options.d_in, options.d_sae, 0, device)
         trainer = Trainer(sae, found.scale, config, 100_000, 10**6, dtype)

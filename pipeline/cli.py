@@ -92,56 +92,29 @@ def _run(
                 print(runs.directory("evaluate") / "report.html")
 
 
-@app.command()
-def sample(
-    overrides: Overrides = None,
-    config_file: ConfigFile = DEFAULT_CONFIG,
-    runs: Root = DEFAULT_RUNS,
-    allow_mixed: AllowMixed = False,
-    force: Force = False,
-    yes: Yes = False,
-) -> None:
-    """Turn the sources' text into packed contexts of tokens."""
-    _run(("sample",), config_file, overrides, runs, allow_mixed, force, yes)
+STAGE_HELP = {
+    "sample": "Turn the sources' text into packed contexts of tokens.",
+    "harvest": "Run the model over the contexts and write its activations into a store.",
+    "train": "Train one SAE for each hook from the store.",
+    "evaluate": "Measure the SAE on held-out text and write report.html and metrics.json.",
+}
 
 
-@app.command()
-def harvest(
-    overrides: Overrides = None,
-    config_file: ConfigFile = DEFAULT_CONFIG,
-    runs: Root = DEFAULT_RUNS,
-    allow_mixed: AllowMixed = False,
-    force: Force = False,
-    yes: Yes = False,
-) -> None:
-    """Run the model over the contexts and write its activations into a store."""
-    _run(("harvest",), config_file, overrides, runs, allow_mixed, force, yes)
+def _add_stage(stage: str) -> None:
+    @app.command(stage, help=STAGE_HELP[stage])
+    def command(
+        overrides: Overrides = None,
+        config_file: ConfigFile = DEFAULT_CONFIG,
+        runs: Root = DEFAULT_RUNS,
+        allow_mixed: AllowMixed = False,
+        force: Force = False,
+        yes: Yes = False,
+    ) -> None:
+        _run((stage,), config_file, overrides, runs, allow_mixed, force, yes)
 
 
-@app.command()
-def train(
-    overrides: Overrides = None,
-    config_file: ConfigFile = DEFAULT_CONFIG,
-    runs: Root = DEFAULT_RUNS,
-    allow_mixed: AllowMixed = False,
-    force: Force = False,
-    yes: Yes = False,
-) -> None:
-    """Train one SAE for each hook from the store."""
-    _run(("train",), config_file, overrides, runs, allow_mixed, force, yes)
-
-
-@app.command()
-def evaluate(
-    overrides: Overrides = None,
-    config_file: ConfigFile = DEFAULT_CONFIG,
-    runs: Root = DEFAULT_RUNS,
-    allow_mixed: AllowMixed = False,
-    force: Force = False,
-    yes: Yes = False,
-) -> None:
-    """Measure the SAE on held-out text and write report.html and metrics.json."""
-    _run(("evaluate",), config_file, overrides, runs, allow_mixed, force, yes)
+for _stage in STAGES:
+    _add_stage(_stage)
 
 
 @app.command()
