@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # Enough work that a process lives a few seconds after its start.
-OVERRIDES = ["sample.train_tokens=12288", "train.epochs=40", "train.runtime.checkpoint_every=50"]
+OVERRIDES = ["sample.train_tokens=12288", "train.epochs=6", "train.runtime.checkpoint_every=50"]
 
 
 def pipeline(stage: str, cwd: Path) -> subprocess.Popen:
