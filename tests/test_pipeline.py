@@ -9,7 +9,6 @@ import pytest
 from conftest import ROOT, TINY, contents, only, pipeline
 
 from harvest.files import locked
-from pipeline import cli
 
 
 def test_everything_twice_gives_the_same_bytes(finished, fresh_folder):
@@ -99,7 +98,7 @@ def test_what_must_answer_at_once_never_imports_torch(run_folder, arguments, sta
     assert done.returncode == status, done.stdout + done.stderr
 
 
-def test_force_asks_before_it_clears_what_is_complete(run_folder, monkeypatch):
+def test_force_asks_before_it_clears_what_is_complete(run_folder):
     manifest = only(run_folder, "runs/train/*/manifest.json")
     before = contents(manifest.parent)
     ran = pipeline("train", "--force")
@@ -109,7 +108,6 @@ def test_force_asks_before_it_clears_what_is_complete(run_folder, monkeypatch):
     elsewhere = run_folder / "elsewhere.txt"
     elsewhere.write_text("not ours to delete")
     (manifest.parent / "link").symlink_to(elsewhere)
-    monkeypatch.setattr(cli, "INTERRUPTED", cli.INTERRUPTED)
     assert pipeline("train", "--force", "--yes").status == 0
     assert elsewhere.exists()
     weights = "model.layers.1/sae_weights.safetensors"

@@ -69,7 +69,7 @@ def test_interrupted_and_resumed_gives_the_same_bytes(finished, run_folder, monk
     found = newest_checkpoint(only(run_folder, "runs/train/*/model.layers.1/checkpoints"))
     assert found
     assert found[0].step == at + 1  # the step in hand was finished
-    assert f"{(at + 1) * 64:,}/" in pipeline("status").out or "would resume" in pipeline("status").out
+    assert "would resume" in pipeline("status").out
     monkeypatch.setattr(Trainer, "step", original)
     ran = pipeline("train")
     assert ran.status == 0, ran.out
