@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluate.fidelity import Fidelity
+from evaluate.subject import Subject
 from harvest.language_model import HookedModel
 from harvest.progress import Progress
 from train.checkpoint import SavedSae
@@ -42,6 +44,27 @@ DEFINITIONS = {
     "kl_sae": "mean over positions of KL(clean || sae), nats",
     "kl_sae_all_rows": "mean over positions of KL(clean || sae_all_rows), nats",
 }
+
+
+def analyse(subject: Subject, heldout: Fidelity) -> dict[str, dict[str, float]] | None:
+    """Figures of the first held-out contexts; None where `evaluate.downstream` is null."""
+    config = subject.config.downstream
+    if config is None:
+        return None
+    count = min(config.contexts, len(subject.context_source))
+    tokens = subject.contexts.read("holdout", "tokens", 0, count)
+    with subject.progress("downstream", tokens.size, "tokens") as progress:
+        return downstream(
+            subject.model(),
+            subject.saved,
+            subject.exclude,
+            heldout.mean_D,
+            tokens,
+            subject.context_source[:count],
+            subject.contexts.sources,
+            config.batch_contexts,
+            progress,
+        )
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluate.subject import Subject
 from harvest.activation_store import ActivationStore
 from train.checkpoint import SavedSae
 from train.config import ExcludeConfig
@@ -80,6 +81,27 @@ class _Sums:
             "cosine": float(cosine / self.rows),
             "norm_ratio": float(ratio / self.rows),
         }
+
+
+def measure(subject: Subject) -> Fidelity:
+    """One pass over the held-out rows of a subject."""
+    g, config = subject.store.geometry, subject.config
+    with subject.progress("fidelity", g.holdout_shards * g.shard_rows, "rows") as progress:
+
+        def counted() -> Iterator[HeldoutBatch]:
+            for batch in heldout_batches(
+                subject.store, subject.saved, subject.exclude, subject.context_source, config.batch_rows
+            ):
+                yield batch
+                progress.advance(len(batch.rows_BD))
+
+        return fidelity(subject.saved, counted(), subject.contexts.sources, subject.device)
+
+
+def features(subject: Subject, heldout: Fidelity) -> dict[str, Any]:
+    """Figures of the features' densities, which go to `density-<hook>.npy`."""
+    np.save(subject.file("density", ".npy"), heldout.density_F)
+    return density_figures(heldout.density_F)
 
 
 def heldout_batches(

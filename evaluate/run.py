@@ -1,24 +1,37 @@
 """The evaluate stage: every SAE of a training run on held-out text, into metrics.json and report.html."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-
 from evaluate import downstream, fidelity
 from evaluate.config import EvaluateConfig
+from evaluate.fidelity import Fidelity
 from evaluate.report import write_report
+from evaluate.subject import Subject
 from harvest.activation_store import ActivationStore, slug
 from harvest.config import ModelConfig
 from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
 from harvest.files import UserError, write_json
 from harvest.language_model import HookedModel, load_model
-from harvest.progress import Progress
 from harvest.sampling import Contexts
+from harvest.tokenizer import SegmentTokenizer, load_tokenizer
 from train.checkpoint import SavedSae, load_sae
 from train.config import ExcludeConfig
+
+# In this order, each gives its section of metrics.json, or None where its setting is null.
+ANALYSES: dict[str, Callable[[Subject, Fidelity], dict[str, Any] | None]] = {
+    "fidelity": lambda _subject, heldout: heldout.figures,
+    "features": fidelity.features,
+    "statistics": lambda subject, _heldout: subject.saved.statistics._asdict(),
+    "downstream": downstream.analyse,
+}
+DEFINITIONS = {
+    "fidelity": fidelity.DEFINITIONS,
+    "features": fidelity.DENSITY_DEFINITIONS,
+    "downstream": downstream.DEFINITIONS,
+}
 
 
 class Upstream(NamedTuple):
@@ -52,26 +65,26 @@ def run(
     contexts = Contexts(upstream.sample / "contexts")
     context_source = contexts.read("holdout", "source", 0, contexts.count("holdout"))
     exclude = ExcludeConfig(**upstream.manifests["train"]["settings"]["exclude"])
-    model = None
-    if config.downstream:
-        model = load_model(
-            model_config,
-            model_commit,
-            store.geometry.hooks,
-            dtype,
-            device,
-            offline=config.runtime.offline,
-            with_head=True,
-        )
+
+    @cache
+    def model() -> HookedModel:
+        hooks, offline = store.geometry.hooks, config.runtime.offline
+        return load_model(model_config, model_commit, hooks, dtype, device, offline=offline, with_head=True)
+
+    @cache
+    def tokenizer() -> SegmentTokenizer:
+        return load_tokenizer(model_config, model_commit, config.runtime.offline)
+
     saes: dict[str, Any] = {}
     for hook in store.geometry.hooks:
         saved = _load(upstream.train / slug(hook), config.sae, store)
         saved = saved._replace(sae=saved.sae.to(device))
-        saes[hook] = _evaluate(saved, store, exclude, contexts, context_source, model, config, device, directory)
+        subject = Subject(saved, store, exclude, contexts, context_source, model, tokenizer, config, device, directory)
+        heldout = fidelity.measure(subject)
+        sections = {name: analyse(subject, heldout) for name, analyse in ANALYSES.items()}
+        saes[hook] = {name: section for name, section in sections.items() if section is not None}
     definitions = {
-        "fidelity": fidelity.DEFINITIONS,
-        "features": fidelity.DENSITY_DEFINITIONS,
-        "downstream": downstream.DEFINITIONS,
+        **DEFINITIONS,
         "outliers_excluded": "rows that training leaves out (train.exclude) are not counted",
         "all_rows": "every held-out row is counted",
     }
@@ -97,52 +110,6 @@ def _load(folder: Path, which: str, store: ActivationStore) -> SavedSae:
     if saved.sae.d_in != store.geometry.d_in:
         raise UserError(f"{path}: an SAE of d_in {saved.sae.d_in}; the store {store.path} has {store.geometry.d_in}")
     return saved
-
-
-def _evaluate(
-    saved: SavedSae,
-    store: ActivationStore,
-    exclude: ExcludeConfig,
-    contexts: Contexts,
-    context_source: np.ndarray,
-    model: HookedModel | None,
-    config: EvaluateConfig,
-    device: torch.device,
-    directory: Path,
-) -> dict[str, Any]:
-    g = store.geometry
-    title = f"fidelity {saved.hook}"
-    with Progress(title, g.holdout_shards * g.shard_rows, "rows", path=directory / "progress.json") as progress:
-
-        def counted() -> Any:
-            for batch in fidelity.heldout_batches(store, saved, exclude, context_source, config.batch_rows):
-                yield batch
-                progress.advance(len(batch.rows_BD))
-
-        found = fidelity.fidelity(saved, counted(), contexts.sources, device)
-    figures: dict[str, Any] = {
-        "fidelity": found.figures,
-        "features": fidelity.density_figures(found.density_F),
-        "statistics": saved.statistics._asdict(),
-    }
-    np.save(directory / f"density-{slug(saved.hook)}.npy", found.density_F)
-    if model and config.downstream:
-        count = min(config.downstream.contexts, len(context_source))
-        ids = contexts.read("holdout", "tokens", 0, count)
-        title = f"downstream {saved.hook}"
-        with Progress(title, ids.size, "tokens", path=directory / "progress.json") as progress:
-            figures["downstream"] = downstream.downstream(
-                model,
-                saved,
-                exclude,
-                found.mean_D,
-                ids,
-                context_source[:count],
-                contexts.sources,
-                config.downstream.batch_contexts,
-                progress,
-            )
-    return figures
 
 
 def _main_figures(figures: dict[str, Any]) -> dict[str, Any]:

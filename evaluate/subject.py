@@ -1,0 +1,40 @@
+"""What an analysis may read: one SAE, the held-out rows and text, and, loaded when first asked for, the model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from evaluate.config import EvaluateConfig
+from harvest.activation_store import ActivationStore, slug
+from harvest.language_model import HookedModel
+from harvest.progress import Progress
+from harvest.sampling import Contexts
+from harvest.tokenizer import SegmentTokenizer
+from train.checkpoint import SavedSae
+from train.config import ExcludeConfig
+
+
+class Subject(NamedTuple):
+    """One SAE under evaluation. All of a run's share the store, the text and the model."""
+
+    saved: SavedSae  # its weights on `device`
+    store: ActivationStore  # its held-out split is complete
+    exclude: ExcludeConfig  # of training
+    contexts: Contexts
+    context_source: np.ndarray  # uint8 (held-out contexts,): index into contexts.sources
+    model: Callable[[], HookedModel]  # whole, with its head and the store's hooks; one for all SAEs
+    tokenizer: Callable[[], SegmentTokenizer]
+    config: EvaluateConfig
+    device: torch.device
+    directory: Path  # where an analysis leaves its files
+
+    def file(self, name: str, suffix: str) -> Path:
+        """The file of an analysis for this SAE: `<name>-<hook><suffix>`."""
+        return self.directory / f"{name}-{slug(self.saved.hook)}{suffix}"
+
+    def progress(self, title: str, total: int, unit: str) -> Progress:
+        """Progress of an analysis, for people and for `status`."""
+        return Progress(f"{title} {self.saved.hook}", total, unit, path=self.directory / "progress.json")
