@@ -25,6 +25,14 @@ def duration(seconds: float) -> str:
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
 
 
+def size_text(size: float) -> str:
+    """Bytes for people, in powers of ten: 8.2 TB, 537 MB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if size >= scale:
+            return f"{size / scale:.0f} {unit}" if size >= 100 * scale else f"{size / scale:.2g} {unit}"
+    return f"{size / 1e3:.0f} kB"
+
+
 class Progress:
     """Counts units of work and says how fast they go and how long the rest takes.
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from harvest.activation_store import SPLITS, ActivationStore, Geometry, ShardRows
 from harvest.config import HarvestConfig, ModelConfig, SampleConfig
 from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
+from harvest.disk import check_room
 from harvest.files import UserError, read_json
 from harvest.language_model import HookedModel, load_model
 from harvest.progress import Progress
@@ -67,6 +68,7 @@ def run(
     store.sweep()
     every = [Shard(split, s) for split in ("holdout", "train") for s in range(geometry.shards(split))]
     done = {Shard(split, s) for split in SPLITS for s in store.complete_shards(split)}
+    check_room(directory, len(every) - len(done), geometry)
     with (
         Progress(
             "harvest",

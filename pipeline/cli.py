@@ -4,7 +4,7 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -70,6 +70,11 @@ def _find(file: Path, overrides: list[str] | None, root: Path) -> list[stages.Ru
     return stages.find_runs(settings, root)
 
 
+def _asker(yes: bool) -> Callable[[str], bool]:
+    """Asks on a terminal; elsewhere the answer is `--yes` or no."""
+    return lambda question: yes or (sys.stdin.isatty() and typer.confirm(question))
+
+
 def _run(
     names: tuple[str, ...],
     file: Path,
@@ -82,9 +87,7 @@ def _run(
     with _errors(root):
         sweep = _find(file, overrides, root)
 
-        def confirm(question: str) -> bool:
-            return yes or (sys.stdin.isatty() and typer.confirm(question))
-
+        confirm = _asker(yes)
         for name in names:
             stages.run_stage(sweep, name, allow_mixed=allow_mixed, force=force, confirm=confirm)
         if names[-1] == "evaluate":
@@ -173,6 +176,30 @@ def verify(
                 raise UserError(
                     "\n".join(bad) + f"\n{len(bad)} bad shards are marked; `make harvest` redoes just these"
                 )
+
+
+@app.command()
+def prune(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[DIRECTORY|SECTION.KEY=VALUE]...",
+            help="Run directories to delete; without any, all that the settings do not use.",
+        ),
+    ] = None,
+    config_file: Annotated[list[Path] | None, typer.Option("--config", "-c", help="Settings files to keep.")] = None,
+    runs: Root = DEFAULT_RUNS,
+    yes: Yes = False,
+) -> None:
+    """List the runs with size, age and users; delete what these settings do not use, or those named."""
+    with _errors(runs):
+        from pipeline import prune as pruning
+
+        directories = [Path(target) for target in targets or [] if "=" not in target]
+        overrides = [target for target in targets or [] if "=" in target]
+        files = config_file or ([] if directories else [DEFAULT_CONFIG])
+        used = {each.directory(s) for file in files for each in _find(file, overrides, runs) for s in STAGES}
+        pruning.prune(runs, directories, used, _asker(yes), print)
 
 
 def main() -> None:

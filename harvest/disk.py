@@ -1,0 +1,31 @@
+"""What a store takes on the disk, and whether there is room for it: said before the first shard, not hours later."""
+
+import shutil
+from pathlib import Path
+
+from harvest.activation_store import PROVENANCE, Geometry
+from harvest.files import UserError
+from harvest.progress import size_text
+
+BLOCK = 4096  # a file takes whole blocks of the file system
+
+
+def shard_bytes(geometry: Geometry) -> int:
+    """Bytes on the disk of one shard of either split, all hooks (docs/formats.md), in whole blocks."""
+    g = geometry
+    acts = g.shard_rows * g.d_in * 2 + g.chunks_per_shard * (4 + 16) + 4
+    norm, record = g.shard_rows * 4 + 4, 1
+    provenance = [g.shard_rows * (2 if dtype == "uint16" else 4) + 4 for dtype in PROVENANCE.values()]
+    files = [*[acts, norm] * len(g.hooks), *provenance, record]
+    return sum(-(-size // BLOCK) * BLOCK for size in files)
+
+
+def check_room(directory: Path, shards: int, geometry: Geometry) -> None:
+    """Raise UserError when so many shards that are still to be written do not fit on the folder's disk."""
+    needed, free = shards * shard_bytes(geometry), shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(
+            f"{directory}: {shards:,} shards are still to be written, {size_text(needed)}, and the disk has "
+            f"{size_text(free)} free. Make room (`make prune` lists old runs), choose another disk with --runs, "
+            "or lower sample.train_tokens"
+        )

@@ -1,0 +1,138 @@
+import json
+from pathlib import Path
+
+import pytest
+from conftest import contents, only, pipeline
+
+from harvest.files import UserError, locked
+from pipeline.prune import choose, find, prune
+
+
+@pytest.fixture
+def two_trains(run_folder) -> Path:
+    """The finished run, and a second train directory that configs/tiny.yaml does not use."""
+    first = only(run_folder, "runs/train/*")
+    second = first.with_name("0" * 12)
+    second.mkdir()
+    for name in ("begun.json", "manifest.json"):
+        (second / name).write_bytes((first / name).read_bytes())
+    (second / "weights").write_bytes(b"w" * 5000)
+    return second
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.glob("runs/*/*")}
+
+
+def test_it_lists_sizes_and_users_and_deletes_nothing_unasked(run_folder, two_trains):
+    before = contents(run_folder / "runs", "*/**/*")
+    ran = pipeline("prune")
+    assert ran.status == 0
+    assert "nothing was deleted; --yes deletes 1 run (" in ran.out
+    lines = {line.split()[1]: line for line in ran.out.splitlines() if line.startswith(("keep", "delete"))}
+    assert lines[f"runs/train/{two_trains.name}"].startswith("delete")
+    harvest = only(run_folder, "runs/harvest/*")
+    train = next(path for path in run_folder.glob("runs/train/*") if path != two_trains)
+    assert lines[f"runs/harvest/{harvest.name}"].startswith("keep")
+    assert f"train {train.name}" in lines[f"runs/harvest/{harvest.name}"]
+    assert "these settings" in lines[f"runs/harvest/{harvest.name}"]
+    assert contents(run_folder / "runs", "*/**/*") == before
+
+
+def test_yes_deletes_what_the_settings_do_not_use_and_no_more(run_folder, two_trains):
+    before = names(run_folder)
+    assert pipeline("prune", "--yes").status == 0
+    assert before - names(run_folder) == {f"runs/train/{two_trains.name}"}
+    assert "nothing to delete" in pipeline("prune", "--yes").out
+    assert pipeline("status").out.count(" complete ") == 4
+
+
+def test_what_a_running_process_needs_stays(run_folder, two_trains):
+    """Under other settings everything here is unused, but for what the running train stands on."""
+    with locked(two_trains, "train"):
+        ran = pipeline("prune", "--yes", "sample.seed=7")
+        assert ran.status == 0
+        kept = {path.parent.name for path in run_folder.glob("runs/*/*")}
+        assert kept == {"sample", "harvest", "train"}
+        assert two_trains.exists()
+        ran = pipeline("prune", "--yes", str(two_trains))
+        assert ran.status == 1
+        assert "a process is working in it" in ran.out
+    assert pipeline("prune", "--yes", "sample.seed=7").status == 0
+    assert not names(run_folder)
+
+
+def test_a_named_run_goes_only_with_its_users(run_folder):
+    found = find(Path("runs"))
+    harvest = only(run_folder, "runs/harvest/*").relative_to(run_folder)
+    with pytest.raises(UserError, match=r"used by train [0-9a-f]{12}; name them as well"):
+        choose(found, [harvest], [])
+    later = [run.path for run in found if run.stage in ("harvest", "train", "evaluate")]
+    assert {run.path for run in choose(found, later, [])} == set(later)
+    with pytest.raises(UserError, match="used by the settings that --config names"):
+        choose(found, later, later)
+
+
+def test_links_and_foreign_names_are_never_touched(run_folder, two_trains):
+    outside = run_folder / "outside"
+    (outside / "store").mkdir(parents=True)
+    (outside / "begun.json").write_text(json.dumps({"stage": "harvest"}))
+    (outside / "store" / "data").write_bytes(b"precious")
+    runs = run_folder / "runs"
+    (runs / "harvest" / ("a" * 12)).symlink_to(outside)  # a run directory that is a link
+    (two_trains / "link").symlink_to(outside)  # links inside one that goes
+    (two_trains / "file-link").symlink_to(outside / "store" / "data")
+    (runs / "train" / ".trash-link").symlink_to(outside)
+    foreign = [runs / "harvest" / "my-notes", runs / "harvest" / ("b" * 12), runs / "other" / ("c" * 12)]
+    for folder in foreign:
+        folder.mkdir(parents=True)
+        (folder / "data").write_bytes(b"mine")
+    (runs / "harvest" / "my-notes" / "begun.json").write_text("{}")  # our marker under a foreign name
+    assert pipeline("prune", "--yes", "sample.seed=7").status == 0
+    assert (outside / "store" / "data").read_bytes() == b"precious"
+    assert all((folder / "data").read_bytes() == b"mine" for folder in foreign)
+    assert (runs / "harvest" / ("a" * 12)).is_symlink()
+    assert not two_trains.exists()
+    for folder in (*foreign, runs / "harvest" / ("a" * 12), outside):
+        ran = pipeline("prune", "--yes", str(folder))
+        assert ran.status == 1
+        assert "left alone" in ran.out
+    (runs / "train").rename(run_folder / "elsewhere")
+    (runs / "train").symlink_to(run_folder / "elsewhere")  # a stage's folder that is a link
+    assert not [run for run in find(runs) if run.stage == "train"]
+
+
+def test_leftovers_of_interrupted_deletions_go(run_folder):
+    harvest, train = only(run_folder, "runs/harvest/*"), only(run_folder, "runs/train/*")
+    (harvest / ".trash-store").mkdir()
+    (harvest / ".trash-store" / "x").write_text("x")
+    aside = train.with_name(".trash-" + "d" * 12)
+    aside.mkdir()
+    with locked(harvest, "harvest"):  # --force may be deleting just now
+        assert pipeline("prune", "--yes").status == 0
+        assert (harvest / ".trash-store").exists()
+        assert not aside.exists()
+    assert "1 leftover (" in pipeline("prune").out
+    assert pipeline("prune", "--yes").status == 0
+    assert not (harvest / ".trash-store").exists()
+    assert pipeline("status").out.count(" complete ") == 4
+
+
+def test_a_run_that_begins_while_it_asks_stops_it(run_folder, two_trains):
+    before = contents(run_folder / "runs")
+
+    def begin_another(_question: str) -> bool:
+        (two_trains / ".lock-train").touch()
+        lock = locked(two_trains, "train")
+        lock.__enter__()
+        locks.append(lock)
+        return True
+
+    locks: list = []
+    used = [run.path for run in find(Path("runs")) if run.path.name != two_trains.name]
+    with pytest.raises(UserError, match="began or ended meanwhile"):
+        prune(Path("runs"), [], used, begin_another, lambda _line: None)
+    locks[0].__exit__(None, None, None)
+    assert {k: v for k, v in contents(run_folder / "runs").items() if ".lock" not in k} == {
+        k: v for k, v in before.items() if ".lock" not in k
+    }
