@@ -15,7 +15,7 @@ RUN = OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=10000000
 LAUNCH = $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-node $(PROCS) -m pipeline,$(RUN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all harvest train eval status verify prune test check
+.PHONY: help setup all harvest train eval status verify prune export test check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -60,6 +60,9 @@ verify: setup ## read every byte of the store; what is bad is made anew by the n
 
 prune: setup ## list the runs with size, age and users; delete what CONFIG does not use, after asking
 	@$(RUN) prune --config $(CONFIG) $(SET)
+
+export: setup ## write the trained SAEs as SAELens folders with a model card
+	@$(RUN) export --config $(CONFIG) $(SET)
 
 test: setup .venv/.dev ## the tests
 	.venv/bin/python -m pytest

@@ -19,6 +19,9 @@ from harvest.config import ModelConfig
 from harvest.files import UserError
 
 SAELENS_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_post")
+LAYER_PATH = re.compile(
+    r"[A-Za-z_.]+\.(?:layers|h|blocks)\.(\d+)"
+)  # a module path that ends in a decoder layer's number
 
 
 class HookPoint(NamedTuple):
@@ -76,6 +79,12 @@ def find_hook(skeleton: Skeleton, hook: str) -> HookPoint:
         hint = f"did you mean {close[0]!r}?" if close else f"a layer is {skeleton.layer_list}.0"
         raise UserError(f"harvest.hooks: {hook!r}: no such module in {type(skeleton.model).__name__}; {hint}")
     return HookPoint(module, int(inside[1]) + 1 if inside else layers)
+
+
+def saelens_hook(hook: str) -> str | None:
+    """SAELens' name of a hook at the output of a decoder layer; None for a hook elsewhere."""
+    layer = SAELENS_NAME.fullmatch(hook) or LAYER_PATH.fullmatch(hook)
+    return f"blocks.{layer[1]}.hook_resid_post" if layer else None
 
 
 class HookedModel:

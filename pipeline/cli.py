@@ -155,6 +155,22 @@ def path(
 
 
 @app.command()
+def export(
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    runs: Root = DEFAULT_RUNS,
+    to: Annotated[Path | None, typer.Option(help="Folder to write; runs/export/FINGERPRINT by default.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="Hub id of a model that is a local folder.")] = None,
+    force: Annotated[bool, typer.Option(help="Write an older export anew.")] = False,
+) -> None:
+    """Write the trained SAEs as SAELens folders with a model card; prints the folder."""
+    with _errors():
+        from pipeline import export as exports
+
+        print(exports.export(_find(config_file, overrides, runs), to, model_name, force))
+
+
+@app.command()
 def verify(
     overrides: Overrides = None,
     config_file: ConfigFile = DEFAULT_CONFIG,

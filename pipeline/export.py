@@ -1,0 +1,210 @@
+"""`pipeline export`: the SAEs of a run, or of a whole sweep, as SAELens folders with a model card.
+
+<folder>/README.md           the model card
+<folder>/<sae>/cfg.json      and sae_weights.safetensors; <sae> is the hook's name, in a sweep with what was swept
+<folder>/export.json         which runs these are, and the files written
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from harvest.files import UserError, read_json
+from harvest.sources import looks_local
+from pipeline.manifest import MANIFEST, is_complete
+from pipeline.stages import Runs
+from pipeline.terms import Terms, source_terms
+
+# Figures of the card: section of metrics.json, its groups, name, and how it is written.
+FIGURES = (
+    ("fidelity", ("outliers_excluded", "all"), "l0", "{:.1f}"),
+    ("fidelity", ("outliers_excluded", "all"), "explained_variance", "{:.3f}"),
+    ("fidelity", ("outliers_excluded", "all"), "explained_variance_legacy", "{:.3f}"),
+    ("downstream", ("all",), "ce_loss_score", "{:.3f}"),
+    ("features", (), "dead_fraction", "{:.2%}"),
+)
+
+
+class Exported(NamedTuple):
+    """One SAE of an export."""
+
+    runs: Runs
+    hook: str  # as the settings name it
+    folder: str  # relative to the export
+    source: Path  # of the SAE
+
+
+def export(sweep: Sequence[Runs], to: Path | None, model_name: str | None, force: bool) -> Path:
+    """Write the export and return its folder, by default `<runs>/export/<fingerprint>`.
+
+    `model_name` is the hub id of a model that the settings name by a local folder. Raises UserError for a run
+    that is not trained, and for a folder that holds anything but an older export.
+    """
+    saes = [sae for runs in sweep for sae in _saes(runs, sweep)]
+    if model_name is not None and looks_local(model_name):
+        raise UserError(f"--model-name {model_name!r}: a hub id is owner/name")
+    model = model_name or _public_name(sweep[0].config.model.name)
+    terms = [source_terms(source.path) for source in sweep[0].config.sample.sources]
+    from train.checkpoint import load_sae
+    from train.export import new_export, write_saelens_folder
+
+    folder = to or sweep[0].root / "export" / export_name(sweep)
+    about = {"saes": [_about(sae) for sae in saes], "model": model}
+    with new_export(folder, about, force) as partial:
+        rows = []
+        for sae in saes:
+            saved = load_sae(sae.source)
+            write_saelens_folder(partial / sae.folder, saved, _metadata(sae, model))
+            rows.append(_card_row(sae, saved.sae.d_in, saved.sae.d_sae))
+        (partial / "README.md").write_text(_card(saes, rows, model, terms), encoding="utf-8")
+    return folder
+
+
+def export_name(sweep: Sequence[Runs]) -> str:
+    """The train fingerprint; of a sweep, a hash of all of them."""
+    names = [runs.fingerprints["train"] for runs in sweep]
+    return names[0] if len(names) == 1 else hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
+
+
+def _saes(runs: Runs, sweep: Sequence[Runs]) -> list[Exported]:
+    directory = runs.directory("train")
+    if not is_complete(directory):
+        raise UserError(
+            f"export: the train stage for these settings is not complete ({directory}); run `make train` with the "
+            "same CONFIG and SET first"
+        )
+    from harvest.activation_store import slug
+    from harvest.language_model import saelens_hook
+
+    best = runs.config.evaluate.sae == "best"
+    out = []
+    for hook in runs.config.harvest.hooks:
+        source = directory / slug(hook)
+        if best and not (source / "best").exists():
+            raise UserError(f"evaluate.sae: 'best': {source / 'best'} does not exist; export the last one instead")
+        folder = "/".join(filter(None, (slug(saelens_hook(hook) or hook), swept(runs, sweep))))
+        out.append(Exported(runs, hook, folder, source / "best" if best else source))
+    return out
+
+
+def swept(runs: Runs, sweep: Sequence[Runs]) -> str:
+    """What sets this run apart from the others of its sweep, as `l1_coefficient-5`; empty without a sweep."""
+
+    def values(each: Runs) -> dict[str, float | int | None]:
+        train = each.config.train
+        return {"l1_coefficient": train.sae.l1_coefficient, "lr": train.lr, "d_sae": train.sae.d_sae}
+
+    mine, all_values = values(runs), [values(each) for each in sweep]
+    return "_".join(f"{name}-{value:g}" for name, value in mine.items() if len({v[name] for v in all_values}) > 1)
+
+
+def _about(sae: Exported) -> dict[str, Any]:
+    return {"folder": sae.folder, "train": sae.runs.fingerprints["train"], "hook": sae.hook}
+
+
+def _metadata(sae: Exported, model: str) -> dict[str, Any]:
+    """Metadata of cfg.json under SAELens' names."""
+    from harvest.language_model import saelens_hook
+
+    config = sae.runs.config
+    known = saelens_hook(sae.hook)
+    return {
+        "model_name": model,
+        "model_class_name": "HookedTransformer" if known else "AutoModelForCausalLM",
+        "model_from_pretrained_kwargs": {},
+        "hook_name": known or sae.hook,
+        "hf_hook_name": sae.hook,
+        "hook_head_index": None,
+        "context_size": config.sample.context_size,
+        "prepend_bos": False,
+        "exclude_special_tokens": list(config.train.exclude.token_ids) or False,
+        # Of several, a name that no loader takes for one of them.
+        "dataset_path": ", ".join(_public_name(source.path) for source in config.sample.sources),
+        "reasoning_sae": {"train": sae.runs.fingerprints["train"], "which_sae": config.evaluate.sae},
+    }
+
+
+def _public_name(name: str) -> str:
+    """A hub id as it is; of a local path its last part alone, as paths tell of the machine."""
+    return Path(name).name if looks_local(name) else name
+
+
+def _card(saes: list[Exported], rows: list[dict[str, Any]], model: str, terms: list[Terms]) -> str:
+    runs = saes[0].runs
+    manifest = read_json(runs.directory("train") / MANIFEST)
+    sources = [
+        {
+            "name": source.name,
+            "path": _public_name(source.path),
+            "share": source.share,
+            "version": content.removeprefix("hub:").rpartition("@")[2][:19],
+            "licence": term.licence,
+            "note": term.note,
+        }
+        for source, content, term in zip(runs.config.sample.sources, runs.inputs.sources, terms, strict=True)
+    ]
+    hub = [source["path"] for source in sources if not looks_local(source["path"])]
+    front: dict[str, Any] = {"library_name": "saelens", "tags": ["sparse-autoencoder", "saelens", "interpretability"]}
+    front |= {"datasets": hub} if hub else {}
+    front |= {"base_model": model} if not looks_local(model) else {}
+    settings = {k: v for k, v in manifest["settings"].items() if k != "sae" or len(saes) == 1}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["code"] = _code
+    return environment.get_template("model_card.md").render(
+        front_matter=yaml.safe_dump(front, sort_keys=True, allow_unicode=True),
+        saes=rows,
+        model=model,
+        evaluated=any(row["evaluated"] for row in rows),
+        definitions=next((row["definitions"] for row in rows if row["definitions"]), {}),
+        sample=runs.config.sample,
+        sources=sources,
+        settings=settings,
+        excluded=_excluded(manifest["settings"]["exclude"]),
+        versions=manifest["versions"],
+    )
+
+
+def _code(value: Any) -> str:
+    """Text of a setting as Markdown code within a table: it can end neither."""
+    return "`" + " ".join(str(value).replace("`", "'").replace("|", "¦").split()) + "`"
+
+
+def _excluded(exclude: dict[str, Any]) -> str:
+    parts = [f"{name} {exclude[name]}" for name in ("token_ids", "positions") if exclude[name]]
+    if exclude["norm_above_median"] is not None:
+        parts.append(f"norms above {exclude['norm_above_median']:g} times the median")
+    return "; ".join(parts) or "none"
+
+
+def _card_row(sae: Exported, d_in: int, d_sae: int) -> dict[str, Any]:
+    directory = sae.runs.directory("evaluate")
+    metrics = read_json(directory / "metrics.json") if is_complete(directory) else {}
+    figures = metrics.get("saes", {}).get(sae.hook, {})
+    texts = []
+    for section, groups, name, form in FIGURES:
+        value: Any = figures.get(section, {})
+        for group in groups:
+            value = value.get(group, {})
+        texts.append(form.format(value[name]) if name in value else "–")
+    named = {(section, name) for section, _, name, _ in FIGURES}
+    definitions = metrics.get("definitions", {})
+    return {
+        "folder": sae.folder,
+        "hook": sae.hook,
+        "module": sae.hook,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "l1_coefficient": sae.runs.config.train.sae.l1_coefficient,
+        "figures": texts,
+        "evaluated": bool(figures),
+        "definitions": {name: definitions.get(section, {}).get(name, "") for section, name in sorted(named)},
+    }

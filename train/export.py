@@ -1,0 +1,117 @@
+"""A trained SAE as a folder that SAELens opens: `SAE.load_from_disk(folder)`.
+
+SAELens' standard SAE reads rows as the model gives them, so the input scale s is folded into the weights:
+
+    W_enc·s, b_enc, W_dec/s, b_dec/s        f(x) = ReLU(s x W_enc + b_enc),  x̂ = (f W_dec + b_dec) / s
+
+Two fields of cfg.json matter in silence: `apply_b_dec_to_input` is true where it is absent, which would
+subtract b_dec from the input, and metadata is dropped unless `metadata.sae_lens_version` is 6 or later.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from harvest.files import UserError, fsync_path, partial_name, read_json, write_json
+from train.checkpoint import WEIGHTS, SavedSae
+from train.sae import SAE
+
+CONFIG, MARKER = "cfg.json", "export.json"
+SAELENS_VERSION = "6.0.0"  # the form of cfg.json
+
+
+def folded(saved: SavedSae) -> SAE:
+    """The same SAE for rows as the model gives them; float32 (shapes as in `SAE`)."""
+    sae, scale = saved.sae, saved.statistics.scale
+    return SAE(sae.W_enc * scale, sae.b_enc, sae.W_dec / scale, sae.b_dec / scale)
+
+
+def saelens_config(saved: SavedSae, metadata: dict[str, Any]) -> dict[str, Any]:
+    """cfg.json of SAELens 6 for a folded SAE; `metadata` names model, hook and data."""
+    return {
+        "architecture": "standard",
+        "d_in": saved.sae.d_in,
+        "d_sae": saved.sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
+    }
+
+
+def write_saelens_folder(folder: Path, saved: SavedSae, metadata: dict[str, Any]) -> None:
+    """Write sae_weights.safetensors and cfg.json of one SAE into a new folder."""
+    folder.mkdir(parents=True)
+    weights = {name: weight.contiguous().cpu() for name, weight in folded(saved)._asdict().items()}
+    safetensors.torch.save_file(weights, folder / WEIGHTS)
+    fsync_path(folder / WEIGHTS)
+    write_json(folder / CONFIG, saelens_config(saved, metadata))
+
+
+@contextmanager
+def new_export(folder: Path, about: dict[str, Any], force: bool) -> Iterator[Path]:
+    """A partial folder to fill, which becomes `folder` when all is written; export.json holds `about` and its files.
+
+    Raises UserError for a folder that is there: one that is no export of ours is never touched, an export
+    only with `force`, and only while it holds nothing but what the export wrote.
+    """
+    _check_free(folder, force)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial, old = partial_name(folder), folder.with_name(f".{folder.name}.old")
+    for path in (partial, old):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        write_json(partial / MARKER, {"schema": 1, **about, "files": _files(partial)})
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    fsync_path(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_marker(folder: Path) -> dict[str, Any]:
+    """export.json of an export.
+
+    Raises UserError for any other folder.
+    """
+    if not (folder / MARKER).exists():
+        raise UserError(f"{folder}: not an export of this project (it has no {MARKER})")
+    marker = read_json(folder / MARKER)
+    if marker.get("schema") != 1 or not isinstance(marker.get("files"), list):
+        raise UserError(f"{folder / MARKER}: not the marker of an export of this project")
+    return marker
+
+
+def _check_free(folder: Path, force: bool) -> None:
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another folder with --to")
+    try:
+        marker = read_marker(folder)
+    except UserError as error:
+        raise UserError(f"{error}; nothing was written. Choose another folder with --to") from None
+    strange = sorted(set(_files(folder)) - {*marker["files"], MARKER})
+    if strange:
+        raise UserError(
+            f"{folder}: holds {strange[0]}, which the export did not write; choose another folder with --to"
+        )
+    if not force:
+        raise UserError(
+            f"{folder}: holds an export already; --force writes it anew (a README.md that was edited is lost), "
+            "--to chooses another folder"
+        )
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
