@@ -142,7 +142,8 @@ class ActivationStore:
 
     def _array(self, name: str) -> zarr.Array:
         if name not in self._arrays:
-            self._arrays[name] = cast(zarr.Array, self._root[name])
+            # Not kept in zarr.json: without it, a chunk of fill values alone would not be written.
+            self._arrays[name] = cast(zarr.Array, self._root[name]).with_config({"write_empty_chunks": True})
         return self._arrays[name]
 
     def _files(self, split: str, shard: int) -> list[str]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import zarr
 
-from harvest.activation_store import FILL, ActivationStore, Geometry, ShardRows, slug
+from harvest.activation_store import FILL, PROVENANCE, ActivationStore, Geometry, ShardRows, slug
 from harvest.files import UserError
 
 HOOKS = ("model.layers.0", "model.layers.1")
@@ -43,6 +43,17 @@ def test_rows_come_back(store):
         for name in ("token_id", "context", "position"):
             assert np.array_equal(again.read_provenance("train", name, shard), getattr(rows(shard), name))
         again.verify_shard("train", shard)
+
+
+def test_rows_that_look_like_fill_values_are_written(tmp_path):
+    """Of the first shard of one context, every context number is 0."""
+    geometry = GEOMETRY._replace(train_shards=1, holdout_shards=0)
+    store = ActivationStore.create(tmp_path / "store", geometry, {})
+    zeros = {name: np.zeros(geometry.shard_rows, dtype) for name, dtype in PROVENANCE.items()}
+    store.write_shard("train", 0, rows(0)._replace(**zeros))
+    store.check_complete(("train",))
+    store.verify_shard("train", 0)
+    assert (store.read_provenance("train", "context", 0) == 0).all()
 
 
 def test_plain_zarr_opens_it(store):
