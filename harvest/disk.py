@@ -3,20 +3,17 @@
 import shutil
 from pathlib import Path
 
-from harvest.activation_store import PROVENANCE, Geometry
 from harvest.files import UserError
 from harvest.progress import size_text
+from harvest.store_layout import Geometry, stored_arrays
 
 BLOCK = 4096  # a file takes whole blocks of the file system
 
 
 def shard_bytes(geometry: Geometry) -> int:
-    """Bytes on the disk of one shard of either split, all hooks (docs/formats.md), in whole blocks."""
-    g = geometry
-    acts = g.shard_rows * g.d_in * 2 + g.chunks_per_shard * (4 + 16) + 4
-    norm, record = g.shard_rows * 4 + 4, 1
-    provenance = [g.shard_rows * (2 if dtype == "uint16" else 4) + 4 for dtype in PROVENANCE.values()]
-    files = [*[acts, norm] * len(g.hooks), *provenance, record]
+    """Bytes on the disk of one shard of either split, all hooks, in whole blocks; compressed ones take less."""
+    files = [array.file_bytes for array in stored_arrays(geometry, "train").values()]
+    files.append(1)  # the record
     return sum(-(-size // BLOCK) * BLOCK for size in files)
 
 

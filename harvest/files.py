@@ -43,8 +43,10 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.chmod(0o666 & ~_UMASK)  # safetensors makes its files readable by the owner alone
         fsync_path(partial)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a full disk is met in a write, which does not know its file
+            error.filename = str(path)
         raise
     fsync_path(path.parent)
 

@@ -146,7 +146,7 @@ def test_a_shard_in_the_place_of_another_is_found(store):
 def test_a_chunk_that_vanishes_after_opening_is_no_fill_value(store):
     again = ActivationStore.open(store.path)
     (store.path / ACTS).unlink()
-    with pytest.raises(UserError, match="rows are missing"):
+    with pytest.raises(UserError, match="acts/c/1/0: missing"):
         again.read_chunk("train", HOOKS[0], 5)
     (store.path / "train/row/position/c/1").unlink()
     with pytest.raises(UserError, match="row/position/c/1: missing"):

@@ -84,8 +84,8 @@ class ReadingOrder(NamedTuple):
 
 
 class _Pool(NamedTuple):
-    rows: np.ndarray  # uint16 (rows, d_in), as read
-    order: np.ndarray  # the kept ones, permuted
+    rows: Tensor  # bfloat16 (rows, d_in), as read; in memory that the pool after the next is read into
+    order: Tensor  # the kept ones, permuted
 
 
 class ActivationLoader:
@@ -101,7 +101,9 @@ class ActivationLoader:
         window_shards: int,
         pool_rows: int,
         seed: int,
+        pin_memory: bool = False,
     ) -> None:
+        """`pin_memory` makes batches that a GPU copies while the host goes on."""
         g = store.geometry
         self.store, self.hook, self.exclude, self.norm_limit = store, hook, exclude, norm_limit
         self.batch_size = batch_size
@@ -110,6 +112,7 @@ class ActivationLoader:
             g.train_shards, g.chunks_per_shard, min(window_shards, g.train_shards), pool_chunks, seed
         )
         self.reading = Reading()
+        self._pin_memory = pin_memory
         self._kept: dict[int, np.ndarray] = {}
 
     def batches(self, start: Position) -> Generator[Batch, None, None]:
@@ -119,37 +122,41 @@ class ActivationLoader:
         """
         with ThreadPoolExecutor(1, "store-reader") as reader:
             at, row = start._replace(row=0), start.row
-            ahead = reader.submit(self._load, at)
-            parts: list[np.ndarray] = []
-            wanted = self.batch_size
+            this, other = self._empty_pool(), self._empty_pool()
+            ahead = reader.submit(self._load, at, this)
+            batch, filled = self._empty_batch(), 0
             while True:
                 began = time.monotonic()
                 pool = ahead.result()
                 waited = time.monotonic() - began
                 self.reading = Reading(self.reading.bytes + pool.rows.nbytes, self.reading.stall_seconds + waited)
-                ahead = reader.submit(self._load, self.order.next_pool(at))
+                this, other = other, this
+                ahead = reader.submit(self._load, self.order.next_pool(at), this)
                 while row < len(pool.order):
-                    taken = pool.order[row : row + wanted]
-                    parts.append(pool.rows[taken])
+                    taken = pool.order[row : row + self.batch_size - filled]
+                    torch.index_select(pool.rows, 0, taken, out=batch[filled : filled + len(taken)])
                     row += len(taken)
-                    wanted -= len(taken)
-                    if not wanted:
-                        rows = torch.from_numpy(np.concatenate(parts) if len(parts) > 1 else parts[0])
-                        yield Batch(rows.view(torch.bfloat16), at._replace(row=row))
-                        parts, wanted = [], self.batch_size
+                    filled += len(taken)
+                    if filled == self.batch_size:
+                        yield Batch(batch, at._replace(row=row))
+                        batch, filled = self._empty_batch(), 0
                 at, row = self.order.next_pool(at), 0
 
-    def _load(self, at: Position) -> _Pool:
-        g = self.store.geometry
-        chunks = self.order.chunks(at)
-        rows = np.empty((len(chunks) * g.chunk_rows, g.d_in), np.uint16)
-        keep = np.empty(len(rows), bool)
-        for i, chunk in enumerate(chunks.tolist()):
-            here = slice(i * g.chunk_rows, (i + 1) * g.chunk_rows)
-            rows[here] = self.store.read_chunk("train", self.hook, chunk)
-            keep[here] = self._kept_of_chunk(chunk)
-        kept = np.flatnonzero(keep)
-        return _Pool(rows, kept[self.order.rows(at, len(kept))])
+    def _empty_pool(self) -> Tensor:
+        g, order = self.store.geometry, self.order
+        rows = min(order.pool_chunks, order.window_shards * g.chunks_per_shard) * g.chunk_rows
+        return torch.empty(rows, g.d_in, dtype=torch.bfloat16)
+
+    def _empty_batch(self) -> Tensor:
+        shape = (self.batch_size, self.store.geometry.d_in)
+        return torch.empty(shape, dtype=torch.bfloat16, pin_memory=self._pin_memory)
+
+    def _load(self, at: Position, memory: Tensor) -> _Pool:
+        chunks = self.order.chunks(at).tolist()
+        rows = memory[: len(chunks) * self.store.geometry.chunk_rows]
+        self.store.read_chunks("train", self.hook, chunks, rows.view(torch.uint16).numpy())
+        kept = np.flatnonzero(np.concatenate([self._kept_of_chunk(chunk) for chunk in chunks]))
+        return _Pool(rows, torch.from_numpy(kept[self.order.rows(at, len(kept))]))
 
     def _kept_of_chunk(self, chunk: int) -> np.ndarray:
         g = self.store.geometry

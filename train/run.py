@@ -75,6 +75,7 @@ def _train_hook(
         config.window_shards,
         config.pool_rows,
         config.seed,
+        pin_memory=device.type == "cuda",
     )
     held_out = heldout_rows(store, hook, config.exclude, first.statistics.norm_limit, config.validation_rows)
     held_out = held_out.to(device)

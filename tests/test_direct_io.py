@@ -1,0 +1,76 @@
+"""The direct path and the zarr API write the same bytes and read them alike, in every stored form."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import contents
+
+from harvest.activation_store import ActivationStore, Geometry, ShardRows
+
+SHAPES = {
+    "usual": Geometry(("h", "model.layers.1"), 24, 8, 4, 8, train_shards=2, holdout_shards=1),
+    "one value a row, one row a chunk": Geometry(("h",), 1, 3, 1, 1, train_shards=2, holdout_shards=1),
+    "odd width, one chunk a shard": Geometry(("h",), 65, 5, 3, 15, train_shards=1, holdout_shards=1),
+    "chunks across contexts": Geometry(("h",), 63, 6, 2, 4, train_shards=1, holdout_shards=1),
+}
+FORMS = ("bf16", "bf16-zstd", "int8")
+
+
+def shard_rows(g: Geometry, shard: int) -> ShardRows:
+    generator = torch.Generator().manual_seed(shard)
+    acts = {hook: torch.randn(g.shard_rows, g.d_in, generator=generator).bfloat16() for hook in g.hooks}
+    number = np.arange(g.shard_rows)
+    return ShardRows(
+        {hook: rows.view(torch.uint16).numpy() for hook, rows in acts.items()},
+        {hook: rows.float().norm(dim=1).numpy() for hook, rows in acts.items()},
+        (number % 11).astype(np.uint32),
+        (number // g.context_size).astype(np.uint32),
+        (number % g.context_size).astype(np.uint16),
+    )
+
+
+def write(path, geometry: Geometry, direct: bool = True) -> ActivationStore:
+    store = ActivationStore.create(path, geometry, {"seed": 0}, direct=direct)
+    for split in ("holdout", "train"):
+        for shard in range(geometry.shards(split)):
+            store.write_shard(split, shard, shard_rows(geometry, shard))
+    return store
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_ways_write_the_same_bytes(tmp_path, shape, form):
+    geometry = SHAPES[shape]._replace(stored=form)
+    direct, plain = (write(tmp_path / str(way), geometry, way).path for way in (True, False))
+    assert contents(direct) == contents(plain)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_ways_read_the_same_rows(tmp_path, shape, form):
+    g = SHAPES[shape]._replace(stored=form)
+    write(tmp_path, g)
+    direct, plain = (ActivationStore.open(tmp_path, way) for way in (True, False))
+    for store in (direct, plain):
+        store.check_complete()
+        store.verify_shard("train", 0)
+    for hook in g.hooks:
+        chunks = list(range(g.train_shards * g.chunks_per_shard))[::-1]
+        pool = np.empty((len(chunks) * g.chunk_rows, g.d_in), np.uint16)
+        direct.read_chunks("train", hook, chunks, pool)
+        assert np.array_equal(pool, np.concatenate([plain.read_chunk("train", hook, c) for c in chunks]))
+        assert np.array_equal(direct.read_norms("train", hook, 0), plain.read_norms("train", hook, 0))
+        rows = shard_rows(g, 0).acts[hook][: g.chunk_rows]
+        if form != "int8":
+            assert np.array_equal(pool[-g.chunk_rows :], rows)
+
+
+def test_rows_of_another_shape_or_type_are_refused(tmp_path):
+    g = SHAPES["usual"]
+    store = ActivationStore.create(tmp_path, g, {})
+    rows = shard_rows(g, 0)
+    with pytest.raises(ValueError, match=r"rows of shape \(31, 24\) for a shard of 32"):
+        store.write_shard("train", 0, rows._replace(acts={hook: acts[1:] for hook, acts in rows.acts.items()}))
+    with pytest.raises(TypeError):
+        store.write_shard("train", 0, rows._replace(norms={hook: n.astype("f8") for hook, n in rows.norms.items()}))
+    assert store.complete_shards("train") == set()
