@@ -15,7 +15,7 @@ RUN = OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=10000000
 LAUNCH = $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-node $(PROCS) -m pipeline,$(RUN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all harvest train eval status verify prune export test check
+.PHONY: help setup all harvest train eval status verify prune dry-run export test check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -57,6 +57,9 @@ status: setup ## which stage is complete, which would run, and why
 
 verify: setup ## read every byte of the store; what is bad is made anew by the next harvest
 	@$(RUN) verify --config $(CONFIG) $(SET)
+
+dry-run: setup ## rehearse every stage of CONFIG in a minute, on a narrow random model and made-up text
+	@$(RUN) dry-run --config $(CONFIG) $(SET)
 
 prune: setup ## list the runs with size, age and users; delete what CONFIG does not use, after asking
 	@$(RUN) prune --config $(CONFIG) $(SET)

@@ -218,5 +218,16 @@ def prune(
         pruning.prune(runs, directories, used, _asker(yes), print)
 
 
+@app.command("dry-run")
+def dry_run(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFIG, runs: Root = DEFAULT_RUNS) -> None:
+    """Rehearse every stage of these settings in a minute, on a narrow random model and made-up text."""
+    with _errors(runs):
+        from pipeline.dry_run import dry_run as rehearse
+
+        settings = config.load(config_file, overrides or [])
+        for report in rehearse(settings, runs / "dry-run" / config_file.stem, str(config_file), print):
+            print(report)
+
+
 def main() -> None:
     app(prog_name="python -m pipeline")

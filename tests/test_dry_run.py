@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, TINY, pipeline
+
+from harvest.config import Source
+from harvest.conversations import Turn, compose, turns
+from harvest.files import UserError, read_json
+from harvest.sources import open_source
+from harvest.tokenizer import SegmentTokenizer
+from pipeline.architecture import find_architecture, shipped_folder
+from pipeline.config import load
+from pipeline.dry_run import D_IN, dry_run, rehearsal, stand_in_tokenizer, write_rows
+from pipeline.fingerprint import hashed_settings
+
+R1 = ROOT / "configs" / "r1-llama-8b.yaml"
+
+
+def test_it_ends_with_the_report_and_can_be_run_again(fresh_folder):
+    ran = pipeline("dry-run", "train.exclude.token_ids=[2]")
+    assert ran.status == 0, ran.out
+    report = Path(ran.out.splitlines()[-1])
+    assert report.is_relative_to("runs/dry-run/tiny")
+    assert "<html" in report.read_text()
+    assert "token 2 is excluded: " in ran.out
+    assert {path.name for path in Path("runs").iterdir()} == {"dry-run"}
+    left = report.parent / "left"
+    left.touch()
+    with pytest.raises(UserError, match=r"exclude\.token_ids: 399: never occurs"):
+        dry_run(load(TINY, ["train.exclude.token_ids=[399]"]), Path("runs/dry-run/tiny"), "x", lambda _line: None)
+    assert not left.exists()
+
+
+def test_a_folder_of_somebody_else_is_left_alone(fresh_folder):
+    mine = Path("runs/dry-run/tiny/mine")
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    ran = pipeline("dry-run")
+    assert ran.status == 1
+    assert "not an earlier dry run" in ran.out
+    assert mine.exists()
+
+
+def test_only_model_text_width_and_budget_are_replaced():
+    real = load(R1, [])
+    other = rehearsal(real, 4096, Path("x"))
+    changed = {"sample": set(), "harvest": set(), "train": set(), "evaluate": set()}
+    for stage, names in changed.items():
+        before, after = (hashed_settings(getattr(config, stage)) for config in (real, other))
+        names |= {name for name in before if before[name] != after[name]}
+    assert changed == {
+        "sample": {"sources", "train_tokens", "holdout_tokens", "holdout_fraction"},
+        "harvest": set(),
+        "train": {"sae", "training_tokens"},
+        "evaluate": {"downstream"},
+    }
+    assert other.train.sae.d_sae == 16 * D_IN  # 65,536 of 4,096
+    assert other.harvest.hooks == ("model.layers.19",)
+    kept = ("name", "rows", "share")
+    assert [[getattr(s, k) for k in kept] for s in other.sample.sources] == [
+        [getattr(s, k) for k in kept] for s in real.sample.sources
+    ]
+
+
+def test_the_stand_in_tokenizer_has_the_special_tokens_of_the_settings():
+    config = load(R1, [])
+    special = read_json(shipped_folder(config.model) / "special_tokens.json")
+    tokenizer = SegmentTokenizer(stand_in_tokenizer(special, 128_256), "<｜end▁of▁sentence｜>")
+    assert tokenizer.whole.get_vocab_size() == 128_256
+    document = [Turn("user", "a <think> b"), Turn("assistant", "yes", "hm")]
+    ids = tokenizer.encode([compose(config.sample.template, document, "")])[0].tolist()
+    assert [i for i in ids if i >= 128_000] == [128_000, 128_011, 128_012, 128_013, 128_014, 128_001]
+    assert set(config.train.exclude.token_ids) < set(ids)
+
+
+def test_the_shape_comes_from_the_shipped_facts_where_the_hub_cannot_be_reached():
+    config = load(R1, [])
+    shape = find_architecture(config.model, offline=False)  # the tests are offline
+    assert not shape.has_model
+    assert "as the hub cannot be reached" in shape.origin
+    assert shape.skeleton.layer_list == "model.layers"
+    assert sum(p.numel() for p in shape.skeleton.model.parameters()) == 8_030_261_248  # 8.03B, as published
+    with pytest.raises(UserError, match=r"model\.name"):
+        find_architecture(config.model.model_copy(update={"name": "nobody/nothing"}), offline=False)
+
+
+@pytest.mark.parametrize("rows", ["conversation", "conversations", "reasoning", "text"])
+def test_made_up_rows_fit_their_schema(tmp_path, rows):
+    source = Source(name="s", path=str(tmp_path / "s.jsonl"), rows=rows, share=1)
+    write_rows(Path(source.path), source, 2000)
+    documents = [turns(rows, row) for row in open_source(source, None, offline=True)]
+    assert None not in documents
+    words = sum(len((turn.content + " " + (turn.reasoning or "")).split()) for d in documents for turn in d or [])
+    assert words >= 1800
+    assert json.loads(Path(source.path).read_text().splitlines()[0])
