@@ -1,12 +1,12 @@
 """Settings of the evaluate stage."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from harvest.config import ComputeDtype, Device, Settings
+from harvest.config import ComputeDtype, Device, Seed, Settings
 
-EVALUATE_VERSION = 1
+EVALUATE_VERSION = 2
 
 
 class DownstreamConfig(Settings):
@@ -16,6 +16,23 @@ class DownstreamConfig(Settings):
     """Contexts of one forward pass."""
     compute_dtype: ComputeDtype = "auto"
     """Precision of the forward pass, as harvest.compute_dtype."""
+
+
+class FeaturesConfig(Settings):
+    count: int = Field(default=200, ge=1, le=2000)
+    """Features that get a page: the best by ReasonScore (by density where there is none) and a random part."""
+    random_share: float = Field(default=0.25, ge=0, le=1)
+    """Part of them that is drawn at random from those that fire, so that not only the best are seen."""
+    include: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Features that get a page in any case."""
+    contexts: int = Field(default=12, ge=1, le=100)
+    """Strongest contexts on a page."""
+    samples: int = Field(default=3, ge=0, le=16)
+    """Examples from each quarter of a feature's activations."""
+    tokens: int = Field(default=64, ge=4, le=1024)
+    """Tokens of a context that are shown; the active one is three quarters in."""
+    seed: Seed = 0
+    """Choice of the random features and of the examples."""
 
 
 class EvaluateRuntime(Settings):
@@ -34,4 +51,6 @@ class EvaluateConfig(Settings):
     """Rows of a batch of the fidelity figures; the legacy explained variance depends on it."""
     downstream: DownstreamConfig | None = DownstreamConfig()
     """Cross-entropy with the SAE spliced into the model; null leaves it out."""
+    features: FeaturesConfig | None = FeaturesConfig()
+    """Pages of single features; null leaves them out."""
     runtime: EvaluateRuntime = EvaluateRuntime()

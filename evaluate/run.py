@@ -5,11 +5,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluate import downstream, fidelity
+from evaluate import downstream, feature_pages, fidelity
 from evaluate.config import EvaluateConfig
 from evaluate.fidelity import Fidelity
 from evaluate.report import write_report
 from evaluate.subject import Subject
+from evaluate.unembedding import Unembedding, load_unembedding
 from harvest.activation_store import ActivationStore, slug
 from harvest.config import ModelConfig
 from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
@@ -26,11 +27,13 @@ ANALYSES: dict[str, Callable[[Subject, Fidelity], dict[str, Any] | None]] = {
     "features": fidelity.features,
     "statistics": lambda subject, _heldout: subject.saved.statistics._asdict(),
     "downstream": downstream.analyse,
+    "feature_pages": feature_pages.analyse,
 }
 DEFINITIONS = {
     "fidelity": fidelity.DEFINITIONS,
     "features": fidelity.DENSITY_DEFINITIONS,
     "downstream": downstream.DEFINITIONS,
+    "feature_pages": feature_pages.DEFINITIONS,
 }
 
 
@@ -75,11 +78,16 @@ def run(
     def tokenizer() -> SegmentTokenizer:
         return load_tokenizer(model_config, model_commit, config.runtime.offline)
 
+    @cache
+    def unembedding() -> Unembedding:
+        return load_unembedding(model_config, model_commit, config.runtime.offline)
+
     saes: dict[str, Any] = {}
     for hook in store.geometry.hooks:
         saved = _load(upstream.train / slug(hook), config.sae, store)
         saved = saved._replace(sae=saved.sae.to(device))
-        subject = Subject(saved, store, exclude, contexts, context_source, model, tokenizer, config, device, directory)
+        once = (model, tokenizer, unembedding)
+        subject = Subject(saved, store, exclude, contexts, context_source, *once, config, device, directory)
         heldout = fidelity.measure(subject)
         sections = {name: analyse(subject, heldout) for name, analyse in ANALYSES.items()}
         saes[hook] = {name: section for name, section in sections.items() if section is not None}

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from evaluate.config import EvaluateConfig
+from evaluate.unembedding import Unembedding
 from harvest.activation_store import ActivationStore, slug
 from harvest.language_model import HookedModel
 from harvest.progress import Progress
@@ -27,6 +28,7 @@ class Subject(NamedTuple):
     context_source: np.ndarray  # uint8 (held-out contexts,): index into contexts.sources
     model: Callable[[], HookedModel]  # whole, with its head and the store's hooks; one for all SAEs
     tokenizer: Callable[[], SegmentTokenizer]
+    unembedding: Callable[[], Unembedding]  # without the model
     config: EvaluateConfig
     device: torch.device
     directory: Path  # where an analysis leaves its files

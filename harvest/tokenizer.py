@@ -12,6 +12,12 @@ from harvest.config import ModelConfig
 from harvest.conversations import Segment
 from harvest.files import UserError
 
+# GPT-2's alphabet: these bytes stand for themselves, the others are the characters from 256 on.
+_PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_BYTES = {chr(byte): byte for byte in _PLAIN} | {
+    chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PLAIN)))
+}
+
 
 class SegmentTokenizer:
     """Token ids of documents.
@@ -43,6 +49,22 @@ class SegmentTokenizer:
             )
             for document in documents
         ]
+
+    def text(self, token_id: int) -> str:
+        """What a token adds to a text, its leading blank included; bytes that are no whole character as \\xe2\\x80.
+
+        Empty for a number that the vocabulary does not have.
+        """
+        piece = self.whole.id_to_token(token_id)
+        if piece is None:
+            return ""
+        # Decoders drop the blank of the first token, so another stands before it.
+        anchor = self.whole.token_to_id("a")
+        ids = [token_id] if anchor is None else [anchor, token_id]
+        text = self.whole.decode(ids, skip_special_tokens=False)[len(ids) - 1 :]
+        if "\ufffd" in text and all(character in _BYTES for character in piece):
+            return "".join(f"\\x{_BYTES[c]:02x}" if _BYTES[c] > 126 else chr(_BYTES[c]) for c in piece)
+        return piece if "\ufffd" in text else text
 
     def _marker(self, text: str) -> list[int]:
         if text not in self._markers:

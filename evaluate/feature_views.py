@@ -1,0 +1,215 @@
+"""What the page of a feature shows, and how: figures as text, tokens with nothing hidden in them."""
+
+import math
+import unicodedata
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from markupsafe import Markup, escape
+
+from evaluate.charts import bars
+from evaluate.config import FeaturesConfig
+from evaluate.features import BINS, LEFT_OUT, Activity, Excerpts
+from evaluate.unembedding import Tokens
+
+LEVELS = 9  # of shading
+LONGEST = 40  # characters of a token that are shown
+CHIPS = 10  # tokens of a list
+ALIKE = 8  # excerpts with the same tokens up to the active one count as one text
+QUARTERS = ("highest", "upper middle", "lower middle", "lowest")
+
+
+class Scored(NamedTuple):
+    """ReasonScore of all features, and the mean activation of each near each word."""
+
+    score_F: np.ndarray
+    word_means_WF: np.ndarray
+    words: list[str]
+
+
+class Site(NamedTuple):
+    """All that the pages of one SAE are made from."""
+
+    hook: str
+    d_sae: int
+    chosen_K: np.ndarray
+    activity: Activity
+    sources: list[str]
+    text: Callable[[int], str]  # of a token
+    promoted: tuple[Tokens, Tokens] | None  # and suppressed
+    no_promoted: str  # why there are none
+    nearest: list[list[tuple[int, float]]]  # of each chosen feature: (feature, cosine)
+    scored: Scored | None
+
+
+def visible(text: str, blank: str = "·") -> str:
+    """A token's text with nothing in it that cannot be seen or that moves other text about."""
+    shown = "".join(_visible(character, blank) for character in text[:LONGEST])
+    if unicodedata.category(text[:1] or " ").startswith("M"):
+        shown = f"◌{shown}"  # a mark would sit on the token before
+    return shown + (f"… ({len(text):,} characters)" if len(text) > LONGEST else "")
+
+
+def _visible(character: str, blank: str) -> str:
+    named = {" ": blank, "\n": "↵", "\t": "⇥", "\r": "␍"}.get(character)
+    hidden = unicodedata.category(character)[0] in "CZ"
+    return named or (f"⟨U+{ord(character):04X}⟩" if hidden else character)
+
+
+def number(value: float | None) -> str:
+    """Three digits that count; small ones as powers of ten."""
+    if value is None or math.isnan(value):
+        return "–"
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        digits = 2 if value == 0 else max(0, 2 - math.floor(math.log10(abs(value))))
+        return f"{value:,.{digits}f}"
+    return f"{value:.2e}"
+
+
+def percent(value: float) -> str:
+    return f"{number(100 * value)}%"
+
+
+class Views:
+    """What the templates show of each feature."""
+
+    def __init__(self, site: Site, config: FeaturesConfig) -> None:
+        self.site, self.config = site, config
+        self.chip: Callable[[int], str] = cache(lambda token: visible(site.text(token)) or f"⟨token {token}⟩")
+        self.running: Callable[[int], Markup] = cache(lambda token: escape(self._running(token)))
+        self.silent: Callable[[int], Markup] = cache(lambda token: Markup("<i>{}</i>").format(self.running(token)))
+        score_F = site.scored.score_F if site.scored else None
+        self.rank_F = None if score_F is None else np.argsort(np.argsort(-score_F, kind="stable"), kind="stable") + 1
+
+    def all(self) -> list[dict[str, Any]]:
+        """Views of all features, the best first."""
+        features = [self._feature(k) for k in range(len(self.site.chosen_K))]
+        key = "density" if self.site.scored is None else "score"
+        return sorted(features, key=lambda feature: -feature[key])
+
+    def _running(self, token: int) -> str:
+        text = self.site.text(token)
+        return visible(text, " ") if text.strip(" ") else self.chip(token)
+
+    def _feature(self, k: int) -> dict[str, Any]:
+        site, activity = self.site, self.site.activity
+        feature, rows = int(site.chosen_K[k]), max(1, int(activity.rows_G.sum()))
+        top = float(activity.max_GK[:, k].max())
+        strongest = self._strongest(activity.strongest.of(k), top)
+        view = {
+            "number": feature,
+            "density": float(activity.active_GK[:, k].sum()) / rows,
+            "max": top,
+            "by_source": [self._source(g, k) for g in range(len(site.sources))],
+            "fires_on": self._fires_on(k),
+            "strongest": strongest,
+            "quarters": self._quarters(activity.sampled.of(k), top) if self.config.samples else [],
+            "histogram": self._histogram(k),
+            "promoted": self._chips(k, 0),
+            "suppressed": self._chips(k, 1),
+            "no_promoted": site.no_promoted,
+            "nearest": site.nearest[k],
+            "score": None,
+            "words": [],
+        }
+        if site.scored and self.rank_F is not None:
+            means = site.scored.word_means_WF[:, feature].tolist()
+            widths = [100 * mean / (max(means) or 1) for mean in means]
+            view["score"] = float(site.scored.score_F[feature])
+            view["rank"] = int(self.rank_F[feature])
+            view["words"] = list(zip(site.scored.words, means, widths, strict=True))
+        return view
+
+    def _source(self, g: int, k: int) -> dict[str, Any]:
+        activity = self.site.activity
+        rows, active = int(activity.rows_G[g]), int(activity.active_GK[g, k])
+        total = float(activity.sum_GK[g, k])
+        return {
+            "name": self.site.sources[g],
+            "rows": rows,
+            "density": active / max(1, rows),
+            "mean": total / max(1, rows),
+            "mean_active": total / active if active else None,
+            "max": float(activity.max_GK[g, k]),
+        }
+
+    def _fires_on(self, k: int) -> list[dict[str, Any]]:
+        tokens = self.site.activity.tokens
+        here = slice(*np.searchsorted(tokens.feature_N, [k, k + 1]))
+        token_N, count_N, sum_N = tokens.token_N[here], tokens.count_N[here], tokens.sum_N[here]
+        return [
+            {
+                "text": self.chip(int(token_N[i])),
+                "share": count_N[i] / count_N.sum(),
+                "mean": sum_N[i] / count_N[i],
+            }
+            for i in np.argsort(-count_N, kind="stable")[:CHIPS]
+        ]
+
+    def _chips(self, k: int, side: int) -> list[dict[str, Any]]:
+        if self.site.promoted is None:
+            return []
+        tokens = self.site.promoted[side]
+        pairs = zip(tokens.token_KN[k].tolist(), tokens.logit_KN[k].tolist(), strict=True)
+        return [{"text": self.chip(token), "logit": logit} for token, logit in pairs]
+
+    def _histogram(self, k: int) -> Markup:
+        counts, top = self.site.activity.histogram_KB[k].tolist(), float(self.site.activity.top_K[k])
+        used = max((i + 1 for i, count in enumerate(counts) if count), default=0)
+        edges = [top * i / BINS for i in range(used + 1)]
+        return bars("Held-out tokens by activation", counts[:used], edges, "activation") if used else Markup("")
+
+    def _strongest(self, excerpts: Excerpts, top: float) -> list[dict[str, Any]]:
+        seen: set[tuple[int, ...]] = set()
+        shown = []
+        for n in range(len(excerpts.key_N)):
+            at = int(excerpts.position_N[n] - excerpts.start_N[n])
+            text = tuple(excerpts.token_NT[n, max(0, at + 1 - ALIKE) : at + 1].tolist())
+            if text not in seen and len(shown) < self.config.contexts:
+                seen.add(text)
+                shown.append(self._excerpt(excerpts, n, top))
+        return shown
+
+    def _quarters(self, excerpts: Excerpts, top: float) -> list[dict[str, Any]]:
+        order = np.argsort(-excerpts.value_N, kind="stable")
+        quarters = []
+        for name, part in zip(QUARTERS, np.array_split(order, len(QUARTERS)), strict=True):
+            # Evenly over the quarter, and of each context once where there are enough.
+            fresh = [n for i, n in enumerate(part) if excerpts.context_N[n] not in excerpts.context_N[part[:i]]]
+            usable = fresh if len(fresh) >= self.config.samples else part.tolist()
+            picked = np.unique(np.linspace(0, len(usable) - 1, min(self.config.samples, len(usable))).astype(int))
+            if len(part):
+                values = excerpts.value_N[part]
+                found = [self._excerpt(excerpts, int(usable[i]), top) for i in picked]
+                quarters.append({"name": name, "low": values.min(), "high": values.max(), "excerpts": found})
+        return quarters
+
+    def _excerpt(self, excerpts: Excerpts, n: int, top: float) -> dict[str, Any]:
+        at = int(excerpts.position_N[n] - excerpts.start_N[n])
+        values = excerpts.acts_NT[n].tolist()
+        tokens = [
+            self._token(token, value, top, is_peak=i == at)
+            for i, (token, value) in enumerate(zip(excerpts.token_NT[n].tolist(), values, strict=True))
+        ]
+        return {
+            "tokens": Markup("").join(tokens),
+            "glimpse": Markup("").join(tokens[max(0, at - 9) : at + 3]),
+            "value": values[at],
+            "source": self.site.sources[int(excerpts.source_N[n])],
+            "context": int(excerpts.context_N[n]),
+            "position": int(excerpts.position_N[n]),
+            "start": int(excerpts.start_N[n]),
+        }
+
+    def _token(self, token: int, value: float, top: float, is_peak: bool) -> Markup:
+        # Hundreds of thousands: a template takes four times as long.
+        if value == 0:
+            return self.silent(token)
+        if value == LEFT_OUT:
+            return Markup('<i class="x">{}</i>').format(self.running(token))
+        level = min(LEVELS, math.ceil(LEVELS * value / top))
+        return Markup('<i class="a{}{}" data-v="{}">{}</i>').format(
+            level, " peak" if is_peak else "", number(value), self.running(token)
+        )
