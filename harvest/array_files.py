@@ -100,7 +100,11 @@ class ArrayFiles:
         rows = np.ascontiguousarray(rows.astype(np.dtype(array.dtype).newbyteorder("<"), casting="safe", copy=False))
         path = self.path / array.file(shard)
         if self._by_zarr(array):
-            self._zarr_array(array)[shard * array.shard_rows : (shard + 1) * array.shard_rows] = rows
+            try:
+                self._zarr_array(array)[shard * array.shard_rows : (shard + 1) * array.shard_rows] = rows
+            except OSError as error:
+                error.filename = str(path)
+                raise
             for written in (path, path.parent, path.parent.parent):
                 fsync_path(written)
             return Written(path.stat().st_size, self.verify(array, shard))

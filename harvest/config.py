@@ -116,6 +116,9 @@ class HarvestConfig(Settings):
     """CPU threads of one worker. Hashed for the same reason; without effect on a GPU."""
     chunk_rows: int = Field(default=1024, ge=1)
     """Rows of a chunk, the unit of reading. 2 to 8 MB are best."""
+    stored: Literal["bf16", "bf16-zstd", "int8"] = Field(default="bf16", json_schema_extra={"added": True})
+    """Form of the rows in the store. bf16-zstd: the same values, compressed, for disks behind a network. int8: in
+    blocks of 64 values with a scale each, 1.94 times smaller, not exact."""
     runtime: HarvestRuntime = HarvestRuntime()
 
     @model_validator(mode="after")

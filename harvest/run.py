@@ -61,6 +61,7 @@ def run(
         chunk_rows=config.chunk_rows,
         train_shards=contexts.count("train") // sample.shard_contexts,
         holdout_shards=contexts.count("holdout") // sample.shard_contexts,
+        stored=config.stored,
     )
     begun = read_json(directory / "begun.json")
     attributes = {"seed": sample.seed, "model": begun["inputs"]["model"], "fingerprint": directory.name}

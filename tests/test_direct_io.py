@@ -23,7 +23,7 @@ def shard_rows(g: Geometry, shard: int) -> ShardRows:
     return ShardRows(
         {hook: rows.view(torch.uint16).numpy() for hook, rows in acts.items()},
         {hook: rows.float().norm(dim=1).numpy() for hook, rows in acts.items()},
-        (number % 11).astype(np.uint32),
+        ((number + shard) % 11).astype(np.uint32),
         (number // g.context_size).astype(np.uint32),
         (number % g.context_size).astype(np.uint16),
     )
