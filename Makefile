@@ -15,10 +15,10 @@ RUN = OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=10000000
 LAUNCH = $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-node $(PROCS) -m pipeline,$(RUN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all harvest train eval status verify prune dry-run export test check
+.PHONY: help setup all harvest train eval status verify prune dry-run export test test-browser chromium check
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
 	@echo 'CONFIG=file chooses the settings, SET="section.key=value ..." changes some of them'
 
 setup: .venv/.dependencies assets/.complete ## virtual environment, dependencies, embedded model and text
@@ -69,6 +69,15 @@ export: setup ## write the trained SAEs as SAELens folders with a model card
 
 test: setup .venv/.dev ## the tests
 	.venv/bin/python -m pytest
+
+test-browser: setup .venv/.dev chromium ## report and feature pages in headless Chromium
+	.venv/bin/python -m pytest -m browser tests/browser
+
+chromium:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
+	  DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; } || { \
+	  echo 'test-browser needs chromium and chromedriver; on Debian, as root: apt-get install chromium chromium-driver' >&2; exit 1; }
 
 check: setup .venv/.dev ## style, types, and the direction of imports
 	.venv/bin/ruff check .

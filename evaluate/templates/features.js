@@ -25,7 +25,7 @@ document.addEventListener("pointerover", (event) => {
   if (event.pointerType === "mouse") show(tokenAt(event));
 });
 document.addEventListener("click", (event) => show(tokenAt(event)));
-document.addEventListener("scroll", () => show(null), { passive: true });
+document.addEventListener("scroll", () => show(marked), { passive: true });
 document.addEventListener("focusout", () => show(null));
 document.addEventListener("keydown", (event) => {
   const line = document.activeElement;
@@ -45,7 +45,7 @@ if (search) {
   const headers = [...document.querySelectorAll(".index th[data-key]")];
 
   const filter = () => {
-    const wanted = search.value.trim().toLowerCase();
+    const wanted = search.value.trim().toLowerCase().replaceAll(" ", "·"); // as tokens show their blanks
     let count = 0;
     for (const row of rows) {
       const isNumber = /^\d+$/.test(wanted) && row.dataset.number.startsWith(wanted);

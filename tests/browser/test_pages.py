@@ -1,0 +1,242 @@
+"""Report and feature pages in Chromium, from disk, with the network off: `make test-browser`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import hostile
+import pytest
+from conftest import only
+
+from evaluate.feature_pages import write_pages
+
+pytestmark = pytest.mark.browser
+TOOLS = ("chromium", "chromedriver")
+# Moves of what was painted already.
+
+SHIFTS = """
+const done = arguments[0];
+let count = 0;
+new PerformanceObserver(list => { count += list.getEntries().length; }).observe({type: "layout-shift", buffered: true});
+setTimeout(() => done(count), 20);
+"""
+# The least contrast of a text with what is behind it (WCAG 2.2, relative luminance), and the element.
+CONTRAST = """
+const channel = c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
+const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
+const parse = text => text.match(/[\\d.]+/g).map(Number);
+const behind = element => {
+  const layers = [];
+  for (let e = element; e; e = e.parentElement) layers.push(parse(getComputedStyle(e).backgroundColor));
+  const over = (under, [r, g, b, a = 1]) => under.map((u, i) => u + ([r, g, b][i] - u) * a);
+  return layers.reverse().reduce(over, [255, 255, 255]);
+};
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+let least = [99, ""];
+for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+  const element = node.parentElement;
+  if (!node.textContent.trim() || !element.getClientRects().length) continue;
+  const style = getComputedStyle(element);
+  const ink = parse(element.closest("svg") ? style.fill : style.color);
+  const [a, b] = [light(ink), light(behind(element))].sort((x, y) => y - x);
+  const ratio = (a + 0.05) / (b + 0.05);
+  if (ratio < least[0]) least = [ratio, `${element.outerHTML.slice(0, 80)}`];
+}
+return least;
+"""
+
+
+@pytest.fixture(scope="session")
+def run(finished, tmp_path_factory) -> Path:
+    """The finished run's evaluate folder, its feature pages made anew with hostile tokens."""
+    folder = tmp_path_factory.mktemp("browser") / "evaluate"
+    shutil.copytree(only(finished, "runs/evaluate/*"), folder)
+    shutil.rmtree(folder / "features")
+    write_pages(folder / "features" / hostile.HOOK, hostile.site(finished), hostile.CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory):
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
+    missing = [tool for tool in TOOLS if not shutil.which(tool)]
+    if missing:
+        pytest.fail(f"{' and '.join(missing)} not found: on Debian, apt-get install chromium chromium-driver")
+    options = ChromeOptions()
+    options.binary_location = str(shutil.which("chromium"))
+    profile = tmp_path_factory.mktemp("profile")
+    for flag in (
+        "headless=new",
+        "no-sandbox",  # its sandbox refuses root
+        "disable-dev-shm-usage",
+        "disable-gpu",
+        f"user-data-dir={profile}",
+        "proxy-server=127.0.0.1:9",  # nothing listens there: the network is off
+        "host-resolver-rules=MAP * ~NOTFOUND",
+        "disable-background-networking",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = Chrome(options, Service(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+class Browser:
+    """One page open at a time, and what it asked for and complained of."""
+
+    def __init__(self, driver, run: Path) -> None:
+        self.driver, self.folder = driver, run / "features" / hostile.HOOK
+        self.report, self.index = run / "report.html", self.folder / "index.html"
+        self.js = driver.execute_script
+
+    def open(self, path: Path, width: int = 1200, theme: str = "light") -> None:
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        feature = {"name": "prefers-color-scheme", "value": theme}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+        self.driver.get(path.as_uri())
+
+    def find(self, css: str):
+        from selenium.webdriver.common.by import By
+
+        return self.driver.find_element(By.CSS_SELECTOR, css)
+
+    def press(self, *keys: str) -> None:
+        self.driver.switch_to.active_element.send_keys(*keys)
+
+    def column(self, key: str) -> list[float]:
+        """What the visible rows of the index hold of a column, from above."""
+        rows = "[...document.querySelectorAll('.index tbody tr')].filter(r => r.offsetHeight)"
+        return self.js(f"return {rows}.map(r => Number(r.dataset[arguments[0]]))", key)
+
+
+@pytest.fixture
+def browser(chromium, run):
+    """Fails a test whose pages write to the console or ask for anything but files."""
+    for kind in ("browser", "performance"):
+        chromium.get_log(kind)
+    yield Browser(chromium, run)
+    assert chromium.get_log("browser") == []
+    messages = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
+    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    assert asked
+    assert all(url.startswith(("file:", "data:")) for url in asked), asked
+
+
+def test_the_index_searches(browser):
+    browser.open(browser.report)
+    browser.find("a[href$='index.html']").click()
+    assert browser.js("return document.querySelector('h1').textContent") == "Features"
+    assert len(browser.column("number")) == 12
+    search, found = browser.find("#search"), browser.find("#found")
+    for wanted, expected in (("11", [11]), ("999", []), ("<IMG SRC", list(range(12))), ("zzz", [])):
+        search.clear()
+        search.send_keys(wanted)
+        assert sorted(browser.column("number")) == expected
+        assert found.text == f"{len(expected)} of 12 features"
+    search.clear()
+    browser.find("h1").click()
+    browser.press("/")
+    browser.press("11")
+    assert browser.column("number") == [11]
+    browser.find(".index tbody tr:not([hidden]) a").click()
+    assert browser.find("h1").text == "Feature 11"
+    browser.driver.back()
+    assert browser.find("#found").text == f"{len(browser.column('number'))} of 12 features"
+
+
+def test_the_index_sorts(browser):
+    browser.open(browser.index)
+    best_first = browser.column("score")
+    assert best_first == sorted(best_first, reverse=True)
+    for key in ("density", "max", "score"):
+        header = browser.find(f"th[data-key={key}]")
+        for order in ("descending", "ascending"):
+            header.find_element("css selector", "button").click()
+            values = browser.column(key)
+            assert len(set(values)) > 3
+            assert values == sorted(values, reverse=order == "descending")
+            assert header.get_attribute("aria-sort") == order
+    browser.find("th[data-key=number] button").send_keys("\ue007")  # Enter
+    assert browser.column("number") == list(range(12))
+    assert len(browser.driver.find_elements("css selector", "[aria-sort]")) == 1
+
+
+def test_every_link_leads_somewhere(browser):
+    for page in (browser.report, *sorted(browser.folder.iterdir())):
+        browser.open(page)
+        targets = browser.js("return [...document.links].map(a => [a.protocol, a.pathname, a.hash])")
+        assert targets
+        for protocol, path, anchor in targets:
+            assert protocol == "file:"
+            assert Path(path).is_file(), path
+            assert not anchor or browser.js("return !!document.querySelector(arguments[0])", anchor)
+
+
+def test_activations_are_read_by_mouse_tap_and_keyboard(browser):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    number = int(browser_first_active(browser))
+    browser.open(browser.folder / f"{number}.html")
+    tip, height = browser.find("#tip"), browser.js("return document.documentElement.scrollHeight")
+    peak = browser.find(".tokens .peak")
+    value = peak.get_attribute("data-v")
+    assert value == browser.find(".meta b").text
+    assert not tip.is_displayed()
+    ActionChains(browser.driver).move_to_element(peak).perform()
+    assert tip.text.startswith(value)
+    ActionChains(browser.driver).move_to_element(browser.find("h1")).perform()
+    assert not tip.is_displayed()
+    peak.click()
+    assert tip.text.startswith(value)
+    browser.press(Keys.ESCAPE)
+    assert not tip.is_displayed()
+
+    browser.js("document.querySelector('.tokens[tabindex]').focus()")
+    browser.press(Keys.ARROW_RIGHT)
+    position = int(tip.text.rsplit(" ", 1)[1])
+    assert tip.text.startswith(value)
+    browser.press(Keys.ARROW_LEFT)
+    assert int(tip.text.rsplit(" ", 1)[1]) == position - 1
+    assert browser.js("return document.documentElement.scrollHeight") == height  # nothing moves
+
+
+def browser_first_active(browser) -> float:
+    browser.open(browser.index)
+    browser.find("th[data-key=max] button").click()
+    return browser.column("number")[0]
+
+
+@pytest.mark.parametrize("width", [320, 390, 1200])
+def test_nothing_is_wider_than_the_window(browser, width):
+    for page in (browser.report, browser.index, *sorted(browser.folder.glob("[0-9]*.html"))):
+        browser.open(page, width)
+        inner, whole = browser.js("const e = document.documentElement; return [e.clientWidth, e.scrollWidth]")
+        assert width - 20 < inner <= width  # a scroll bar, on a desktop
+        assert whole <= inner, page
+        assert browser.driver.execute_async_script(SHIFTS) == 0
+
+
+def test_hostile_tokens_are_text(browser):
+    for page in (browser.index, *sorted(browser.folder.glob("[0-9]*.html"))):
+        browser.open(page)
+        assert browser.js("return window.broken") is None
+        assert browser.js("return document.querySelectorAll('img, script:not(:last-of-type), b b').length") == 0
+        assert browser.js("return document.scripts.length") == 1
+        shown = browser.js("return document.body.textContent")
+        assert "</script><script>window.broken=1" in shown
+        assert not set(shown) & set("\u202e\u2066\u200f\x00\x1b")
+    assert "<b>let me</b>" in shown
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_stands_out(browser, theme):
+    for page in (browser.index, *sorted(browser.folder.glob("[0-9]*.html"))[:4]):
+        browser.open(page, theme=theme)
+        assert browser.js("return matchMedia('(prefers-color-scheme: dark)').matches") == (theme == "dark")
+        ratio, where = browser.js(CONTRAST)
+        assert ratio >= 4.5, where  # WCAG 2.2, AA
