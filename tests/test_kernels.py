@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from train.adam import Adam, Update, plain_update
 from train.sae import SAE, initial_sae
 from train.sparse_step import PLAIN, ByFeature, ByRow, active_features, by_feature, sparse_step
 
@@ -60,7 +61,7 @@ class TestKernels:
 
     @pytest.fixture(autouse=True)
     def small_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, size in {"EXTRACT_TILE": 16, "D_TILE": 16, "N_TILE": 4, "F_TILE": 8}.items():
+        for name, size in {"EXTRACT_TILE": 16, "D_TILE": 16, "N_TILE": 4, "F_TILE": 8, "ADAM_TILE": 128}.items():
             monkeypatch.setattr(kernels, name, size)
 
     def test_the_batch_is_what_it_says(self) -> None:
@@ -127,6 +128,27 @@ class TestKernels:
         assert torch.equal(ours.fired_F, plain.fired_F)
         for a, b in zip(ours.gradients, plain.gradients, strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm()
+
+    def test_the_update_equals_torchs(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def state() -> Adam:
+            return Adam(batch()[0], torch.bfloat16)
+
+        ours, plain = state(), state()
+        for step, divisor in enumerate([1.0, 3.0, float("nan"), float("inf"), 1.0], start=1):
+            gradients = SAE(*(torch.randn(w.shape, generator=generator).to(DEVICE) for w in ours.sae))
+            numbers = Update(1e-2, (0.9, 0.99), step, torch.tensor(divisor, device=DEVICE))
+            for apply, adam in ((kernels.adam_update, ours), (plain_update, plain)):
+                copies = SAE(*(g.clone() for g in gradients))
+                apply(adam.sae, copies, adam.exp_avg, adam.exp_avg_sq, adam.operands, numbers)
+            for tensors in ("sae", "exp_avg", "exp_avg_sq"):
+                for a, b in zip(getattr(ours, tensors), getattr(plain, tensors), strict=True):
+                    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+            # The interpreter cuts bits off where a GPU rounds.
+            torch.testing.assert_close(ours.operands.W_dec.float(), ours.sae.W_dec, rtol=2**-7, atol=0)
+            assert ours.operands.b_dec is ours.sae.b_dec
+        assert not torch.equal(ours.sae.W_dec, state().sae.W_dec)
 
     @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program at a time: no order to depend on")
     def test_same_input_gives_the_same_bytes(self) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from train import sparse_step as sparse_module
+from train import step as dense_module
 from train.sae import SAE, initial_sae
 from train.sparse_step import PLAIN, active_features, sparse_step
 from train.step import StepResult, dense_step, product
@@ -76,6 +77,7 @@ CASES = ["start", "trained", "empty row and full row", "feature that never fires
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_module, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(dense_module, "CPU_BLOCK", 50)
 
 
 def active_set(path: str, sae: SAE, x_BD: Tensor, compute_dtype: torch.dtype) -> Tensor:
@@ -180,11 +182,13 @@ def test_same_input_gives_the_same_bytes() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first.gradients, other.gradients, strict=True))
 
 
-def test_block_size_changes_no_more_than_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("path", STEPS)
+def test_block_size_changes_no_more_than_rounding(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sae, x_BD = case("trained")
-    small = sparse_step(sae, x_BD, L1, torch.float32)
+    small = STEPS[path](sae, x_BD, L1, torch.float32)
     monkeypatch.setattr(sparse_module, "BLOCK_ROWS", 512)
-    assert max(differences(small.gradients, sparse_step(sae, x_BD, L1, torch.float32).gradients)) <= 1e-5
+    monkeypatch.setattr(dense_module, "CPU_BLOCK", 512)
+    assert max(differences(small.gradients, STEPS[path](sae, x_BD, L1, torch.float32).gradients)) <= 1e-5
 
 
 @pytest.mark.parametrize("weight", ["W_enc", "b_enc", "W_dec", "b_dec"])

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from train.adam import Adam, Update
 from train.config import SaeConfig, TrainConfig
 from train.sae import SAE, initial_sae
 from train.trainer import Trainer
@@ -51,11 +52,54 @@ def test_adam_updates_the_elements_that_it_should():
 
 
 def test_gradients_are_clipped_together():
-    training = trainer(8, 12, 10, clip_norm=0.5)
-    stepped = training.step(10 * torch.randn(256, 8, generator=torch.Generator().manual_seed(1)))
-    assert stepped.grad_norm > 0.5
-    norm = torch.stack([g.norm() for g in stepped.result.gradients]).norm()
-    assert norm == pytest.approx(0.5, rel=1e-4)
+    rows = 10 * torch.randn(256, 8, generator=torch.Generator().manual_seed(1))
+    clipped, whole = trainer(8, 12, 10, clip_norm=0.5), trainer(8, 12, 10, clip_norm=1e9)
+    norm = float(clipped.step(rows).grad_norm)
+    whole.step(rows)
+    assert norm > 0.5
+    for mine, theirs in zip(clipped.adam.exp_avg, whole.adam.exp_avg, strict=True):
+        torch.testing.assert_close(mine, theirs * (0.5 / norm), rtol=1e-5, atol=0)
+
+
+def test_a_bad_batch_changes_nothing_and_is_remembered():
+    training = trainer(8, 12, 10)
+    rows = torch.randn(256, 8, generator=torch.Generator().manual_seed(1))
+    training.step(rows)
+    before = {name: tensor.clone() for name, tensor in training.tensors().items() if name != "rows_since_fired"}
+    assert training.bad_step == -1
+    for row in (float("nan"), 1.0, float("inf")):
+        bad = rows.clone()
+        bad[17] = row
+        training.step(bad)
+        if row != 1.0:
+            assert training.bad_step == 1
+    assert training.step_number == 4
+    assert all(torch.isfinite(tensor).all() for tensor in training.tensors().values())
+    again = trainer(8, 12, 10)
+    again.step(rows)
+    again.step(rows.index_fill(0, torch.tensor([17]), float("nan")))
+    assert all(torch.equal(again.tensors()[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(("d_in", "d_sae"), [(8, 12), (33, 70)])
+def test_the_update_is_torchs_adam(d_in: int, d_sae: int):
+    """Ours against torch.optim.Adam and clip_grad_norm_, over steps that are clipped and steps that are not."""
+    mine, reference = (initial_sae(d_in, d_sae, 0) for _ in range(2))
+    ours = Adam(mine, torch.bfloat16)
+    theirs = torch.optim.Adam(list(reference), lr=1e-3, betas=(0.9, 0.99))
+    for step in range(6):
+        generator = torch.Generator().manual_seed(step)
+        gradients = SAE(*(torch.randn(w.shape, generator=generator) * 0.1**step for w in mine))
+        for weight, gradient in zip(reference, gradients, strict=True):
+            weight.grad = gradient.clone()
+        norm = torch.nn.utils.clip_grad_norm_(list(reference), 1.0)
+        theirs.step()
+        ours.update(gradients, Update(1e-3, (0.9, 0.99), step + 1, norm.clamp_min(1.0)))
+    for a, b in zip(mine, reference, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert torch.equal(ours.operands.W_dec, mine.W_dec.bfloat16())
+    assert torch.equal(ours.operands.W_enc, mine.W_enc.bfloat16())
+    assert ours.operands.b_enc is mine.b_enc
 
 
 def test_dead_features_are_counted_over_the_last_rows():

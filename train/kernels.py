@@ -1,4 +1,4 @@
-"""Triton kernels for the gathers of `train.sparse_step` on CUDA; `PLAIN` there has the plain twin of each.
+"""Triton kernels for CUDA: the gathers of `train.sparse_step` (`PLAIN` there has their plain twins), and Adam.
 
 Needs triton, so only the CUDA path imports this module. Configurations are fixed: autotuning would pick
 other summation orders in other runs. Sums are float32 and none is shared between programs, so there are
@@ -20,11 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from train.adam import EPS, Update
+from train.sae import SAE
 from train.sparse_step import ByFeature, ByRow, Operations
 
 EXTRACT_TILE = 2048  # pre-activations a program looks at together
 D_TILE = 512  # columns of a gathered row
 N_TILE = 4  # gathered rows in flight: an average feature of a wide SAE has about five entries in a batch
+ADAM_TILE = 1024  # weights of one program
 F_TILE = 16  # features that one program of encoder_sums writes side by side: 64 bytes, two full sectors
 
 
@@ -81,6 +84,19 @@ def encoder_sums(by: ByFeature, df_N: Tensor, x_BD: Tensor) -> Tensor:
         by.offset_F, by.row_N, df_N, x_BD, sum_DF, D, F, D_TILE=d_tile, N_TILE=N_TILE, F_TILE=F_TILE
     )
     return sum_DF
+
+
+def adam_update(sae: SAE, gradients: SAE, exp_avg: SAE, exp_avg_sq: SAE, operands: SAE, numbers: Update) -> None:
+    """`train.adam.plain_update` with one reading of every tensor; gradients stay as they are."""
+    beta1, beta2 = numbers.betas
+    corrections = 1 - beta1**numbers.step, (1 - beta2**numbers.step) ** 0.5
+    for tensors in zip(sae, gradients, exp_avg, exp_avg_sq, operands, strict=True):
+        weight, operand = tensors[0], tensors[-1]
+        grid = (triton.cdiv(weight.numel(), ADAM_TILE),)
+        adam_kernel[grid](
+            *tensors, numbers.divisor, weight.numel(), numbers.lr, beta1, beta2, *corrections, EPS,
+            COPY=operand is not weight, TILE=ADAM_TILE,
+        )  # fmt: skip
 
 
 TRITON = Operations(extract, residual, row_dots, decoder_sums, encoder_sums)
@@ -190,3 +206,25 @@ def encoder_sums_kernel(
     feature = first + column
     at = d.to(tl.int64)[:, None] * F + feature[None, :]
     tl.store(out + at, tile, mask=(d < D)[:, None] & (feature < F)[None, :])
+
+
+@triton.jit
+def adam_kernel(
+    weight, gradient, exp_avg, exp_avg_sq, operand, divisor, size,
+    lr, beta1, beta2, correction1, correction2, eps, COPY: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    by = tl.load(divisor)
+    inside = at < tl.where(tl.abs(by) < float("inf"), size, 0)  # nothing is written where it is a NaN or infinite
+    g = tl.load(gradient + at, mask=inside, other=0.0) / by
+    m = tl.load(exp_avg + at, mask=inside, other=0.0)
+    v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
+    w = tl.load(weight + at, mask=inside, other=0.0)
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g * g
+    w -= lr / correction1 * m / (tl.sqrt(v) / correction2 + eps)
+    tl.store(exp_avg + at, m, mask=inside)
+    tl.store(exp_avg_sq + at, v, mask=inside)
+    tl.store(weight + at, w, mask=inside)
+    if COPY:
+        tl.store(operand + at, w.to(operand.dtype.element_ty), mask=inside)

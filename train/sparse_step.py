@@ -64,20 +64,22 @@ def sparse_step(
     compute_dtype: torch.dtype,
     operations: Operations | None = None,
     sum_over_ranks: SumOverRanks | None = None,
+    operands: SAE | None = None,
 ) -> StepResult:
     """Gradients and metrics of one batch of scaled float32 rows; `dense_step` up to rounding.
 
     compute_dtype is that of the encoder product and, on CUDA, of all gathered operands; sums and results
-    are float32. operations is for tests: by default the device of x decides. sum_over_ranks: as there.
+    are float32. operations is for tests: by default the device of x decides. sum_over_ranks, operands: as there.
     Raises ValueError at 2³¹ or more non-zeros.
     """
     ops = operations or operations_for(x_BD.device)
     operand = compute_dtype if ops is not PLAIN else torch.float32
     B = x_BD.shape[0]
     norm_F = sae.W_dec.norm(dim=1)
-    W_dec = sae.W_dec.to(operand)
+    W_dec = (operands or sae).W_dec if operand == compute_dtype else sae.W_dec
+    W_dec = W_dec.to(operand)
 
-    active = active_features(sae, x_BD, compute_dtype, ops)
+    active = active_features(operands or sae, x_BD, compute_dtype, ops)
     if sum_over_ranks:
         zero_BD = torch.zeros_like(x_BD)
         x_hat_BD = sum_over_ranks(ops.residual(active, W_dec, torch.zeros_like(sae.b_dec), zero_BD))

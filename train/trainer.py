@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from train.adam import Adam, Update
 from train.config import TrainConfig
 from train.kernel_choice import KernelChoice
 from train.parallel import SINGLE, FeatureRanks
@@ -17,6 +18,7 @@ from train.schedules import decayed_lr, warmed_l1
 from train.sparse_step import sparse_step
 from train.step import StepResult, dense_step
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 DEAD_ROWS = 10_000_000  # a feature that fired in none of as many rows is dead
 
 
@@ -64,13 +66,8 @@ class Trainer:
         self.step_number = 0
         self.dead_after = min(DEAD_ROWS, rows)
         self.rows_since_fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
-        self.adam = torch.optim.Adam(list(sae), lr=config.lr, betas=config.adam_betas, fused=True)
-        for weight in sae:
-            self.adam.state[weight] = {
-                "step": torch.zeros((), device=weight.device),
-                "exp_avg": torch.zeros_like(weight),
-                "exp_avg_sq": torch.zeros_like(weight),
-            }
+        self.bad_step = torch.full((), -1, device=sae.W_enc.device)  # the first whose loss or gradient is no number
+        self.adam = Adam(sae, compute_dtype)
 
     def scaled(self, rows_BD: Tensor) -> Tensor:
         """Rows as stored -> float32 rows as the SAE sees them, on its device."""
@@ -90,14 +87,14 @@ class Trainer:
             l1_coefficient,
             self.compute_dtype,
             sum_over_ranks=self.ranks.sum_over_ranks,
+            operands=self.adam.operands,
         )
         result, grad_norm = self._whole(result, l1_coefficient)
         self.kernel.note(result.l0)
-        for weight, gradient in zip(self.sae, result.gradients, strict=True):
-            weight.grad = gradient
-        torch.nn.utils.clip_grads_with_norm_(list(self.sae), config.clip_norm, grad_norm)
-        self.adam.param_groups[0]["lr"] = lr
-        self.adam.step()
+        bad = torch.isfinite(grad_norm + result.loss).logical_not_() & (self.bad_step < 0)
+        self.bad_step.masked_fill_(bad, self.step_number)
+        divisor = (grad_norm / config.clip_norm).clamp_min(1.0)
+        self.adam.update(result.gradients, Update(lr, config.adam_betas, self.step_number + 1, divisor))
         self.rows_since_fired_F.add_(len(rows_BD)).masked_fill_(result.fired_F, 0)
         self.step_number += 1
         return Stepped(result, grad_norm, lr, l1_coefficient, kernel)
@@ -141,9 +138,8 @@ class Trainer:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that a resume needs, by name, whole, on the host of rank 0; {} on other ranks."""
         out = dict(self.sae._asdict())
-        for name, weight in self.sae._asdict().items():
-            state = self.adam.state[weight]
-            out |= {f"adam.{key}.{name}": state[key] for key in ("exp_avg", "exp_avg_sq")}
+        for name in SAE._fields:
+            out |= {f"adam.{key}.{name}": getattr(getattr(self.adam, key), name) for key in MOMENTS}
         out["rows_since_fired"] = self.rows_since_fired_F
         return self.ranks.gather(out, self.d_sae)
 
@@ -156,9 +152,8 @@ class Trainer:
         self.kernel.restore(kernel)
         for name, weight in self.sae._asdict().items():
             weight.copy_(tensors[name])
-            state = self.adam.state[weight]
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key].copy_(tensors[f"adam.{key}.{name}"])
-            state["step"].fill_(step_number)
+            for key in MOMENTS:
+                getattr(getattr(self.adam, key), name).copy_(tensors[f"adam.{key}.{name}"])
+        self.adam.weights_changed()
         self.rows_since_fired_F.copy_(tensors["rows_since_fired"])
         self.step_number = step_number
