@@ -107,3 +107,22 @@ def test_heldout_rows_are_the_first_kept_ones(store):
     rows = heldout_rows(store, HOOK, EXCLUDE, None, 10).view(torch.uint16).numpy()[:, 0]
     assert rows.tolist() == kept_numbers()[:10]
     assert len(heldout_rows(store, HOOK, EXCLUDE, None, 10**6)) == len([n for n in kept_numbers() if n < 32])
+
+
+@pytest.mark.parametrize(("window_shards", "pool_rows", "batch"), [(2, 40, 24), (1, 8, 7), (99, 64, 33)])
+def test_the_rows_of_a_batch_are_known_from_its_position(store, window_shards, pool_rows, batch):
+    made = loader(store, batch, window_shards, pool_rows)
+    start = Position()
+    for each in islice(made.batches(start), 20):
+        assert made.rows_between(start, each.next).tolist() == numbers([each]).tolist()
+        start = each.next
+
+
+def test_a_batch_is_described_by_its_largest_rows(store):
+    made = loader(store)
+    first = next(made.batches(Position()))
+    row = max(numbers([first]).tolist(), key=lambda n: 1000 if n % 32 == 5 else 1 + n % 7)
+    norm = 1000 if row % 32 == 5 else 1 + row % 7
+    described = made.describe(Position(), first.next, count=1)
+    assert f"(token {row % 11}, norm {norm})" in described or norm < 1000
+    assert f"norm {norm})" in described

@@ -84,7 +84,7 @@ def trained(ranks: FeatureRanks, kernel: str, steps: int | None = None, start: S
         figures.append(values | {"grad_norm": float(stepped.grad_norm)})
         kernels.append(stepped.kernel)
     b_dec = trainer.sae.b_dec
-    moments = [trainer.adam.state[b_dec][key] for key in ("exp_avg", "exp_avg_sq")]
+    moments = [trainer.adam.exp_avg.b_dec, trainer.adam.exp_avg_sq.b_dec]
     return Outcome(
         figures,
         kernels,

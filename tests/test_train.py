@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -161,6 +162,59 @@ def test_a_loss_that_is_no_number_stops(run_folder):
     assert ran.status == 1
     assert "the loss is no number at step" in ran.out
     assert not list(run_folder.glob("runs/train/*/manifest.json"))[1:]
+
+
+def test_a_bad_step_is_named_with_its_rows_and_keeps_the_weights(run_folder, monkeypatch):
+    drop_training(run_folder)
+    original = Trainer.step
+
+    def spoiled(self, rows):
+        return original(self, rows * float("nan") if self.step_number == 62 else rows)
+
+    monkeypatch.setattr(Trainer, "step", spoiled)
+    ran = pipeline("train")
+    assert ran.status == 1
+    assert "the loss is no number at step 63;" in ran.out  # found at step 65, when the log is written
+    assert re.search(r"largest norms: context \d+ position \d+ \(token \d+, norm", ran.out)
+    found = newest_checkpoint(only(run_folder, "runs/train/*/model.layers.1/checkpoints"))
+    assert found
+    assert found[0].step == 60
+
+
+def test_a_spike_stops_unless_told_otherwise(run_folder, monkeypatch):
+    drop_training(run_folder)
+    original = Trainer.step
+
+    def spiked(self, rows):
+        return original(self, rows * 30 if self.step_number == 94 else rows)
+
+    monkeypatch.setattr(Trainer, "step", spiked)
+    settings = ["train.runtime.log_every=1"]
+    ran = pipeline("train", *settings)
+    assert ran.status == 1
+    assert re.search(r"the loss rose to \S+ at step 95, from \S+;", ran.out)
+    assert pipeline("train", *settings, "train.runtime.spike_factor=null").status == 0
+
+
+def test_figures_go_to_tensorboard_too(finished, run_folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    drop_training(run_folder)
+    ran = pipeline("train", "train.runtime.tracker=tensorboard")
+    assert ran.status == 0, ran.out
+    events = EventAccumulator(str(only(run_folder, "runs/train/*/model.layers.1/tensorboard")))
+    events.Reload()
+    logged = {event.step: event.value for event in events.Scalars("train/l0")}
+    assert logged == pytest.approx({line["step"]: line["l0"] for line in log(finished) if line["kind"] == "train"})
+    assert results(run_folder) == results(finished)
+
+
+def test_a_tracker_that_is_not_installed(run_folder, monkeypatch):
+    drop_training(run_folder)
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    ran = pipeline("train", "train.runtime.tracker=trackio")
+    assert ran.status == 1
+    assert "train.runtime.tracker: 'trackio': trackio is not installed" in ran.out
 
 
 def test_exclusions_that_leave_nothing(run_folder):

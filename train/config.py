@@ -67,6 +67,10 @@ class TrainRuntime(Settings):
     """Steps between checkpoints. One is also written at Ctrl-C."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints that are kept."""
+    spike_factor: float | None = Field(default=10.0, gt=1)
+    """Stop when a logged loss is above this multiple of the median of the 20 logged before; null goes on."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Send the figures of metrics.jsonl there too (its package must be installed)."""
 
 
 class TrainConfig(Settings):

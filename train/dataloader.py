@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harvest.activation_store import ActivationStore
+from harvest.activation_store import PROVENANCE, ActivationStore
 from harvest.files import UserError
 from train.config import ExcludeConfig
 from train.exclusion import kept_rows
@@ -42,6 +42,7 @@ class Reading(NamedTuple):
 
     bytes: int = 0  # of activations, read from the store
     stall_seconds: float = 0.0  # in which the step waited for rows
+    pool_fill: float = 0.0  # of the two pools: rows still to be handed out, and whether the next one is there
 
 
 class ReadingOrder(NamedTuple):
@@ -138,6 +139,7 @@ class ActivationLoader:
                     row += len(taken)
                     filled += len(taken)
                     if filled == self.batch_size:
+                        self.reading = self.reading._replace(pool_fill=(ahead.done() + 1 - row / len(pool.order)) / 2)
                         yield Batch(batch, at._replace(row=row))
                         batch, filled = self._empty_batch(), 0
                 at, row = self.order.next_pool(at), 0
@@ -157,6 +159,33 @@ class ActivationLoader:
         self.store.read_chunks("train", self.hook, chunks, rows.view(torch.uint16).numpy())
         kept = np.flatnonzero(np.concatenate([self._kept_of_chunk(chunk) for chunk in chunks]))
         return _Pool(rows, torch.from_numpy(kept[self.order.rows(at, len(kept))]))
+
+    def rows_between(self, start: Position, end: Position) -> np.ndarray:
+        """Numbers in the training split of the rows that a batch from `start` to `end` has, in its order."""
+        chunk_rows, rows, at = self.store.geometry.chunk_rows, [], start
+        while True:
+            pool = at._replace(row=0)
+            last = pool == end._replace(row=0)
+            chunks = self.order.chunks(pool)
+            numbers = (chunks[:, None] * chunk_rows + np.arange(chunk_rows)).ravel()
+            kept = numbers[np.concatenate([self._kept_of_chunk(chunk) for chunk in chunks.tolist()])]
+            rows.append(kept[self.order.rows(pool, len(kept))][at.row : end.row if last else None])
+            if last:
+                return np.concatenate(rows)
+            at = self.order.next_pool(pool)
+
+    def describe(self, start: Position, end: Position, count: int = 5) -> str:
+        """The rows of largest norm of a batch, in words: where they are in the text, their tokens and norms."""
+        shard_N, inside_N = np.divmod(self.rows_between(start, end), self.store.geometry.shard_rows)
+        norms = {shard: self.store.read_norms("train", self.hook, shard) for shard in np.unique(shard_N).tolist()}
+        norm_N = np.array([norms[s][i] for s, i in zip(shard_N.tolist(), inside_N.tolist(), strict=True)])
+        words = []
+        for n in np.argsort(-norm_N, kind="stable")[:count].tolist():
+            shard, inside = int(shard_N[n]), int(inside_N[n])
+            place = {name: int(self.store.read_provenance("train", name, shard)[inside]) for name in PROVENANCE}
+            where = f"context {place['context']} position {place['position']} (token {place['token_id']}"
+            words.append(f"{where}, norm {norm_N[n]:.4g})")
+        return ", ".join(words)
 
     def _kept_of_chunk(self, chunk: int) -> np.ndarray:
         g = self.store.geometry

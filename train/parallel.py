@@ -121,12 +121,12 @@ class FeatureRanks:
         return out
 
     def gather(self, tensors: Mapping[str, Tensor], d_sae: int) -> dict[str, Tensor]:
-        """Whole tensors on the host of rank 0, of d_sae features; other ranks get none.
+        """Whole tensors on the host of rank 0, of d_sae features, copies all; other ranks get none.
 
         On a device it takes memory for one other rank's largest tensor, not for a whole one.
         """
         if self.size == 1:
-            return {name: tensor.cpu() for name, tensor in tensors.items()}
+            return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
         out = {}
         for name, mine in tensors.items():
             axis = _feature_axis(name)
@@ -134,7 +134,7 @@ class FeatureRanks:
                 if axis is not None:
                     dist.send(mine, 0)
             elif axis is None:
-                out[name] = mine.cpu()
+                out[name] = mine.to("cpu", copy=True)
             else:
                 shape = [*mine.shape[:axis], d_sae, *mine.shape[axis + 1 :]]
                 out[name] = torch.empty(shape, dtype=mine.dtype)

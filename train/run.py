@@ -17,8 +17,9 @@ from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
 from harvest.progress import Progress
 from train.config import TrainConfig
 from train.dataloader import ActivationLoader, heldout_rows
+from train.metrics import last_figures
 from train.parallel import FeatureRanks
-from train.training import Training, is_trained, last_figures
+from train.training import Training, is_trained
 
 
 class Task(NamedTuple):
@@ -83,7 +84,7 @@ def _train_hook(
     total, done = (sum(getattr(sae, name) for sae in saes) * config.batch_size for name in ("steps", "step"))
     with ExitStack() as stack:
         for sae in saes:
-            stack.enter_context(closing(sae.metrics))
+            stack.enter_context(closing(sae))
         path = tasks[0].directory / "progress.json"
         progress = stack.enter_context(Progress(title, total, "tokens", start=done, path=path, quiet=ranks.rank > 0))
         interrupted = stack.enter_context(deferred_interrupt())
@@ -93,7 +94,7 @@ def _train_hook(
             batch = next(batches)
             for sae in saes:
                 if sae.step == step and not sae.done:
-                    sae.take(batch, loader.reading, held_out)
+                    sae.take(batch, loader, held_out)
                     progress.advance(config.batch_size, sae.note)
             step += 1
             if ranks.any(interrupted()):  # signals reach ranks at different steps

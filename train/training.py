@@ -3,24 +3,24 @@
 Several of them can be fed from one reading of a store: each takes the batches that it has not seen yet.
 """
 
-import json
-import os
-import time
+from collections import deque
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from harvest.activation_store import ActivationStore
 from harvest.files import UserError
+from train.background import BackgroundWriter
 from train.checkpoint import ABOUT, Checkpoint, newest_checkpoint, save_checkpoint, save_sae
 from train.config import TrainConfig
-from train.dataloader import Batch, Position, Reading
+from train.dataloader import ActivationLoader, Batch, Position
 from train.exclusion import InputStatistics, input_statistics
+from train.metrics import DivergedError, Metrics, open_tracker
 from train.parallel import FeatureRanks
 from train.sae import initial_sae
-from train.trainer import Stepped, Trainer, Validation
+from train.trainer import Trainer
 
 
 def total_steps(config: TrainConfig, rows: int) -> int:
@@ -32,6 +32,14 @@ def total_steps(config: TrainConfig, rows: int) -> int:
 def is_trained(folder: Path) -> bool:
     """Whether a folder holds an SAE after its last step."""
     return (folder / ABOUT).exists()
+
+
+class _Fed(NamedTuple):
+    """A step and where its batch began and ended."""
+
+    step: int
+    start: Position
+    end: Position
 
 
 class Training:
@@ -72,8 +80,15 @@ class Training:
             self.trainer.restore(tensors, checkpoint.step, checkpoint.kernel)
             self.position, self.best_loss = checkpoint.position, checkpoint.best_loss
             metrics_bytes = checkpoint.metrics_bytes
-        self.metrics = Metrics(folder / "metrics.jsonl" if self._writes else Path(os.devnull), metrics_bytes)
+        runtime, tracker = config.runtime, None
+        if runtime.tracker and self._writes:
+            settings = config.model_dump(exclude={"runtime", "sweep"}) | {"hook": hook}
+            tracker = open_tracker(runtime.tracker, folder, f"{folder.parent.name} {hook}", settings)
+        path = folder / "metrics.jsonl" if self._writes else None
+        self.metrics = Metrics(path, metrics_bytes, runtime.spike_factor, tracker)
         self.note = ""
+        self._writer = BackgroundWriter()
+        self._recent: deque[_Fed] = deque(maxlen=runtime.log_every)
         self._about = {
             "architecture": "standard",
             "model": store.attributes.get("model"),
@@ -89,44 +104,61 @@ class Training:
     def done(self) -> bool:
         return self.step >= self.steps
 
-    def take(self, batch: Batch, reading: Reading, validation_rows: Tensor) -> None:
+    def take(self, batch: Batch, loader: ActivationLoader, validation_rows: Tensor) -> None:
         """Train on the next batch, and log, validate and save when it is time to.
 
-        Raises UserError when the loss is no number.
+        Raises UserError when the loss is no number or spikes, and OSError when a write behind it failed.
         """
+        self._writer.check()
         config, stepped = self.config, self.trainer.step(batch.rows_BD)
-        self.position, step = batch.next, self.step
+        step, warmed = self.step, self.step >= round(self.steps * self.config.l1_warmup_fraction)
+        self._recent.append(_Fed(step, self.position, batch.next))
+        self.position = batch.next
         if step % config.runtime.log_every == 0 or self.done:
+            bad_step, dead = int(self.trainer.bad_step), self.trainer.dead_features()
             try:
                 self.note = self.metrics.log_step(
-                    step, config.batch_size, stepped, self.trainer.dead_features(), reading
+                    step, config.batch_size, stepped, bad_step, dead, loader.reading, warmed
                 )
-            except FloatingPointError as error:
-                at = ", ".join(f"{name} {value}" for name, value in batch.next._asdict().items())
-                raise UserError(
-                    f"{self.folder}: the loss is no number at step {step} ({error}), whose batch ends at {at}; "
-                    "the last checkpoint is kept. "
-                    f"Lower train.lr ({config.lr:g}) or train.clip_norm ({config.clip_norm:g})"
-                ) from None
+            except DivergedError as error:
+                raise self._explained(error, loader) from None
         if step % config.validate_every == 0 or self.done:
             validation = self.trainer.validate(validation_rows)
             self.metrics.log_validation(step, validation)
-            warmed = step >= round(self.steps * config.l1_warmup_fraction)
             if warmed and (self.best_loss is None or validation.loss < self.best_loss):
                 self.best_loss = validation.loss
                 self._save_sae(self.folder / "best")
         if self.done:
             self._save_sae(self.folder)
+            self._writer.wait()
         elif step % config.runtime.checkpoint_every == 0:
             self.save_checkpoint()
+
+    def _explained(self, error: DivergedError, loader: ActivationLoader) -> UserError:
+        config = self.config
+        rows = next((loader.describe(fed.start, fed.end) for fed in self._recent if fed.step == error.step), "unknown")
+        return UserError(
+            f"{self.folder}: {error}; the last checkpoint is kept. Rows of its batch with the largest norms: {rows}. "
+            f"Lower train.lr ({config.lr:g}) or train.clip_norm ({config.clip_norm:g}), or leave such rows out by "
+            f"train.exclude; train.runtime.spike_factor ({config.runtime.spike_factor}) says what a spike is"
+        )
+
+    def close(self) -> None:
+        """Finish what is being written."""
+        self.metrics.close()
+        self._writer.close()
 
     def _save_sae(self, folder: Path) -> None:
         sae = self.trainer.whole_sae()
         if sae:
-            save_sae(folder, sae, self.hook, self.statistics, self._about | {"step": self.step})
+            about = self._about | {"step": self.step}
+            self._writer.submit(lambda: save_sae(folder, sae, self.hook, self.statistics, about))
 
     def save_checkpoint(self) -> None:
-        """Write everything that a resume needs; collective, and written by rank 0."""
+        """Copy everything that a resume needs to the host, and write it while training goes on.
+
+        Collective; rank 0 writes.
+        """
         tensors = self.trainer.tensors()
         if not self._writes:
             return
@@ -138,81 +170,5 @@ class Training:
             self.trainer.kernel.state(),
             self.statistics,
         )
-        save_checkpoint(self.folder / "checkpoints", checkpoint, tensors, self.config.runtime.keep_last)
-
-
-class Metrics:
-    """metrics.jsonl: a line every few steps; cut at a resume to what the checkpoint had seen."""
-
-    def __init__(self, path: Path, keep_bytes: int) -> None:
-        if path == Path(os.devnull):  # a rank that does not write
-            self._file = path.open("wb")
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-            if path.stat().st_size < keep_bytes:
-                raise UserError(f"{path}: shorter than when the checkpoint was written; it was damaged")
-            self._file = path.open("r+b")
-            self._file.truncate(keep_bytes)
-            self._file.seek(keep_bytes)
-        self._last: _Mark | None = None
-
-    def bytes(self) -> int:
-        return self._file.tell()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write((json.dumps(line) + "\n").encode())
-        self._file.flush()
-
-    def log_step(self, step: int, batch_size: int, stepped: Stepped, dead: int, reading: Reading) -> str:
-        """Write a step's figures and return the note for the progress bar.
-
-        Raises FloatingPointError when the loss or the gradient is no number.
-        """
-        results = stepped.result._asdict()
-        figures = {name: float(value) for name, value in results.items() if name not in ("gradients", "fired_F")}
-        figures["grad_norm"] = float(stepped.grad_norm)
-        if not all(value == value and abs(value) != float("inf") for value in figures.values()):
-            raise FloatingPointError(f"loss {figures['loss']:g}, gradient norm {figures['grad_norm']:g}")
-        now = _Mark(time.monotonic(), step, reading)
-        timings = now.since(self._last, batch_size) if self._last else {}
-        self._last = now
-        head = {"kind": "train", "step": step, "tokens": step * batch_size, "kernel": stepped.kernel}
-        schedule = {"lr": stepped.lr, "l1_coefficient": stepped.l1_coefficient, "dead_features": dead}
-        self._write(head | figures | schedule | {"timings": timings})
-        waits = timings.get("stall_fraction", 0) > 0.1
-        note = f"L0 {figures['l0']:.1f}  explained variance {figures['explained_variance']:.3f}"
-        return f"{note}  waits for the disk {timings['stall_fraction']:.0%} of the time" if waits else note
-
-    def log_validation(self, step: int, validation: Validation) -> None:
-        self._write({"kind": "validation", "step": step, **validation._asdict()})
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _Mark(NamedTuple):
-    """When a line was written, for the speed since then."""
-
-    time: float
-    step: int
-    reading: Reading
-
-    def since(self, before: "_Mark", batch_size: int) -> dict[str, float]:
-        seconds = max(self.time - before.time, 1e-9)
-        stall = self.reading.stall_seconds - before.reading.stall_seconds
-        return {
-            "tokens_per_second": round((self.step - before.step) * batch_size / seconds),
-            "gigabytes_read_per_second": round((self.reading.bytes - before.reading.bytes) / seconds / 1e9, 3),
-            "stall_ms_per_step": round(1000 * stall / (self.step - before.step), 2),
-            "stall_fraction": round(stall / seconds, 3),
-        }
-
-
-def last_figures(folder: Path) -> dict[str, Any]:
-    """The last training and validation figures of a folder, for the summary."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    last = {line["kind"]: line for line in map(json.loads, lines)}
-    train, validation = last.get("train", {}), last.get("validation", {})
-    out = {f"heldout {name}": validation[name] for name in Validation._fields if name in validation}
-    return {"steps": train.get("step"), "dead_features": train.get("dead_features"), **out}
+        folder, keep_last = self.folder / "checkpoints", self.config.runtime.keep_last
+        self._writer.submit(lambda: save_checkpoint(folder, checkpoint, tensors, keep_last))

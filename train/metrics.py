@@ -1,0 +1,152 @@
+"""metrics.jsonl: a line every few steps, the same to an optional tracker, and the first look at a run gone wrong."""
+
+import json
+import math
+import statistics
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+from harvest.files import UserError
+from train.dataloader import Reading
+from train.trainer import Stepped, Validation
+
+PROJECT = "reasoning-sae"
+SPIKE_LINES = 20  # logged losses whose median a spike is measured against
+
+
+class DivergedError(Exception):
+    """The loss is no number, or far above what it was, at a step."""
+
+    def __init__(self, step: int, reason: str) -> None:
+        super().__init__(reason)
+        self.step = step
+
+
+def open_tracker(name: str, folder: Path, run_name: str, settings: dict[str, Any]) -> GeneralTracker:
+    """A tracker of accelerate's, begun: tensorboard writes below `folder`, the others by their own settings.
+
+    Raises UserError when its package is not installed, or it does not start.
+    """
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    PartialState(cpu=True)  # trackers log through it; it takes up a process group that is there, and makes none
+    try:
+        tracker = kind("tensorboard", folder) if kind.requires_logging_directory else kind(PROJECT, name=run_name)
+        tracker.main_process_only = False  # rank 0 alone makes one
+        tracker.start()
+        flat = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
+        tracker.store_init_configuration(flat)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"train.runtime.tracker: {name!r}: {error.name} is not installed; "
+            f"`.venv/bin/pip install {name}`, or train.runtime.tracker=null"
+        ) from None
+    except Exception as error:  # whatever a tracker's service answers
+        raise UserError(f"train.runtime.tracker: {name!r} does not start: {error}") from None
+    return tracker
+
+
+class Metrics:
+    """Appends to metrics.jsonl, cut at a resume to what the checkpoint had seen; `path` None writes nothing."""
+
+    def __init__(
+        self, path: Path | None, keep_bytes: int, spike_factor: float | None, tracker: GeneralTracker | None = None
+    ) -> None:
+        self._file, self._tracker, self._spike_factor = None, tracker, spike_factor
+        self._losses: deque[float] = deque(maxlen=SPIKE_LINES)
+        self._last: _Mark | None = None
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        if path.stat().st_size < keep_bytes:
+            raise UserError(f"{path}: shorter than when the checkpoint was written; it was damaged")
+        self._file = path.open("r+b")
+        self._file.truncate(keep_bytes)
+        self._file.seek(keep_bytes)
+
+    def bytes(self) -> int:
+        return self._file.tell() if self._file else 0
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._file:
+            self._file.write((json.dumps(line) + "\n").encode())
+            self._file.flush()
+        if self._tracker:
+            kind, step = line["kind"], line["step"]
+            flat = line | line.get("timings", {})
+            figures = {f"{kind}/{k}": v for k, v in flat.items() if isinstance(v, int | float)}
+            self._tracker.log(figures, step=step)
+
+    def log_step(
+        self, step: int, batch_size: int, stepped: Stepped, bad_step: int, dead: int, reading: Reading, warmed: bool
+    ) -> str:
+        """Write a step's figures and return the note for the progress bar.
+
+        `bad_step` is the first step whose loss or gradient was no number, or −1. Raises DivergedError for one, and
+        once λ is `warmed` for a loss above spike_factor times the median of the last logged ones.
+        """
+        results = stepped.result._asdict()
+        figures = {name: float(value) for name, value in results.items() if name not in ("gradients", "fired_F")}
+        figures["grad_norm"] = float(stepped.grad_norm)
+        loss = figures["loss"]
+        if bad_step >= 0:
+            raise DivergedError(bad_step + 1, f"the loss is no number at step {bad_step + 1}")
+        if not all(map(math.isfinite, figures.values())):
+            raise DivergedError(step, f"the loss is no number at step {step} (loss {loss:g})")
+        if self._spike_factor and len(self._losses) == SPIKE_LINES:
+            usual = statistics.median(self._losses)
+            if loss > self._spike_factor * usual:
+                raise DivergedError(step, f"the loss rose to {loss:g} at step {step}, from {usual:g}")
+        if warmed:
+            self._losses.append(loss)
+        now = _Mark(time.monotonic(), step, reading)
+        timings = now.since(self._last, batch_size) if self._last else {}
+        self._last = now
+        head = {"kind": "train", "step": step, "tokens": step * batch_size, "kernel": stepped.kernel}
+        schedule = {"lr": stepped.lr, "l1_coefficient": stepped.l1_coefficient, "dead_features": dead}
+        self._write(head | figures | schedule | {"timings": timings})
+        waits = timings.get("stall_fraction", 0) > 0.1
+        note = f"L0 {figures['l0']:.1f}  explained variance {figures['explained_variance']:.3f}"
+        return f"{note}  waits for the disk {timings['stall_fraction']:.0%} of the time" if waits else note
+
+    def log_validation(self, step: int, validation: Validation) -> None:
+        self._write({"kind": "validation", "step": step, **validation._asdict()})
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+        if self._tracker:
+            self._tracker.finish()
+
+
+class _Mark(NamedTuple):
+    """When a line was written, for the speed since then."""
+
+    time: float
+    step: int
+    reading: Reading
+
+    def since(self, before: "_Mark", batch_size: int) -> dict[str, float]:
+        seconds = max(self.time - before.time, 1e-9)
+        stall = self.reading.stall_seconds - before.reading.stall_seconds
+        return {
+            "tokens_per_second": round((self.step - before.step) * batch_size / seconds),
+            "gigabytes_read_per_second": round((self.reading.bytes - before.reading.bytes) / seconds / 1e9, 3),
+            "stall_ms_per_step": round(1000 * stall / (self.step - before.step), 2),
+            "stall_fraction": round(stall / seconds, 3),
+            "pool_fill": round(self.reading.pool_fill, 3),
+        }
+
+
+def last_figures(folder: Path) -> dict[str, Any]:
+    """The last training and validation figures of a folder, for the summary."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    last = {line["kind"]: line for line in map(json.loads, lines)}
+    train, validation = last.get("train", {}), last.get("validation", {})
+    out = {f"heldout {name}": validation[name] for name in Validation._fields if name in validation}
+    return {"steps": train.get("step"), "dead_features": train.get("dead_features"), **out}
