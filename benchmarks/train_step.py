@@ -1,6 +1,7 @@
 """One training step of a ReLU + L1 SAE: other open trainers against ours, dense and sparse.
 
     python -m benchmarks.train_step --d-in 576 --d-sae 9216 --batch 4096
+    python -m benchmarks.train_step --store runs/harvest/*/store --sae runs/train/*/model.layers.17
     python -m benchmarks.train_step --device cuda --d-in 4096 --d-sae 65536 --l0 86 20 300 1000 8000
 
 One process; arms run in turn on the same weights and rows, each built afresh in every round, so that a
@@ -10,6 +11,7 @@ gradients are compared with float64 autograd before anything is timed.
 
 Rows are Gaussian. Biases are set so that the features have the wanted L0, with densities spread over
 orders of magnitude as those of a trained SAE are. Dense arms do the same work at every L0.
+With --store and --sae, one more arm is a trained SAE on held-out rows of its store.
 """
 
 import argparse
@@ -28,6 +30,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from harvest.activation_store import ActivationStore
+from train.adam import Adam, Update
+from train.checkpoint import load_sae
+from train.config import ExcludeConfig
+from train.dataloader import heldout_rows
 from train.sae import DECODER_NORM, SAE, initial_sae
 from train.sparse_step import active_features, operations_for, sparse_step
 from train.step import StepResult, dense_step, product
@@ -38,9 +45,16 @@ STEPS_A_ROUND = 2
 Step = Callable[[Tensor], object]
 
 
+class Case(NamedTuple):
+    """Weights and the scaled rows (B, D) that a step takes."""
+
+    sae: SAE
+    x_BD: Tensor
+
+
 class Arm(NamedTuple):
     name: str
-    l0: float
+    case: str
     build: Callable[[SAE], Step]  # from weights that the arm may keep and change
 
 
@@ -70,8 +84,22 @@ def autograd_gradients(sae: SAE, x_BD: Tensor, autocast: bool) -> SAE:
     return SAE(*torch.autograd.grad(loss, leaves))
 
 
-def our_gradients(sae: SAE, x_BD: Tensor, step: Callable[..., StepResult], compute_dtype: torch.dtype) -> SAE:
-    return step(sae, x_BD, L1, compute_dtype).gradients
+def our_gradients(
+    sae: SAE, x_BD: Tensor, step: Callable[..., StepResult], compute_dtype: torch.dtype, operands: SAE | None = None
+) -> SAE:
+    return step(sae, x_BD, L1, compute_dtype, operands=operands).gradients
+
+
+def with_update(sae: SAE, gradients: Callable[..., SAE], compute_dtype: torch.dtype) -> Step:
+    """As `train.trainer` makes a step."""
+    adam = Adam(sae, compute_dtype)
+
+    def run(x_BD: Tensor) -> None:
+        found = gradients(sae, x_BD, operands=adam.operands)
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in found]))
+        adam.update(found, Update(LR, (0.9, 0.999), 1, norm.clamp_min(1.0)))
+
+    return run
 
 
 def with_adam(sae: SAE, gradients: Callable[[SAE, Tensor], SAE]) -> Step:
@@ -128,25 +156,33 @@ def dictionary_learning(sae: SAE, autocast: bool) -> Step:
     return run
 
 
-def arms(arguments: argparse.Namespace, compute_dtype: torch.dtype) -> Iterator[Arm]:
-    l0 = arguments.l0[0]
+def arms(cases: dict[str, Case], compute_dtype: torch.dtype) -> Iterator[Arm]:
+    first = next(iter(cases))
     dense = partial(our_gradients, step=dense_step, compute_dtype=compute_dtype)
     sparse = partial(our_gradients, step=sparse_step, compute_dtype=compute_dtype)
     for mode, autocast in (("fp32", False), ("autocast", True)):
         plain = partial(autograd_gradients, autocast=autocast)
-        yield Arm(f"saelens {mode}", l0, partial(saelens, autocast=autocast))
-        yield Arm(f"dictionary_learning {mode}", l0, partial(dictionary_learning, autocast=autocast))
-        yield Arm(f"plain torch {mode}", l0, partial(with_adam, gradients=plain))
-    if arguments.device == "cuda":
-        yield Arm("saelens tf32", l0, partial(saelens, autocast=False, tf32=True))
-    yield Arm("ours dense", l0, partial(with_adam, gradients=dense))
-    for l0 in arguments.l0:
-        yield Arm(f"ours sparse L0={l0:g}", l0, partial(with_adam, gradients=sparse))
+        yield Arm(f"saelens {mode}", first, partial(saelens, autocast=autocast))
+        yield Arm(f"dictionary_learning {mode}", first, partial(dictionary_learning, autocast=autocast))
+        yield Arm(f"plain torch {mode}", first, partial(with_adam, gradients=plain))
+    if cases[first].x_BD.is_cuda:
+        yield Arm("saelens tf32", first, partial(saelens, autocast=False, tf32=True))
+    yield Arm("ours dense", first, partial(with_update, gradients=dense, compute_dtype=compute_dtype))
+    for case in cases:
+        yield Arm(f"ours sparse {case}", case, partial(with_update, gradients=sparse, compute_dtype=compute_dtype))
+
+
+def trained_case(store: Path, sae: Path, batch: int, device: str) -> Case:
+    """A trained SAE and a batch of kept held-out rows of its store."""
+    saved = load_sae(sae)
+    opened = ActivationStore.open(store)
+    rows = heldout_rows(opened, saved.hook, ExcludeConfig(), saved.statistics.norm_limit, batch)
+    return Case(saved.sae.to(device), rows.to(device).float() * saved.statistics.scale)
 
 
 def own_active_set(path: str, sae: SAE, x_BD: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """The entries (B, F) that a path takes for active: products differ in their last bits."""
-    if path == "ours sparse":
+    if path.startswith("ours sparse"):
         active = active_features(sae, x_BD, compute_dtype, operations_for(x_BD.device))
         return torch.sparse_csr_tensor(*active, size=(len(x_BD), sae.d_sae)).to_dense() > 0
     if path == "ours dense":
@@ -243,27 +279,31 @@ def measure(arguments: argparse.Namespace, compute_dtype: torch.dtype) -> dict[s
     start = initial_sae(arguments.d_in, arguments.d_sae, seed=0, device=arguments.device)
     generator = torch.Generator().manual_seed(1)
     x_BD = torch.randn(arguments.batch, arguments.d_in, generator=generator).to(arguments.device)
-    saes = {l0: sae_with_l0(start, l0) for l0 in arguments.l0}
+    cases = {f"L0={l0:g}": Case(sae_with_l0(start, l0), x_BD) for l0 in arguments.l0}
+    if arguments.sae:
+        cases["trained SAE"] = trained_case(arguments.store, arguments.sae, arguments.batch, arguments.device)
     report = {
-        "settings": {**vars(arguments), "compute_dtype": str(compute_dtype)},
+        "settings": {**vars(arguments), "compute_dtype": compute_dtype},
         "machine": {
             "device": torch.cuda.get_device_name() if x_BD.is_cuda else platform.machine(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         },
-        "l0": {f"{l0:g}": float(sparse_step(sae, x_BD, L1, compute_dtype).l0) for l0, sae in saes.items()},
-        "gradient_errors": gradient_errors(saes[arguments.l0[0]], x_BD[:CHECKED_ROWS], compute_dtype),
+        "l0": {name: float(sparse_step(*case, L1, compute_dtype).l0) for name, case in cases.items()},
+        "gradient_errors": {
+            name: gradient_errors(case.sae, case.x_BD[:CHECKED_ROWS], compute_dtype) for name, case in cases.items()
+        },
         "floors": floors(start, x_BD, compute_dtype),
     }
-    chosen = [arm for arm in arms(arguments, compute_dtype) if any(a in arm.name for a in arguments.arms)]
+    chosen = [arm for arm in arms(cases, compute_dtype) if any(a in arm.name for a in arguments.arms)]
     tiny = initial_sae(16, 32, seed=0, device=arguments.device)
     skipped: dict[str, str] = {}
     found: dict[str, list[tuple[float, float, int]]] = {}
     for arm in chosen * arguments.repeats:
         try:
             arm.build(SAE(*(w.clone() for w in tiny)))(x_BD[:8, :16])  # imports, which are not its memory
-            found.setdefault(arm.name, []).extend(time_arm(arm, saes[arm.l0], x_BD))
+            found.setdefault(arm.name, []).extend(time_arm(arm, *cases[arm.case]))
         except (ImportError, torch.OutOfMemoryError) as error:
             skipped[arm.name] = str(error)
     return {**report, "skipped": skipped, "arms": table(found, arguments.batch)}
@@ -291,9 +331,13 @@ def main() -> None:
     parser.add_argument("--l0", type=float, nargs="+", default=[86, 20, 300], help="dense arms use the first")
     parser.add_argument("--arms", nargs="+", default=[""], help="only arms whose name contains one of these")
     parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"], help="of our products; bfloat16 on cuda")
+    parser.add_argument("--store", type=Path, help="activation store of --sae")
+    parser.add_argument("--sae", type=Path, help="folder of a trained SAE")
     arguments = parser.parse_args()
     dtype = arguments.compute_dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
-    print(json.dumps(measure(arguments, getattr(torch, dtype)), indent=2))
+    if bool(arguments.store) != bool(arguments.sae):
+        parser.error("--store and --sae belong together")
+    print(json.dumps(measure(arguments, getattr(torch, dtype)), indent=2, default=str))
 
 
 if __name__ == "__main__":

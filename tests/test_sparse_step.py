@@ -8,13 +8,19 @@ Shape suffixes: B rows of a batch, D d_in, F d_sae.
 
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import only
 from torch import Tensor
 
+from harvest.activation_store import ActivationStore
 from train import sparse_step as sparse_module
 from train import step as dense_module
+from train.checkpoint import load_sae
+from train.config import ExcludeConfig
+from train.dataloader import heldout_rows
 from train.sae import SAE, initial_sae
 from train.sparse_step import PLAIN, active_features, sparse_step
 from train.step import StepResult, dense_step, product
@@ -119,6 +125,21 @@ def test_gradients_equal_float64_autograd(path: str, name: str) -> None:
     assert float(step.l0) == pytest.approx(float(active_BF.sum() / len(x_BD)))
     assert torch.equal(step.fired_F, active_BF.any(0))
     assert all(g.is_contiguous() and g.dtype == torch.float32 for g in step.gradients)
+
+
+@pytest.mark.parametrize("start", ["new", "trained"])
+@pytest.mark.parametrize("path", STEPS)
+def test_gradients_on_rows_of_a_model(path: str, start: str, finished: Path) -> None:
+    """Activations of the tiny language model, by the SAE before and after its training, outlier rows included."""
+    saved = load_sae(only(finished, "runs/train/*/model.layers.1"))
+    store = ActivationStore.open(only(finished, "runs/harvest/*/store"))
+    rows_BD = heldout_rows(store, saved.hook, ExcludeConfig(norm_above_median=None), None, 100)
+    x_BD = rows_BD.float() * saved.statistics.scale
+    sae = saved.sae if start == "trained" else initial_sae(saved.sae.d_in, saved.sae.d_sae, seed=0)
+    step = STEPS[path](sae, x_BD, L1, torch.float32)
+    gradients = exact(sae, x_BD, active_set(path, sae, x_BD, torch.float32))[1]
+    assert 0 < float(step.l0) < saved.sae.d_sae
+    assert max(differences(step.gradients, gradients)) <= 1e-5
 
 
 def test_the_cases_are_what_they_say() -> None:
