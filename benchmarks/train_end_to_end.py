@@ -1,10 +1,12 @@
 """Training fed from a store on disk against the same step fed from memory, interleaved.
 
     python benchmarks/train_end_to_end.py --d-in 576 --d-sae 4608 --batch 2048
+    python benchmarks/train_end_to_end.py --l1 3 5 8        # a sweep: three SAEs from one reading
 
 Writes a store of random rows into a temporary folder (the page cache holds it: what is measured is our reading,
-checking and shuffling, not the disk). Prints JSON: tokens/s of both, the ratio of their CPU-seconds and wall times
-(medians of pairs), the reading speed and the stall a step, and the machine.
+checking and shuffling, not the disk). In a sweep every batch goes to each SAE, from memory as from the store: the
+ratio says whether a sweep of three costs more than three steps. Prints JSON: tokens/s of both, the ratio of their
+CPU-seconds and wall times (medians of pairs), the reading speed and the stall a step, and the machine.
 """
 
 import argparse
@@ -50,11 +52,12 @@ def make_store(path: Path, d_in: int, shards: int) -> ActivationStore:
     return store
 
 
-def measure(trainer: Trainer, batches: Iterator[Batch], steps: int, device: torch.device) -> tuple[float, float]:
-    """Wall and CPU seconds of so many steps."""
+def measure(trainers: list[Trainer], batches: Iterator[Batch], steps: int, device: torch.device) -> tuple[float, float]:
+    """Wall and CPU seconds of so many batches."""
     wall, cpu = time.perf_counter(), time.process_time()
     for batch in islice(batches, steps):
-        trainer.step(batch.rows_BD)
+        for trainer in trainers:
+            trainer.step(batch.rows_BD)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - wall, time.process_time() - cpu
@@ -66,6 +69,7 @@ def main() -> None:
     parser.add_argument("--d-in", type=int, default=576)
     parser.add_argument("--d-sae", type=int, default=4608)
     parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--l1", type=float, nargs="+", default=[5.0], help="λ of each SAE")
     parser.add_argument("--shards", type=int, default=8)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=5)
@@ -76,27 +80,30 @@ def main() -> None:
         store = make_store(Path(temporary) / "store", options.d_in, options.shards)
         exclude = ExcludeConfig()
         found = input_statistics(store, "h", exclude, 4)
-        config = TrainConfig(
-            sae=SaeConfig(d_sae=options.d_sae),
-            epochs=1,
-            batch_size=options.batch,
-            lr=1e-3,
-            l1_warmup_fraction=0,
-            sparse_below=0.1,
-        )
-        sae = initial_sae(options.d_in, options.d_sae, 0, device)
-        trainer = Trainer(sae, found.scale, config, 100_000, 10**6, dtype)
+        trainers = []
+        for l1_coefficient in options.l1:
+            config = TrainConfig(
+                sae=SaeConfig(d_sae=options.d_sae, l1_coefficient=l1_coefficient),
+                epochs=1,
+                batch_size=options.batch,
+                lr=1e-3,
+                l1_warmup_fraction=0,
+                sparse_below=0.1,
+            )
+            sae = initial_sae(options.d_in, options.d_sae, 0, device)
+            trainers.append(Trainer(sae, found.scale, config, 100_000, 10**6, dtype))
         loader = ActivationLoader(store, "h", exclude, found.norm_limit, options.batch, 4, 65_536, 0)
         stream = loader.batches(Position())
         for batch in islice(stream, 150):  # until few features are active, as in most of a run
-            trainer.step(batch.rows_BD)
+            for trainer in trainers:
+                trainer.step(batch.rows_BD)
         held = next(stream)
         walls: dict[str, list[float]] = {"store": [], "memory": []}
         cpus: dict[str, list[float]] = {"store": [], "memory": []}
         before = loader.reading
         for _ in range(options.pairs):
             for name, batches in (("memory", repeat(held)), ("store", stream)):
-                wall, cpu = measure(trainer, batches, options.steps, device)
+                wall, cpu = measure(trainers, batches, options.steps, device)
                 walls[name].append(wall)
                 cpus[name].append(cpu)
         stall = (loader.reading.stall_seconds - before.stall_seconds) / (options.pairs * options.steps)
@@ -107,7 +114,8 @@ def main() -> None:
             {
                 "benchmark": "train_end_to_end",
                 "shape": {"d_in": options.d_in, "d_sae": options.d_sae, "batch": options.batch},
-                "kernel": "sparse" if trainer.kernel.sparse else "dense",
+                "saes": len(trainers),
+                "kernels": ["sparse" if trainer.kernel.sparse else "dense" for trainer in trainers],
                 "tokens_per_second": {name: round(tokens / statistics.median(w)) for name, w in walls.items()},
                 "store_over_memory": {
                     "wall": round(
