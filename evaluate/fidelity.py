@@ -118,7 +118,8 @@ def heldout_batches(
         chunks = range(shard * g.chunks_per_shard, (shard + 1) * g.chunks_per_shard)
         rows = np.concatenate([store.read_chunk("holdout", saved.hook, chunk) for chunk in chunks])
         kept = kept_rows(store, "holdout", saved.hook, shard, exclude, saved.statistics.norm_limit)
-        source = context_source[store.read_provenance("holdout", "context", shard)]
+        context = store.read_provenance("holdout", "context", shard)
+        source = context_source[context] if len(context_source) else np.zeros(len(context), np.uint8)
         for start in range(0, len(rows), batch_rows):
             here = slice(start, start + batch_rows)
             parts.append((rows[here], kept[here], source[here]))

@@ -9,7 +9,7 @@ from evaluate import downstream, feature_pages, fidelity
 from evaluate.config import EvaluateConfig
 from evaluate.fidelity import Fidelity
 from evaluate.report import write_report
-from evaluate.subject import Subject
+from evaluate.subject import NoText, Subject
 from evaluate.unembedding import Unembedding, load_unembedding
 from harvest.activation_store import ActivationStore, slug
 from harvest.config import ModelConfig
@@ -29,6 +29,7 @@ ANALYSES: dict[str, Callable[[Subject, Fidelity], dict[str, Any] | None]] = {
     "downstream": downstream.analyse,
     "feature_pages": feature_pages.analyse,
 }
+OF_ROWS = ("fidelity", "features", "statistics")  # those that need neither model nor text
 DEFINITIONS = {
     "fidelity": fidelity.DEFINITIONS,
     "features": fidelity.DENSITY_DEFINITIONS,
@@ -40,14 +41,14 @@ DEFINITIONS = {
 class Upstream(NamedTuple):
     """Directories of the stages before, and their manifests by name."""
 
-    sample: Path
+    sample: Path | None  # None where the store was ingested: there is no text then
     harvest: Path
     train: Path
     manifests: dict[str, dict[str, Any]]
 
 
 def run(
-    model_config: ModelConfig,
+    model_config: ModelConfig | None,
     model_commit: str | None,
     config: EvaluateConfig,
     upstream: Upstream,
@@ -55,6 +56,8 @@ def run(
     begin: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Write `directory/metrics.json` and `report.html` and return the main figures.
+
+    Without a model and its text, only the analyses `OF_ROWS` are made.
 
     Raises UserError for an SAE that does not fit the store or the model, and for held-out text that is
     damaged or missing.
@@ -65,21 +68,27 @@ def run(
     begin(numerics(device, dtype, threads=threads if device.type == "cpu" else None))
     store = ActivationStore.open(upstream.harvest / "store")
     store.check_complete(("holdout",))
-    contexts = Contexts(upstream.sample / "contexts")
+    contexts = Contexts(upstream.sample / "contexts") if upstream.sample else NoText()
     context_source = contexts.read("holdout", "source", 0, contexts.count("holdout"))
+    left_out = [name for name in ANALYSES if name not in OF_ROWS] if model_config is None else []
+    if left_out:
+        print(f"evaluate: left out, as ingested rows have no model and no text: {', '.join(left_out)}", flush=True)
     exclude = ExcludeConfig(**upstream.manifests["train"]["settings"]["exclude"])
 
     @cache
     def model() -> HookedModel:
+        assert model_config is not None  # the analyses that ask for it are left out
         hooks, offline = store.geometry.hooks, config.runtime.offline
         return load_model(model_config, model_commit, hooks, dtype, device, offline=offline, with_head=True)
 
     @cache
     def tokenizer() -> SegmentTokenizer:
+        assert model_config is not None
         return load_tokenizer(model_config, model_commit, config.runtime.offline)
 
     @cache
     def unembedding() -> Unembedding:
+        assert model_config is not None
         return load_unembedding(model_config, model_commit, config.runtime.offline)
 
     saes: dict[str, Any] = {}
@@ -89,7 +98,7 @@ def run(
         once = (model, tokenizer, unembedding)
         subject = Subject(saved, store, exclude, contexts, context_source, *once, config, device, directory)
         heldout = fidelity.measure(subject)
-        sections = {name: analyse(subject, heldout) for name, analyse in ANALYSES.items()}
+        sections = {name: analyse(subject, heldout) for name, analyse in ANALYSES.items() if name not in left_out}
         saes[hook] = {name: section for name, section in sections.items() if section is not None}
     definitions = {
         **DEFINITIONS,
@@ -101,6 +110,7 @@ def run(
         "schema": 1,
         "inputs": inputs,
         "which_sae": config.sae,
+        "left_out": left_out,
         "saes": saes,
         "definitions": definitions,
     }

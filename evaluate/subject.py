@@ -18,6 +18,21 @@ from train.checkpoint import SavedSae
 from train.config import ExcludeConfig
 
 
+class NoText(Contexts):
+    """The text of a store that was ingested: there is none."""
+
+    def __init__(self) -> None:
+        self.sources = []
+
+    def count(self, split: str) -> int:  # noqa: ARG002
+        """No contexts."""
+        return 0
+
+    def read(self, split: str, name: str, first: int, count: int) -> np.ndarray:  # noqa: ARG002
+        """Nothing, (0,)."""
+        return np.zeros(0, np.uint8)
+
+
 class Subject(NamedTuple):
     """One SAE under evaluation. All of a run's share the store, the text and the model."""
 
@@ -25,7 +40,7 @@ class Subject(NamedTuple):
     store: ActivationStore  # its held-out split is complete
     exclude: ExcludeConfig  # of training
     contexts: Contexts
-    context_source: np.ndarray  # uint8 (held-out contexts,): index into contexts.sources
+    context_source: np.ndarray  # uint8 (held-out contexts,): index into contexts.sources; empty without text
     model: Callable[[], HookedModel]  # whole, with its head and the store's hooks; one for all SAEs
     tokenizer: Callable[[], SegmentTokenizer]
     unembedding: Callable[[], Unembedding]  # without the model

@@ -13,6 +13,7 @@ HARVEST_VERSION = 1
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Device = Literal["auto", "cpu", "cuda"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
+StoredForm = Literal["bf16", "bf16-zstd", "int8"]
 
 
 class Settings(BaseModel):
@@ -116,7 +117,7 @@ class HarvestConfig(Settings):
     """CPU threads of one worker. Hashed for the same reason; without effect on a GPU."""
     chunk_rows: int = Field(default=1024, ge=1)
     """Rows of a chunk, the unit of reading. 2 to 8 MB are best."""
-    stored: Literal["bf16", "bf16-zstd", "int8"] = Field(default="bf16", json_schema_extra={"added": True})
+    stored: StoredForm = Field(default="bf16", json_schema_extra={"added": True})
     """Form of the rows in the store. bf16-zstd: the same values, compressed, for disks behind a network. int8: in
     blocks of 64 values with a scale each, 1.94 times smaller, not exact."""
     runtime: HarvestRuntime = HarvestRuntime()
@@ -125,4 +126,43 @@ class HarvestConfig(Settings):
     def _check(self) -> "HarvestConfig":
         if len(set(self.hooks)) < len(self.hooks):
             raise ValueError("hooks names a module twice")
+        return self
+
+
+class IngestConfig(Settings):
+    path: str
+    """Activations that are there already: a `.npy`, `.safetensors`, `.pt` or `.pth` file, a folder of them (taken
+    in order of their names), or a folder of `datasets` as SAELens' cache_activations_runner leaves it. Arrays
+    are (rows, d_in) or (contexts, context_size, d_in), float32, float16 or bfloat16. Enters the fingerprint by
+    content."""
+    hooks: tuple[str, ...] = ()
+    """Arrays (or columns) to take, by name; each becomes a hook with its own SAE. Empty takes all. Where a file
+    holds only one array, this is the name that it gets."""
+    token_ids: str | None = None
+    """File or folder of token ids, one for each row in the same order, where they do not stand beside the
+    activations as `token_ids`. Needed for train.exclude.token_ids alone."""
+    context_size: int | None = Field(default=None, ge=1, le=65_536)
+    """Rows of a context, where arrays are (rows, d_in) and contexts lie end to end. Without it, a file_is_context
+    or a column `context`, held-out rows are blocks of chunk_rows, whose neighbours may be of the same document."""
+    file_is_context: bool = False
+    """Each file of (rows, d_in) is one context."""
+    shard_rows: int = Field(default=16_384, ge=1)
+    """Rows of a shard, the unit of writing and resuming. Splits hold whole shards."""
+    chunk_rows: int = Field(default=1024, ge=1)
+    """Rows of a chunk, the unit of reading; divides shard_rows. 2 to 8 MB are best."""
+    stored: StoredForm = "bf16"
+    """Form of the rows in the store, as harvest.stored."""
+    holdout_fraction: float = Field(default=0.05, gt=0, lt=1)
+    """Part of the rows that is held out, whole contexts chosen at random; at least one shard."""
+    seed: Seed = 0
+    """Choice of the held-out contexts, order of contexts and rows."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "IngestConfig":
+        if len(set(self.hooks)) < len(self.hooks):
+            raise ValueError("hooks names an array twice")
+        if self.context_size and self.file_is_context:
+            raise ValueError("set context_size or file_is_context, not both")
+        if self.shard_rows % self.chunk_rows:
+            raise ValueError(f"chunk_rows: {self.chunk_rows}: must divide shard_rows = {self.shard_rows}")
         return self

@@ -92,7 +92,7 @@ def run(
             writing = writer.submit(store.write_shard, shard.split, shard.number, rows)
         if writing:
             writing.result()
-    return _summary(store)
+    return store_summary(store)
 
 
 def shard_rows(
@@ -168,7 +168,7 @@ def _width(model: HookedModel, hooks: tuple[str, ...]) -> int:
     return widths[hooks[0]]
 
 
-def _summary(store: ActivationStore) -> dict[str, Any]:
+def store_summary(store: ActivationStore) -> dict[str, Any]:
     geometry = store.geometry
     summary: dict[str, Any] = {f"{split}_rows": geometry.shards(split) * geometry.shard_rows for split in SPLITS}
     records = {split: [store.record(split, s) for s in range(geometry.shards(split))] for split in SPLITS}

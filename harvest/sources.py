@@ -1,17 +1,21 @@
-"""Where text comes from: local JSON Lines and parquet, or data sets of the hub, opened by `datasets`."""
+"""Where text comes from: local JSON Lines and parquet, or data sets of the hub, opened by `datasets`.
+
+And where activations are that need no harvest: files of arrays, or a folder that `datasets` saved.
+"""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harvest.config import Source
+from harvest.config import IngestConfig, Source
 from harvest.files import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
+ARRAY_SUFFIXES = (".npy", ".safetensors", ".pt", ".pth")
 
 
 def local_files(path: str) -> list[Path]:
@@ -67,3 +71,35 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def ingest_files(config: IngestConfig) -> tuple[list[Path], list[Path]]:
+    """Files (or a folder of `datasets`) of activations, and those of token ids, in order of their names.
+
+    Raises UserError when there are none.
+    """
+    token_ids = _array_files("ingest.token_ids", config.token_ids) if config.token_ids else []
+    inside = {path.resolve() for path in token_ids}
+    activations = [path for path in _array_files("ingest.path", config.path) if path.resolve() not in inside]
+    if not activations:
+        raise UserError(f"ingest.path: {config.path!r}: holds nothing but the files of ingest.token_ids")
+    return activations, token_ids
+
+
+def files_within(path: Path) -> list[Path]:
+    """The file itself; of a folder of `datasets`, the files that hold it."""
+    return [path] if path.is_file() else sorted([*path.glob("*.arrow"), *path.glob("*.json")])
+
+
+def _array_files(setting: str, name: str) -> list[Path]:
+    root = Path(name)
+    if not root.exists():
+        raise UserError(f"{setting}: {name!r}: no such file or folder")
+    if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
+        return [root]
+    found = [root] if root.is_file() else sorted(path for path in root.iterdir() if path.is_file())
+    arrays = [path for path in found if path.suffix in ARRAY_SUFFIXES]
+    if not arrays:
+        inner = " (a folder of several data sets: name one of them)" if (root / "dataset_dict.json").exists() else ""
+        raise UserError(f"{setting}: {name!r}: no {', '.join(ARRAY_SUFFIXES)} file, and no saved data set{inner}")
+    return arrays

@@ -65,9 +65,22 @@ def _errors(root: Path = DEFAULT_RUNS) -> Iterator[None]:
         sys.exit(INTERRUPTED)
 
 
-def _find(file: Path, overrides: list[str] | None, root: Path) -> list[stages.Runs]:
+def _load(file: Path, overrides: list[str] | None) -> config.PipelineConfig:
+    """Settings with a model and text, for what needs them."""
     settings = config.load(file, overrides or [])
-    return stages.find_runs(settings, root)
+    if isinstance(settings, config.IngestedConfig):
+        raise config.SettingsError(f"{file}: ingests activations: there is no model and no text, which this needs")
+    return settings
+
+
+def _find(file: Path, overrides: list[str] | None, root: Path) -> list[stages.Runs]:
+    """The runs of settings with a model and text."""
+    return stages.find_runs(_load(file, overrides), root)
+
+
+def _find_any(file: Path, overrides: list[str] | None, root: Path) -> list[stages.AnyRuns]:
+    """The runs of any settings."""
+    return [*stages.find_runs(config.load(file, overrides or []), root)]
 
 
 def _asker(yes: bool) -> Callable[[str], bool]:
@@ -85,7 +98,7 @@ def _run(
     yes: bool,
 ) -> None:
     with _errors(root):
-        sweep = _find(file, overrides, root)
+        sweep = _find_any(file, overrides, root)
 
         confirm = _asker(yes)
         for name in names:
@@ -121,6 +134,22 @@ for _stage in STAGES:
 
 
 @app.command()
+def ingest(
+    overrides: Overrides = None,
+    config_file: ConfigFile = Path("configs/ingest.yaml"),
+    runs: Root = DEFAULT_RUNS,
+    allow_mixed: AllowMixed = False,
+    force: Force = False,
+    yes: Yes = False,
+) -> None:
+    """Turn activations that are there (.npy, .safetensors, .pt, a SAELens cache) into a store: ingest.path=FILE."""
+    with _errors(runs):
+        if not isinstance(config.load(config_file, overrides or []), config.IngestedConfig):
+            raise config.SettingsError(f"{config_file}: has no section `ingest`; configs/ingest.yaml is an example")
+    _run(("harvest",), config_file, overrides, runs, allow_mixed, force, yes)
+
+
+@app.command()
 def run(
     overrides: Overrides = None,
     config_file: ConfigFile = DEFAULT_CONFIG,
@@ -135,7 +164,7 @@ def run(
 def status(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFIG, runs: Root = DEFAULT_RUNS) -> None:
     """Say which stages are complete, which would run, and why."""
     with _errors():
-        for line in stages.status_lines(_find(config_file, overrides, runs)):
+        for line in stages.status_lines(_find_any(config_file, overrides, runs)):
             print(line)
 
 
@@ -150,7 +179,10 @@ def path(
     with _errors():
         if stage not in STAGES:
             raise config.SettingsError(f"path: {stage!r}: not a stage; one of {', '.join(STAGES)}")
-        for directory in dict.fromkeys(each.directory(stage) for each in _find(config_file, overrides, runs)):
+        sweep = _find_any(config_file, overrides, runs)
+        if stage not in sweep[0].stages:
+            raise config.SettingsError(f"path: {stage!r}: these settings ingest activations and have no such stage")
+        for directory in dict.fromkeys(each.directory(stage) for each in sweep):
             print(directory)
 
 
@@ -181,7 +213,7 @@ def verify(
     with _errors():
         from harvest import verify as verification
 
-        directory = _find(config_file, overrides, runs)[0].directory("harvest")
+        directory = _find_any(config_file, overrides, runs)[0].directory("harvest")
         if digest:
             print(verification.digest(directory / "store"))
             return
@@ -214,7 +246,7 @@ def prune(
         directories = [Path(target) for target in targets or [] if "=" not in target]
         overrides = [target for target in targets or [] if "=" in target]
         files = config_file or ([] if directories else [DEFAULT_CONFIG])
-        used = {each.directory(s) for file in files for each in _find(file, overrides, runs) for s in STAGES}
+        used = {each.directory(s) for file in files for each in _find_any(file, overrides, runs) for s in each.stages}
         pruning.prune(runs, directories, used, _asker(yes), print)
 
 
@@ -224,7 +256,7 @@ def dry_run(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFI
     with _errors(runs):
         from pipeline.dry_run import dry_run as rehearse
 
-        settings = config.load(config_file, overrides or [])
+        settings = _load(config_file, overrides)
         for report in rehearse(settings, runs / "dry-run" / config_file.stem, str(config_file), print):
             print(report)
 

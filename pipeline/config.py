@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from evaluate.config import EvaluateConfig
-from harvest.config import HarvestConfig, ModelConfig, SampleConfig, Settings
+from harvest.config import HarvestConfig, IngestConfig, ModelConfig, SampleConfig, Settings
 from train.config import TrainConfig
 
 MAX_SETTINGS_BYTES = 1 << 20  # a settings file is a page; a larger one is some other file
@@ -50,6 +50,23 @@ class PipelineConfig(Settings):
         return self
 
 
+class IngestedConfig(Settings):
+    """Settings for activations that are there already: without text, without a model."""
+
+    ingest: IngestConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "IngestedConfig":
+        if self.train.pool_rows < self.ingest.chunk_rows:
+            raise ValueError(
+                f"train.pool_rows: {self.train.pool_rows}: must hold at least one chunk of "
+                f"ingest.chunk_rows = {self.ingest.chunk_rows}"
+            )
+        return self
+
+
 class Loaded(NamedTuple):
     """Nested plain values, and where each dotted path stands ("configs/x.yaml:7")."""
 
@@ -68,18 +85,19 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load(path: Path, overrides: list[str]) -> PipelineConfig:
-    """The settings of a file with overrides applied.
+def load(path: Path, overrides: list[str]) -> PipelineConfig | IngestedConfig:
+    """The settings of a file with overrides applied; a section `ingest` makes them those of given activations.
 
     Raises SettingsError, one line for each thing that is wrong.
     """
     loaded = _read(path)
     for override in overrides:
         _override(loaded, override)
+    kind = IngestedConfig if "ingest" in loaded.values else PipelineConfig
     try:
-        return PipelineConfig.model_validate(loaded.values)
+        return kind.model_validate(loaded.values)
     except ValidationError as error:
-        raise SettingsError("\n".join(_explain(e, loaded, path) for e in error.errors())) from None
+        raise SettingsError("\n".join(_explain(e, loaded, path, kind) for e in error.errors())) from None
 
 
 def _read(path: Path) -> Loaded:
@@ -159,7 +177,7 @@ def _override(loaded: Loaded, override: str) -> None:
     loaded.places[name] = "command line"
 
 
-def _explain(error: Any, loaded: Loaded, path: Path) -> str:
+def _explain(error: Any, loaded: Loaded, path: Path, kind: type[BaseModel]) -> str:
     location = [str(part) for part in error["loc"]]
     name = ".".join(location)
     place = loaded.places.get(name)
@@ -169,7 +187,9 @@ def _explain(error: Any, loaded: Loaded, path: Path) -> str:
         place = loaded.places.get(".".join(parent))
     where = f"{place or path}: {name}: " if name else f"{path}: "
     if error["type"] == "extra_forbidden":
-        known = _fields_at(location[:-1])
+        if kind is IngestedConfig and name in PipelineConfig.model_fields:
+            return f"{where}not together with ingest, whose activations need no text and no model; take one of them out"
+        known = _fields_at(kind, location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
         return f"{where}unknown setting; {hint}"
@@ -182,9 +202,9 @@ def _explain(error: Any, loaded: Loaded, path: Path) -> str:
     return f"{where}{error['input']!r}: {message}"
 
 
-def _fields_at(location: list[str]) -> list[str]:
+def _fields_at(kind: type[BaseModel], location: list[str]) -> list[str]:
     """Names of the settings in the section at this place."""
-    section: Any = PipelineConfig
+    section: Any = kind
     for part in location:
         if part.isdigit():
             continue

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from evaluate.config import EVALUATE_VERSION
 from harvest.config import HARVEST_VERSION, SAMPLE_VERSION, ModelConfig, Settings, Source
 from harvest.files import UserError, read_json, write_json
-from harvest.sources import local_files, looks_local
-from pipeline.config import PipelineConfig
+from harvest.progress import Progress
+from harvest.sources import files_within, ingest_files, local_files, looks_local
+from pipeline.config import IngestedConfig, PipelineConfig
 from train.config import TRAIN_VERSION
 
 STAGES = ("sample", "harvest", "train", "evaluate")
@@ -23,15 +24,21 @@ VERSIONS: dict[str, int] = dict(
 )
 TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges)\.(json|txt|model)")
 WEIGHT_FILES = re.compile(r"config\.json|.*\.safetensors|.*\.safetensors\.index\.json")
+SLOW_BYTES = 10 << 30  # hashing more shows its progress
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Inputs(NamedTuple):
     """What stands behind the names in the settings: content hashes, or `hub:<name>@<commit>`."""
 
-    tokenizer: str
-    model: str
+    tokenizer: str | None
+    model: str | None
     sources: tuple[str, ...]
+    activations: str | None = None
+
+    def known(self) -> dict[str, Any]:
+        """Those that there are."""
+        return {name: value for name, value in self._asdict().items() if value}
 
 
 def hashed_settings(settings: Settings) -> dict[str, Any]:
@@ -55,34 +62,39 @@ def hashed_settings(settings: Settings) -> dict[str, Any]:
     return out
 
 
-def fingerprints(config: PipelineConfig, inputs: Inputs) -> dict[str, str]:
-    """The fingerprint of every stage for these settings."""
-    sample = hashed_settings(config.sample)
-    for source, content in zip(sample["sources"], inputs.sources, strict=True):
-        del source["path"], source["revision"]
-        source["content"] = content
-    parts = {
-        "sample": (sample, inputs.tokenizer),
-        "harvest": (hashed_settings(config.harvest), inputs.model),
-        "train": (hashed_settings(config.train), None),
-        "evaluate": (hashed_settings(config.evaluate), None),
-    }
+def fingerprints(config: PipelineConfig | IngestedConfig, inputs: Inputs) -> dict[str, str]:
+    """The fingerprint of every stage that these settings have."""
+    if isinstance(config, IngestedConfig):
+        ingest = {k: v for k, v in hashed_settings(config.ingest).items() if k not in ("path", "token_ids")}
+        parts = {"harvest": ({"ingest": ingest}, inputs.activations)}
+    else:
+        sample = hashed_settings(config.sample)
+        for source, content in zip(sample["sources"], inputs.sources, strict=True):
+            del source["path"], source["revision"]
+            source["content"] = content
+        parts = {"sample": (sample, inputs.tokenizer), "harvest": (hashed_settings(config.harvest), inputs.model)}
+    parts["train"] = (hashed_settings(config.train), None)
+    parts["evaluate"] = (hashed_settings(config.evaluate), None)
     out: dict[str, str] = {}
     upstream = None
-    for stage in STAGES:
-        settings, content = parts[stage]
+    for stage, (settings, content) in parts.items():
         document = [stage, VERSIONS[stage], upstream, content, settings]
         upstream = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
         out[stage] = upstream
     return out
 
 
-def find_inputs(config: PipelineConfig, runs: Path) -> Inputs:
-    """Identify the model and the data; hashes and resolved commits are remembered in runs/.inputs.json.
+def find_inputs(config: PipelineConfig | IngestedConfig, runs: Path) -> Inputs:
+    """Identify model and data, or activations; hashes and resolved commits are remembered in runs/.inputs.json.
 
     Raises UserError for what is not there, or a hub branch that cannot be resolved.
     """
     memory = _Memory(runs / ".inputs.json")
+    if isinstance(config, IngestedConfig):
+        parts = [[file for path in paths for file in files_within(path)] for paths in ingest_files(config.ingest)]
+        hashes = [memory.files_hash(files) for files in parts if files]
+        memory.save()
+        return Inputs(None, None, (), "+".join(hashes))
     inputs = Inputs(
         _model_identity(config.model, TOKENIZER_FILES, memory),
         _model_identity(config.model, WEIGHT_FILES, memory),
@@ -92,9 +104,9 @@ def find_inputs(config: PipelineConfig, runs: Path) -> Inputs:
     return inputs
 
 
-def resolved_commit(identity: str) -> str | None:
+def resolved_commit(identity: str | None) -> str | None:
     """The commit of a hub identity; None for local content."""
-    return identity.rpartition("@")[2] if identity.startswith("hub:") else None
+    return identity.rpartition("@")[2] if identity and identity.startswith("hub:") else None
 
 
 class _Memory:
@@ -129,7 +141,16 @@ class _Memory:
         return self.get(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}", digest)
 
     def files_hash(self, files: list[Path]) -> str:
-        hashes = [[path.name, self.file_hash(path)] for path in files]
+        size = sum(path.stat().st_size for path in files)
+        hashes = []
+        with Progress("content of files", size, "bytes", quiet=size < SLOW_BYTES) as progress:
+            try:
+                for path in files:
+                    hashes.append([path.name, self.file_hash(path)])
+                    progress.advance(path.stat().st_size)
+            except KeyboardInterrupt:
+                self.save()  # terabytes take hours; what is known stays known
+                raise
         return "sha256:" + hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
     def commit(self, kind: str, name: str, revision: str | None, setting: str) -> str:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple
+
+from typing_extensions import TypeVar
 
 from harvest.files import UserError, is_locked, locked, read_json
-from pipeline.config import PipelineConfig
+from pipeline.config import IngestedConfig, PipelineConfig
 from pipeline.fingerprint import (
     STAGES,
     VERSIONS,
@@ -28,10 +30,14 @@ TRASH = ".trash-"
 Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
 
 
-class Runs(NamedTuple):
+# Bare `Runs` are those of a model and its text; `AnyRuns` may be of activations that were given.
+Config = TypeVar("Config", bound=PipelineConfig | IngestedConfig, default=PipelineConfig, covariant=True)
+
+
+class Runs(NamedTuple, Generic[Config]):
     """One setting of the pipeline, and where its results stand under the root folder."""
 
-    config: PipelineConfig
+    config: Config
     inputs: Inputs
     fingerprints: dict[str, str]
     root: Path
@@ -39,9 +45,14 @@ class Runs(NamedTuple):
     def directory(self, stage: str) -> Path:
         return self.root / stage / self.fingerprints[stage]
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Those that these settings have: activations that are given need no sample."""
+        return tuple(self.fingerprints)
+
     def upstream(self, stage: str) -> str | None:
-        index = STAGES.index(stage)
-        return STAGES[index - 1] if index else None
+        index = self.stages.index(stage)
+        return self.stages[index - 1] if index else None
 
     def identity(self, stage: str) -> dict[str, Any]:
         """What begun.json and the manifest say of a directory, but for times and numerics."""
@@ -52,17 +63,22 @@ class Runs(NamedTuple):
             "fingerprint": self.fingerprints[stage],
             "upstream": str(self.directory(upstream)) if upstream else None,
             "settings": self.settings(stage),
-            "inputs": self.inputs._asdict(),
+            "inputs": self.inputs.known(),
         }
 
     def settings(self, stage: str) -> dict[str, Any]:
+        if isinstance(self.config, IngestedConfig) and stage == "harvest":
+            return {"ingest": hashed_settings(self.config.ingest)}
         settings = hashed_settings(getattr(self.config, stage))
-        if stage in ("sample", "harvest"):
+        if isinstance(self.config, PipelineConfig) and stage in ("sample", "harvest"):
             settings["model"] = self.config.model.model_dump()
         return settings
 
 
-def find_runs(config: PipelineConfig, root: Path) -> list[Runs]:
+AnyRuns = Runs[PipelineConfig | IngestedConfig]
+
+
+def find_runs(config: Config, root: Path) -> list[Runs[Config]]:
     """Identify inputs and fingerprints, of every single setting of a sweep.
 
     See `find_inputs` for what it raises.
@@ -73,14 +89,17 @@ def find_runs(config: PipelineConfig, root: Path) -> list[Runs]:
 
 
 def run_stage(
-    sweep: Sequence[Runs], stage: str, *, allow_mixed: bool, force: bool, confirm: Callable[[str], bool]
+    sweep: Sequence[AnyRuns], stage: str, *, allow_mixed: bool, force: bool, confirm: Callable[[str], bool]
 ) -> None:
     """Run a stage for every setting of a sweep unless it is complete; resume it where it was left.
 
     Raises UserError when the stage before is not complete, another process runs this one, or the
     numerics have changed.
     """
-    todo: dict[Path, Runs] = {}
+    if stage not in sweep[0].stages:
+        print(f"{stage:9} not needed: these settings take activations that are there (ingest)", flush=True)
+        return
+    todo: dict[Path, AnyRuns] = {}
     for directory, runs in {runs.directory(stage): runs for runs in sweep}.items():
         if is_complete(directory) and not force:
             if not _is_follower():
@@ -117,7 +136,7 @@ def _ignore(_numerics: dict[str, Any]) -> None:
     """What a follower does with the numerics: rank 0 compares them."""
 
 
-def _check_upstream(runs: Runs, stage: str) -> None:
+def _check_upstream(runs: AnyRuns, stage: str) -> None:
     upstream = runs.upstream(stage)
     if upstream and not is_complete(runs.directory(upstream)):
         command = "harvest" if upstream == "sample" else upstream
@@ -127,7 +146,7 @@ def _check_upstream(runs: Runs, stage: str) -> None:
         )
 
 
-def _run(stage: str, todo: list[Runs], begins: list[Begin]) -> Iterator[dict[str, Any]]:
+def _run(stage: str, todo: list[AnyRuns], begins: list[Begin]) -> Iterator[dict[str, Any]]:
     """Summaries of a stage's runs, one by one; those of train together, as they share a reading of the store."""
     if stage == "train" and todo:
         from train import run as train
@@ -139,8 +158,10 @@ def _run(stage: str, todo: list[Runs], begins: list[Begin]) -> Iterator[dict[str
         yield _run_one(stage, runs, begin_run)
 
 
-def _run_one(stage: str, runs: Runs, begin_run: Begin) -> dict[str, Any]:
+def _run_one(stage: str, runs: AnyRuns, begin_run: Begin) -> dict[str, Any]:
     config, inputs, here = runs.config, runs.inputs, runs.directory
+    if isinstance(config, IngestedConfig):
+        return _run_ingested(stage, config, runs, begin_run)
     if stage == "sample":
         from harvest import sampling
 
@@ -159,6 +180,19 @@ def _run_one(stage: str, runs: Runs, begin_run: Begin) -> dict[str, Any]:
     manifests = {name: read_json(here(name) / MANIFEST) for name in STAGES[:3]}
     upstream = evaluate.Upstream(here("sample"), here("harvest"), here("train"), manifests)
     return evaluate.run(config.model, commit, config.evaluate, upstream, here("evaluate"), begin_run)
+
+
+def _run_ingested(stage: str, config: IngestedConfig, runs: AnyRuns, begin_run: Begin) -> dict[str, Any]:
+    """A stage of settings whose activations are given."""
+    if stage == "harvest":
+        from harvest import ingest
+
+        return ingest.run(config.ingest, runs.directory("harvest"), begin_run)
+    from evaluate import run as evaluate
+
+    manifests = {name: read_json(runs.directory(name) / MANIFEST) for name in ("harvest", "train")}
+    upstream = evaluate.Upstream(None, runs.directory("harvest"), runs.directory("train"), manifests)
+    return evaluate.run(None, None, config.evaluate, upstream, runs.directory("evaluate"), begin_run)
 
 
 def _clear(directory: Path, confirm: Callable[[str], bool]) -> None:
@@ -180,16 +214,16 @@ def _empty_trash(directory: Path) -> None:
         shutil.rmtree(path)
 
 
-def status_lines(sweep: Sequence[Runs]) -> list[str]:
+def status_lines(sweep: Sequence[AnyRuns]) -> list[str]:
     """One line a stage (and setting of a sweep): complete, running, interrupted, or why it would run."""
     lines = {line: STAGES.index(line.split()[0]) for runs in sweep for line in _status_lines(runs)}
     return sorted(lines, key=lambda line: lines[line])
 
 
-def _status_lines(runs: Runs) -> list[str]:
+def _status_lines(runs: AnyRuns) -> list[str]:
     lines = []
     stale: str | None = None
-    for stage in STAGES:
+    for stage in runs.stages:
         directory = runs.directory(stage)
         if is_complete(directory):
             state = f"complete   {directory}"
@@ -205,7 +239,7 @@ def _status_lines(runs: Runs) -> list[str]:
     return lines
 
 
-def why(runs: Runs, stage: str, stale: str | None) -> str:
+def why(runs: AnyRuns, stage: str, stale: str | None) -> str:
     """Why a stage has no directory yet, by comparison with the newest one of the same stage."""
     siblings = sorted((runs.root / stage).glob(f"*/{BEGUN}"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in siblings:
@@ -213,11 +247,13 @@ def why(runs: Runs, stage: str, stale: str | None) -> str:
             other = read_json(path)
         except UserError:
             continue
+        if ("ingest" in other.get("settings", {})) != ("ingest" in runs.settings(stage)):
+            continue
         if other.get("version") != VERSIONS[stage]:
             return f"{stage} version: {other.get('version')} -> {VERSIONS[stage]}"
         changes = _differences(other.get("settings", {}), runs.settings(stage))
         if stage in ("sample", "harvest") and not changes:
-            changes = _differences(other.get("inputs", {}), runs.inputs._asdict())
+            changes = _differences(other.get("inputs", {}), runs.inputs.known())
         if changes:
             return "; ".join(changes)
         break

@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT
 from pydantic import BaseModel
 
-from pipeline.config import PipelineConfig, SettingsError, load
+from pipeline.config import IngestedConfig, PipelineConfig, SettingsError, load
 
 SMOLLM2 = ROOT / "configs" / "smollm2.yaml"
 
@@ -15,7 +15,7 @@ def error(*overrides: str, file: Path = SMOLLM2) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["smollm2", "r1-llama-8b", "tiny"])
+@pytest.mark.parametrize("name", ["smollm2", "r1-llama-8b", "tiny", "ingest"])
 def test_shipped_settings_load(name):
     load(ROOT / "configs" / f"{name}.yaml", [])
 
@@ -107,5 +107,5 @@ def test_every_setting_is_documented():
             else:
                 assert field.description, f"{section.__name__}.{name}"
 
-    for field in PipelineConfig.model_fields.values():
+    for field in [*PipelineConfig.model_fields.values(), *IngestedConfig.model_fields.values()]:
         check(field.annotation)

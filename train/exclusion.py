@@ -14,6 +14,11 @@ from harvest.files import UserError
 from train.config import ExcludeConfig
 from train.sae import input_scale
 
+WAY_TO_KNOW = {
+    "token_id": "ingest.token_ids, or token_ids beside them",
+    "position": "ingest.context_size or file_is_context, or as (contexts, context_size, d_in)",
+}
+
 
 class InputStatistics(NamedTuple):
     """Taken once, from the first window in row order; kept with the SAE for held-out rows and evaluation."""
@@ -31,7 +36,17 @@ def kept_rows(
     exclude: ExcludeConfig,
     norm_limit: float | None,
 ) -> np.ndarray:
-    """Bool (shard_rows,): the rows of a shard that are trained on."""
+    """Bool (shard_rows,): the rows of a shard that are trained on.
+
+    Raises UserError where an ingested store does not know what is to be excluded.
+    """
+    absent = store.attributes.get("ingested", {}).get("absent", ())
+    for name, wanted in (("token_id", exclude.token_ids), ("position", exclude.positions)):
+        if wanted and name in absent:
+            raise UserError(
+                f"train.exclude.{name}s: {list(wanted)}: these activations were ingested without {name}s; set it to "
+                f"[], or ingest them with {WAY_TO_KNOW[name]}"
+            )
     keep = np.ones(store.geometry.shard_rows, bool)
     if exclude.token_ids:
         keep &= ~np.isin(store.read_provenance(split, "token_id", shard), exclude.token_ids)

@@ -92,7 +92,7 @@ class Training:
         self._about = {
             "architecture": "standard",
             "model": store.attributes.get("model"),
-            "context_size": g.context_size,
+            "context_size": store.attributes.get("ingested", g._asdict())["context_size"],
         }
 
     @property

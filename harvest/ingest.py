@@ -1,0 +1,174 @@
+"""The harvest stage for activations that are there already: the user's files become a store, without a model.
+
+Contexts are put into a random order, the first of them held out; then a shard is a run of rows of that
+order, permuted as a harvest's shards are. So it is a pure function of files and settings, and a restart
+goes on at the first missing shard. Only the rows of three shards are in memory, and about 30 bytes for
+each context.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from harvest.activation_store import SPLITS, ActivationStore, Geometry, ShardRows
+from harvest.config import IngestConfig
+from harvest.device import numerics
+from harvest.disk import check_room
+from harvest.files import UserError, read_json
+from harvest.given_rows import GivenRows, look_through
+from harvest.progress import Progress
+from harvest.run import store_summary
+from harvest.sources import ingest_files
+
+
+class Order(NamedTuple):
+    """Contexts (or blocks) of a split in the order that they are stored, and where each ends among its rows."""
+
+    contexts: np.ndarray
+    ends: np.ndarray
+
+    def pieces(self, bounds: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(context, first row, end row) of the rows from `start` to `stop` of the order, by place in the files.
+
+        Shards are permuted anyway, so reading may follow the files.
+        """
+        first, last = np.searchsorted(self.ends, [start, stop - 1], side="right")
+        out = []
+        for i in range(int(first), int(last) + 1):
+            context, end = int(self.contexts[i]), int(self.ends[i])
+            begin = end - int(bounds[context + 1] - bounds[context])
+            offset = int(bounds[context]) - begin
+            out.append((context, offset + max(begin, start), offset + min(end, stop)))
+        return sorted(out)
+
+
+def run(config: IngestConfig, directory: Path, begin: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Write `directory/store`, continuing at the first missing shard, and return the summary.
+
+    Raises UserError for files that cannot be used, with the file's name, and for a NaN or infinity, with the row's.
+    """
+    given = look_through(config, *ingest_files(config))
+    orders = split(given, config)
+    begin(numerics(torch.device("cpu"), torch.bfloat16))
+    shards = {name: len_rows(order) // config.shard_rows for name, order in orders.items()}
+    geometry = Geometry(
+        hooks=given.hooks,
+        d_in=given.d_in,
+        context_size=1,  # shards hold rows; contexts are of any size and may lie in two
+        shard_contexts=config.shard_rows,
+        chunk_rows=config.chunk_rows,
+        train_shards=shards["train"],
+        holdout_shards=shards["holdout"],
+        stored=config.stored,
+    )
+    begun = read_json(directory / "begun.json")
+    ingested = {"absent": given.absent, "context_size": given.context_size}
+    attributes = {"seed": config.seed, "model": None, "fingerprint": directory.name, "ingested": ingested}
+    store = ActivationStore.create(directory / "store", geometry, {**attributes, "numerics": begun["numerics"]})
+    store.sweep()
+    done = sum(len(store.complete_shards(name)) for name in SPLITS)
+    check_room(directory, sum(shards.values()) - done, geometry)
+    _write(store, given, orders, config.seed, directory / "progress.json")
+    left_out = len(given.acts) - sum(shards.values()) * config.shard_rows
+    return {**store_summary(store), "rows_left_out": left_out, "files": len(given.acts.paths)}
+
+
+def len_rows(order: Order) -> int:
+    """Rows of a split."""
+    return int(order.ends[-1]) if len(order.ends) else 0
+
+
+def split(given: GivenRows, config: IngestConfig) -> dict[str, Order]:
+    """Contexts of each split in a random order; those of one number in a column `context` fall on one side.
+
+    Raises UserError when the rows do not fill a shard of each.
+    """
+    rows = len(given.acts)
+    lengths = np.diff(given.bounds)
+    _, number = np.unique(given.numbers, return_inverse=True)
+    generator = np.random.default_rng(config.seed)
+    wanted = max(1, round(config.holdout_fraction * rows / config.shard_rows)) * config.shard_rows
+    by_chance = generator.permutation(int(number.max()) + 1)
+    filled = np.cumsum(np.bincount(number, weights=lengths)[by_chance])
+    held = np.zeros(len(by_chance), bool)
+    held[by_chance[: int(np.searchsorted(filled, wanted)) + 1]] = True
+    order = generator.permutation(len(lengths))
+    orders = {}
+    for name, side in zip(SPLITS, (~held, held), strict=True):
+        contexts = order[side[number[order]]]
+        orders[name] = Order(contexts, np.cumsum(lengths[contexts]))
+        if len_rows(orders[name]) < config.shard_rows:
+            raise UserError(
+                f"ingest.path: {config.path!r}: {rows:,} rows in {len(filled):,} contexts (or blocks) leave "
+                f"{len_rows(orders[name]):,} for the {name} split, less than a shard of ingest.shard_rows = "
+                f"{config.shard_rows:,}; lower it, or give more rows"
+            )
+    return orders
+
+
+def _write(store: ActivationStore, given: GivenRows, orders: dict[str, Order], seed: int, progress_path: Path) -> None:
+    g = store.geometry
+    every = [(name, shard) for name in ("holdout", "train") for shard in range(g.shards(name))]
+    done = {(name, shard) for name in SPLITS for shard in store.complete_shards(name)}
+    start = len(done) * g.shard_rows
+    with (
+        Progress("ingest", len(every) * g.shard_rows, "rows", start=start, path=progress_path) as progress,
+        ThreadPoolExecutor(1, "store-writer") as writer,
+    ):
+        writing: Future[None] | None = None
+        for name, shard in every:
+            if (name, shard) in done:
+                continue
+            rows = shard_rows(given, orders[name], name, shard, g.shard_rows, seed)
+            if writing:
+                writing.result()  # one shard is written while the next is read; never more wait
+            writing = writer.submit(store.write_shard, name, shard, rows)
+            progress.advance(g.shard_rows)
+        if writing:
+            writing.result()
+
+
+def shard_rows(given: GivenRows, order: Order, split: str, shard: int, rows: int, seed: int) -> ShardRows:
+    """All rows of a shard in their stored order, as bfloat16.
+
+    Raises UserError for a NaN or infinity, with file and row.
+    """
+    pieces = order.pieces(given.bounds, shard * rows, (shard + 1) * rows)
+    permuted = np.random.default_rng([seed, SPLITS.index(split), shard]).permutation(rows)
+    acts, norms = {}, {}
+    for hook in given.hooks:
+        laid = torch.empty(rows, given.d_in, dtype=torch.bfloat16)
+        at = 0
+        for _, start, stop in pieces:
+            part = laid[at : at + stop - start]
+            part.copy_(given.acts.read(hook, start, stop))
+            finite = torch.isfinite(part).all(1)
+            if not finite.all():
+                path, row = given.acts.place(start + int(finite.logical_not().nonzero()[0]))
+                raise UserError(
+                    f"{path}: NaN or infinity (as bfloat16) in {hook!r} at row {row}; nothing of this shard was "
+                    "written. Mend the file or leave the row out"
+                )
+            at += stop - start
+        laid = laid[torch.from_numpy(permuted)]
+        norms[hook] = laid.float().norm(dim=1).numpy()
+        acts[hook] = laid.view(torch.uint16).numpy()
+    columns = {name: column[permuted] for name, column in _provenance(given, pieces).items()}
+    return ShardRows(acts, norms, columns["token_id"], columns["context"], columns["position"])
+
+
+def _provenance(given: GivenRows, pieces: list[tuple[int, int, int]]) -> dict[str, np.ndarray]:
+    """Where the rows of pieces come from: what the files say; else the number of the context and the place in it."""
+    columns = {
+        "token_id": [np.zeros(stop - start) for _, start, stop in pieces],
+        "context": [np.full(stop - start, given.numbers[context]) for context, start, stop in pieces],
+        "position": [np.arange(start, stop) - given.bounds[context] for context, start, stop in pieces],
+    }
+    for name, column in given.columns.items():
+        columns[name] = [column.read(start, stop) for _, start, stop in pieces]
+    types = {"token_id": np.uint32, "context": np.uint32, "position": np.uint16}
+    return {name: np.concatenate(parts).astype(types[name]) for name, parts in columns.items()}
