@@ -20,7 +20,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from evaluate.config import FeaturesConfig
-from evaluate.feature_views import CHIPS, Scored, Site, Views, number, percent
+from evaluate.feature_views import CHIPS, Scored, Site, Views, number, percent, thousandths
 from evaluate.features import activity, choose_features, heldout_activity, nearest_features
 from evaluate.fidelity import Fidelity
 from evaluate.subject import Subject
@@ -83,7 +83,7 @@ def _promoted(subject: Subject, chosen_K: np.ndarray) -> tuple[tuple[Tokens, Tok
     d_in, width = subject.saved.sae.d_in, unembedding.head_VD.shape[1]
     if d_in != width:
         return None, f"the hook is of width {d_in}, the LM head of width {width}"
-    return promoted(unembedding, subject.saved.sae.W_dec[torch.from_numpy(chosen_K)], CHIPS), ""
+    return promoted(unembedding, subject.saved.sae.W_dec[torch.from_numpy(chosen_K).to(subject.device)], CHIPS), ""
 
 
 def write_pages(folder: Path, site: Site, config: FeaturesConfig, progress: Progress | None = None) -> None:
@@ -93,7 +93,7 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig, progress: Prog
     environment = Environment(
         loader=PackageLoader("evaluate"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"number": number, "percent": percent}
+    environment.filters |= {"number": number, "percent": percent, "thousandths": thousandths}
     environment.globals |= {
         "style": Markup(style),
         "script": Markup(script),

@@ -68,6 +68,11 @@ def number(value: float | None) -> str:
     return f"{value:.2e}"
 
 
+def thousandths(value: float) -> str:
+    """ReasonScores, which are parts of all features' activation."""
+    return f"{1000 * value:.3f}"
+
+
 def percent(value: float) -> str:
     return f"{number(100 * value)}%"
 

@@ -232,7 +232,7 @@ def nearest_features(W_dec: torch.Tensor, chosen_K: np.ndarray, count: int = 8) 
     found = []
     for part_K in torch.from_numpy(chosen_K).to(W_dec.device).split(64):
         cosine_KF = unit_FD[part_K] @ unit_FD.T
-        cosine_KF[torch.arange(len(part_K)), part_K] = -2  # itself
+        cosine_KF[torch.arange(len(part_K), device=part_K.device), part_K] = -2  # itself
         best = cosine_KF.topk(min(count, len(W_dec) - 1))
         found += [
             list(zip(i, v, strict=True)) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)

@@ -19,6 +19,7 @@ from harvest.files import UserError, read_json
 from harvest.language_model import load_skeleton
 
 AT_ONCE = 64  # directions; their logits are AT_ONCE × V float32
+VOCABULARY_AT_ONCE = 16_384
 
 
 class Unembedding(NamedTuple):
@@ -82,10 +83,10 @@ def promoted(unembedding: Unembedding, W_dec_KD: Tensor, count: int) -> tuple[To
     directions_KD = torch.nn.functional.normalize(W_dec_KD.float().cpu(), dim=1)
     if unembedding.centred:
         directions_KD = directions_KD - directions_KD.mean(1, keepdim=True)
-    head_VD = unembedding.head_VD.float()
     found: dict[bool, list[Any]] = {True: [], False: []}
     for part_KD in (directions_KD * unembedding.gain_D).split(AT_ONCE):
-        logits_KV = part_KD @ head_VD.T
+        blocks = unembedding.head_VD.split(VOCABULARY_AT_ONCE)  # all of it in float32 would be 2 GB at Llama's size
+        logits_KV = torch.cat([part_KD @ block_VD.float().T for block_VD in blocks], 1)
         logits_KV -= logits_KV.mean(1, keepdim=True)  # softmax does not see it
         for largest, parts in found.items():
             parts.append(logits_KV.topk(min(count, logits_KV.shape[1]), largest=largest))

@@ -15,6 +15,7 @@ import torch
 from conftest import only, pipeline
 from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaConfig, OPTConfig
 
+from evaluate import unembedding
 from evaluate.config import FeaturesConfig
 from evaluate.feature_pages import read_scores, write_pages
 from evaluate.feature_views import Views, number, visible
@@ -138,7 +139,8 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_promoted_tokens_are_what_the_model_s_own_end_makes_likelier(kind, tmp_path):
+def test_promoted_tokens_are_what_the_model_s_own_end_makes_likelier(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(unembedding, "VOCABULARY_AT_ONCE", 16)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[kind])
     norm = model.transformer.ln_f if kind == "LayerNorm" else model.model.norm
