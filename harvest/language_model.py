@@ -131,8 +131,7 @@ class HookedModel:
         skipped = list(layers)[: list(layers).index(module)] if layers is not None else []
 
         def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            new = value_BSD.to(first_tensor(output).dtype)
-            return (new, *output[1:]) if isinstance(output, tuple) else new
+            return _with_first_tensor(output, value_BSD.to(first_tensor(output).dtype))
 
         handle = module.register_forward_hook(splice)
         for layer in skipped:
@@ -143,6 +142,23 @@ class HookedModel:
             handle.remove()
             for layer in skipped:
                 del layer.forward
+
+    @contextmanager
+    def added(self, hook: str, value_BD: Tensor) -> Iterator[None]:
+        """Within this, row b of `value_BD` is added to the activation at a hook at every position of sequence b.
+
+        It holds for each forward pass, so with a KV cache for the prompt and for every generated token.
+        """
+
+        def add(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            acts_BSD = first_tensor(output)
+            return _with_first_tensor(output, acts_BSD + value_BD.unsqueeze(1).to(acts_BSD))
+
+        handle = self.modules[hook].register_forward_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def _same_hidden_states_in_a_tuple(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor]:
@@ -156,6 +172,10 @@ def _same_hidden_states(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> T
 def first_tensor(output: Any) -> Tensor:
     """The hidden states of a module's output; some architectures return a tuple."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def _with_first_tensor(output: Any, new: Tensor) -> Any:
+    return (new, *output[1:]) if isinstance(output, tuple) else new
 
 
 def load_model(

@@ -79,9 +79,18 @@ class SegmentTokenizer:
 
 
 def load_tokenizer(model: ModelConfig, commit: str | None, offline: bool) -> SegmentTokenizer:
-    """The tokenizer of a local folder or a hub model.
+    """The tokenizer of a local folder or a hub model, for documents.
 
     Raises UserError when it cannot be had, or is not of the `tokenizers` kind.
+    """
+    loaded = load_whole_tokenizer(model, commit, offline)
+    return SegmentTokenizer(loaded.backend_tokenizer, str(loaded.eos_token or ""))
+
+
+def load_whole_tokenizer(model: ModelConfig, commit: str | None, offline: bool) -> Any:
+    """The same as transformers has it, with chat template and padding.
+
+    Raises UserError as `load_tokenizer` does.
     """
     from transformers import AutoTokenizer
 
@@ -97,7 +106,6 @@ def load_tokenizer(model: ModelConfig, commit: str | None, offline: bool) -> Seg
             raise
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model.name: {model.name!r}: no tokenizer can be loaded from it: {first}") from None
-    backend = getattr(loaded, "backend_tokenizer", None)
-    if not isinstance(backend, Tokenizer):
+    if not isinstance(getattr(loaded, "backend_tokenizer", None), Tokenizer):
         raise UserError(f"model.name: {model.name!r}: its tokenizer has no tokenizer.json, which is needed")
-    return SegmentTokenizer(backend, str(loaded.eos_token or ""))
+    return loaded

@@ -1,0 +1,152 @@
+"""Text that a model writes while something is added to its activations.
+
+Prompts are padded on the left and read in one batch with the interventions on them, with a KV cache. A
+sample is the argmax of logits / temperature + Gumbel noise, which is a draw from the softmax; the noise
+depends on the seed, the prompt and the step alone. So completions of one prompt under several interventions
+differ by the interventions only, and no batch changes a sample.
+
+Shape suffixes: B sequences, I interventions, D d_in, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from harvest.files import UserError
+from harvest.language_model import HookedModel
+from harvest.progress import Progress
+
+
+class Sampling(NamedTuple):
+    max_new_tokens: int
+    temperature: float = 0.0  # 0 takes the likeliest token
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Completion(NamedTuple):
+    text: str
+    token_ids: list[int]  # without the token that ends it
+    ended: bool  # before max_new_tokens
+
+
+class _Noise(LogitsProcessor):
+    """Gumbel noise of one stream a prompt, the same for each of its `repeats` sequences."""
+
+    def __init__(self, seed: int, prompts: range, repeats: int) -> None:
+        self.generators = [np.random.default_rng([seed, prompt]) for prompt in prompts]
+        self.repeats = repeats
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        noise = np.stack([generator.gumbel(size=scores.shape[1]) for generator in self.generators])
+        return scores + torch.from_numpy(noise).repeat_interleave(self.repeats, 0).to(scores)
+
+
+def prompt_texts(tokenizer: Any, prompts: Sequence[str], chat: bool | None) -> list[str]:
+    """The prompts as the model reads them: as a user's turn where the tokenizer has a chat template.
+
+    `chat` False leaves them as they are. Raises UserError for an empty prompt, and for `chat` True
+    without a template.
+    """
+    for number, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise UserError(f"prompt {number + 1} of {len(prompts)} is empty; give it text or leave it out")
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if chat and not has_template:
+        raise UserError("--chat: this model's tokenizer has no chat template; use --no-chat")
+    if chat is False or not has_template:
+        return list(prompts)
+    return [
+        tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False)
+        for p in prompts
+    ]
+
+
+@torch.inference_mode()
+def complete(
+    model: HookedModel,
+    tokenizer: Any,
+    hook: str,
+    prompts: Sequence[str],
+    interventions_ID: Tensor,
+    sampling: Sampling,
+    *,
+    chat: bool | None = None,
+    batch_sequences: int = 64,
+    progress: Progress | None = None,
+) -> list[list[Completion]]:
+    """Completions [prompt][intervention]; row i of `interventions_ID` is added at the hook at every position,
+    of the prompt and of what is generated.
+
+    Raises UserError for prompts that are empty or too long for the model.
+    """
+    texts = prompt_texts(tokenizer, prompts, chat)
+    templated = texts != list(prompts)
+    ids = [tokenizer(text, add_special_tokens=not templated)["input_ids"] for text in texts]
+    _check_lengths(model, ids, sampling.max_new_tokens)
+    ends = _end_tokens(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
+    # The model's own defaults (temperature, penalties) would fill what is not set here.
+    model.model.generation_config = GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad
+    )
+    count = len(interventions_ID)
+    at_once = max(1, batch_sequences // count)
+    out: list[list[Completion]] = []
+    for start in range(0, len(ids), at_once):
+        part = ids[start : start + at_once]
+        ids_BS, mask_BS = _left_padded(part, pad, model.device)
+        with model.added(hook, interventions_ID.to(model.device).repeat(len(part), 1)):
+            written_BS = model.model.generate(
+                ids_BS.repeat_interleave(count, 0),
+                attention_mask=mask_BS.repeat_interleave(count, 0),
+                logits_processor=_processors(sampling, range(start, start + len(part)), count),
+            )
+        rows = [_completion(tokenizer, row, ends) for row in written_BS[:, ids_BS.shape[1] :].tolist()]
+        out += [rows[i : i + count] for i in range(0, len(rows), count)]
+        if progress:
+            progress.advance(len(rows))
+    return out
+
+
+def _check_lengths(model: HookedModel, ids: list[list[int]], new: int) -> None:
+    limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    for number, tokens in enumerate(ids):
+        if limit and len(tokens) + new > limit:
+            raise UserError(
+                f"prompt {number + 1} of {len(ids)} has {len(tokens):,} tokens; with {new:,} new ones that is more than "
+                f"the model's {limit:,} positions; shorten it or lower the number of new tokens"
+            )
+
+
+def _end_tokens(model: HookedModel, tokenizer: Any) -> set[int]:
+    own = model.model.generation_config.eos_token_id
+    ends = set(own if isinstance(own, list) else [own])
+    return {token for token in ends | {tokenizer.eos_token_id} if token is not None}
+
+
+def _left_padded(ids: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, ids))
+    padded = [[pad] * (width - len(row)) + row for row in ids]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
+    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
+
+
+def _processors(sampling: Sampling, prompts: range, repeats: int) -> LogitsProcessorList:
+    out = LogitsProcessorList()
+    if sampling.temperature > 0:
+        out.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_p < 1:
+            out.append(TopPLogitsWarper(sampling.top_p))
+        out.append(_Noise(sampling.seed, prompts, repeats))
+    return out
+
+
+def _completion(tokenizer: Any, ids: list[int], ends: set[int]) -> Completion:
+    stop = next((i for i, token in enumerate(ids) if token in ends), None)
+    kept = ids if stop is None else ids[:stop]
+    return Completion(tokenizer.decode(kept, skip_special_tokens=False), kept, stop is not None)
