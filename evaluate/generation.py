@@ -14,7 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from harvest.files import UserError
 from harvest.language_model import HookedModel
@@ -41,7 +47,7 @@ class _Noise(LogitsProcessor):
         self.generators = [np.random.default_rng([seed, prompt]) for prompt in prompts]
         self.repeats = repeats
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, _input_ids: Tensor, scores: Tensor) -> Tensor:
         noise = np.stack([generator.gumbel(size=scores.shape[1]) for generator in self.generators])
         return scores + torch.from_numpy(noise).repeat_interleave(self.repeats, 0).to(scores)
 
@@ -118,8 +124,8 @@ def _check_lengths(model: HookedModel, ids: list[list[int]], new: int) -> None:
     for number, tokens in enumerate(ids):
         if limit and len(tokens) + new > limit:
             raise UserError(
-                f"prompt {number + 1} of {len(ids)} has {len(tokens):,} tokens; with {new:,} new ones that is more than "
-                f"the model's {limit:,} positions; shorten it or lower the number of new tokens"
+                f"prompt {number + 1} of {len(ids)} has {len(tokens):,} tokens; with {new:,} new ones that is "
+                f"more than the model's {limit:,} positions; shorten it or lower the number of new tokens"
             )
 
 

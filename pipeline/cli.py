@@ -203,6 +203,52 @@ def export(
 
 
 @app.command()
+def steer(
+    feature: Annotated[list[int], typer.Option(help="Feature to amplify; may be repeated.")],
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    runs: Root = DEFAULT_RUNS,
+    strength: Annotated[
+        list[float] | None, typer.Option(help="Times the feature's largest activation; may be repeated. Default: 4.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What to answer; may be repeated.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="File of prompts, one a line.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Take the sixty built-in prompts; show figures.")] = False,
+    word: Annotated[
+        list[str] | None, typer.Option(help="Word to count, `a|b` for alternatives; may be repeated.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    chat: Annotated[bool | None, typer.Option(help="Use the model's chat template; default: if it has one.")] = None,
+    hook: Annotated[str | None, typer.Option(help="Which SAE, where several hooks were trained.")] = None,
+    max_activation: Annotated[
+        float | None, typer.Option(help="Instead of the largest one on held-out rows, in scaled units.")
+    ] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write completions and figures to this file.")] = None,
+) -> None:
+    """Let the model write with a feature amplified and without, side by side."""
+    with _errors():
+        from pipeline import steer as steering
+
+        request = steering.Request(
+            features=tuple(feature),
+            strengths=tuple(strength or [4.0]),
+            prompts=tuple(prompt or ()),
+            prompts_file=prompts,
+            measure=measure,
+            words=tuple(word or ()),
+            sampling=(max_new_tokens, temperature, top_p, seed),
+            chat=chat,
+            hook=hook,
+            max_activation=max_activation,
+            json=json,
+        )
+        steering.steer(_find(config_file, overrides, runs), request)
+
+
+@app.command()
 def verify(
     overrides: Overrides = None,
     config_file: ConfigFile = DEFAULT_CONFIG,

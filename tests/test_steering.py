@@ -1,0 +1,213 @@
+"""Steering on the tiny model: strength 0 changes nothing, a feature that writes a word makes it written."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import only, pipeline
+from transformers import AutoModelForCausalLM
+
+from evaluate.generation import Sampling, complete
+from evaluate.steering import built_in_prompts, figures, max_activations, steer, steering_vectors, word_pattern
+from evaluate.visible import visible
+from harvest.activation_store import ActivationStore
+from harvest.config import ModelConfig
+from harvest.files import UserError
+from harvest.language_model import HookedModel, load_model
+from harvest.tokenizer import load_whole_tokenizer
+from train.checkpoint import SavedSae, load_sae, save_sae
+from train.config import ExcludeConfig
+from train.exclusion import InputStatistics, kept_rows
+from train.sae import initial_sae
+
+HOOK = "model.layers.1"
+TINY = ModelConfig(name="assets/tiny-llama")
+PROMPTS = ("wait therefore the sum", "is even so let me check the sum of two", "numbers")
+
+
+@pytest.fixture
+def tiny_model(finished, monkeypatch) -> tuple[HookedModel, object]:
+    monkeypatch.chdir(finished)
+    model = load_model(TINY, None, [HOOK, "model.layers.0"], torch.float32, torch.device("cpu"), with_head=True)
+    return model, load_whole_tokenizer(TINY, None, offline=True)
+
+
+def writing(model: HookedModel, token: int) -> SavedSae:
+    """An SAE whose feature 3 points where the LM head reads one token."""
+    sae = initial_sae(32, 8, 0)
+    sae.W_dec[3] = model.model.lm_head.weight[token] / model.model.lm_head.weight[token].norm()
+    return SavedSae(sae, HOOK, InputStatistics(0.5, 1.0, None), {})
+
+
+@pytest.mark.parametrize("hook", [HOOK, "model.layers.0"])
+@pytest.mark.parametrize("temperature", [0.0, 0.05])
+def test_strength_zero_writes_the_very_same_tokens(tiny_model, hook, temperature):
+    model, tokenizer = tiny_model
+    sampling = Sampling(12, temperature, seed=3)
+    vector_D = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 20
+    both = complete(model, tokenizer, hook, PROMPTS, torch.stack([0 * vector_D, vector_D]), sampling)
+    plain = AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.bfloat16).float().eval()
+    unhooked = HookedModel(plain, {hook: torch.nn.Identity()}, torch.device("cpu"))
+    free = complete(unhooked, tokenizer, hook, PROMPTS, torch.zeros(2, 32), sampling)
+    assert [row[0] for row in both] == [row[0] for row in free]
+    assert all(row[1] != row[0] for row in both)
+
+
+def test_a_cache_and_a_batch_change_nothing(tiny_model):
+    """The plain twin: one prompt at a time, the whole text read anew for each token, with the same vector."""
+    model, tokenizer = tiny_model
+    vector_D = torch.randn(32, generator=torch.Generator().manual_seed(1)) * 3
+    batched = complete(model, tokenizer, HOOK, PROMPTS, torch.stack([0 * vector_D, vector_D]), Sampling(10))
+    for prompt, row in zip(PROMPTS, batched, strict=True):
+        for scale, completion in enumerate(row):
+            ids = tokenizer(prompt)["input_ids"]
+            length = len(ids)
+            with torch.no_grad(), model.added(HOOK, (scale * vector_D)[None]):
+                for _ in range(len(completion.token_ids)):
+                    logits = model.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+                    ids.append(int(logits.argmax()))
+            assert ids[length:] == completion.token_ids
+
+
+def test_a_sample_depends_on_seed_and_prompt_not_on_the_batch(tiny_model):
+    model, tokenizer = tiny_model
+    none = torch.zeros(1, 32)
+    together = complete(model, tokenizer, HOOK, PROMPTS, none, Sampling(8, 1.0, seed=1))
+    apart = complete(model, tokenizer, HOOK, PROMPTS, none, Sampling(8, 1.0, seed=1), batch_sequences=1)
+    other = complete(model, tokenizer, HOOK, PROMPTS, none, Sampling(8, 1.0, seed=2))
+    assert together == apart
+    assert together != other
+
+
+def test_a_word_rises_with_the_strength_of_the_feature_that_writes_it(tiny_model):
+    model, tokenizer = tiny_model
+    (token,) = tokenizer(" check", add_special_tokens=False)["input_ids"]
+    saved = writing(model, token)
+    prompts = [f"{prompt} {' '.join(['so', 'let', 'me'][: i % 4])}" for i in range(20) for prompt in PROMPTS]
+    strengths = (0.1, 0.2, 0.4, 1.6)
+    (steered,) = steer(model, tokenizer, saved, {3: 1.0}, strengths, prompts, Sampling(8, 0.1))
+    found = figures(steered, ["check"])
+    assert found["rises"] and found["prompts"] == 60
+    last = found["by_strength"][-1]
+    assert last["words_per_100_tokens_change"]["low"] > 10
+    for g, line in enumerate(found["by_strength"]):
+        texts = [row[g].text for row in steered.completions]
+        assert line["words"] == sum(re.split(r"\W+", text).count("check") for text in texts)
+        rate = line["words_per_100_tokens"]
+        assert rate["value"] == pytest.approx(100 * line["words"] / (60 * line["tokens"]["value"]))
+        assert rate["low"] <= rate["value"] <= rate["high"]
+
+
+def test_the_vector_is_in_units_of_the_activation(tiny_model, finished):
+    """Adding strength 1 moves the SAE's pre-activation of the feature by max_activation · W_dec,i · W_enc,i."""
+    store = ActivationStore.open(only(finished, "runs/harvest/*/store"))
+    saved = load_sae(only(finished, f"runs/train/*/{HOOK}"))
+    exclude = ExcludeConfig()
+    rows = []
+    g = store.geometry
+    for chunk in range(g.holdout_shards * g.chunks_per_shard):
+        acts = torch.from_numpy(store.read_chunk("holdout", HOOK, chunk)).view(torch.bfloat16).float()
+        kept = kept_rows(store, "holdout", HOOK, chunk // g.chunks_per_shard, exclude, saved.statistics.norm_limit)
+        start = chunk % g.chunks_per_shard * len(acts)
+        rows.append(acts[torch.from_numpy(kept[start : start + len(acts)])])
+    scaled = torch.cat(rows) * saved.statistics.scale
+    largest = saved.sae.encode(scaled).amax(0)
+    feature = int(largest.argmax())
+    (maximum,) = max_activations(store, saved, exclude, [feature])
+    assert maximum == pytest.approx(float(largest[feature]), rel=1e-5)
+    (vector_D,) = steering_vectors(saved, [feature], [maximum])
+    rebuilt = saved.sae.decode(torch.nn.functional.one_hot(torch.tensor([feature]), saved.sae.d_sae) * maximum)
+    assert torch.allclose(vector_D * saved.statistics.scale, rebuilt[0] - saved.sae.b_dec, atol=1e-5)
+
+
+def test_words_are_whole_and_spelled_as_the_vocabulary_says():
+    found = word_pattern(["wait", "let me", "But", "hmm|hm"]).findall(
+        "Wait, await. let  me: But but Hm hmm hmmm WAIT\nLet me"
+    )
+    assert found == ["Wait", "let  me", "But", "Hm", "hmm", "Let me"]
+    with pytest.raises(UserError, match="no word"):
+        word_pattern(["|", " "])
+
+
+def test_hidden_characters_are_shown_as_escapes():
+    assert visible("a\x1b[31m\u202eb\r\x00\ud800") == r"a\x1b[31m\u202eb\r\x00\ud800"
+    assert visible("né 好\n\t[bold]") == "né 好\n    [bold]"
+
+
+def test_built_in_prompts_are_sixty_different_ones():
+    assert len(set(built_in_prompts())) == 60
+
+
+def test_steer_shows_completions_side_by_side_and_writes_figures(run_folder):
+    Path("prompts.txt").write_text("wait [red]so[/red]\n\nthe sum \x1b[31m\n")
+    ran = pipeline(
+        *("steer", "--feature", "3", "--feature", "5", "--strength", "2", "--strength", "8", "--max-activation", "1"),
+        *("--prompts", "prompts.txt", "--max-new-tokens", "4", "--word", "even", "--json", "out.json"),
+    )
+    assert ran.status == 0, ran.out
+    assert "as it is" in ran.out and "strength 8" in ran.out
+    assert "[red]so[/red]" in ran.out and "\x1b" not in ran.out and r"\x1b[31m" in ran.out
+    out = json.loads(Path("out.json").read_text())
+    assert [f["feature"] for f in out["figures"]] == [3, 5]
+    assert [line["strength"] for line in out["figures"][0]["by_strength"]] == [0, 2, 8]
+    assert out["completions"][0]["completions"][0][0] == out["completions"][1]["completions"][0][0]
+    ran = pipeline("steer", "--feature", "3", "--measure", "--max-new-tokens", "1", "--max-activation", "1")
+    assert ran.status == 0, ran.out
+    assert "60 prompts" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--feature", "128", "--prompt", "a"], "--feature: 128: the SAE has 128 features, 0 to 127"),
+        (["--feature", "-1", "--prompt", "a"], "0 to 127"),
+        (["--feature", "1", "--prompt", "a", "--strength", "nan"], "--strength: nan: a strength is a number"),
+        (["--feature", "1", "--prompt", "  "], "prompt 1 of 1 is empty"),
+        (["--feature", "1", "--prompt", "so " * 200], "more than the model's 128 positions"),
+        (["--feature", "1"], "no prompt: give --prompt TEXT"),
+        (["--feature", "1", "--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
+        (["--feature", "1", "--prompt", "a", "--chat"], "no chat template"),
+        (["--feature", "1", "--prompt", "a", "--hook", "model.layers.0"], "these settings have model.layers.1"),
+        (["--feature", "1", "--prompt", "a", "--json", "no/folder.json"], "there is no folder no"),
+        (["--feature", "1", "--prompt", "a", "train.seed=7"], "the train stage for these settings is not complete"),
+    ],
+)
+def test_bad_input_is_named(finished, monkeypatch, arguments, says):
+    monkeypatch.chdir(finished)
+    extra = [] if "not complete" in says else ["--max-activation", "1"]
+    ran = pipeline("steer", *arguments, *extra)
+    assert ran.status in (1, 2), ran.out
+    assert says in ran.out
+
+
+def test_an_sae_of_another_width_is_refused(run_folder):
+    folder = only(run_folder, f"runs/train/*/{HOOK}")
+    save_sae(folder, initial_sae(16, 8, 0), HOOK, load_sae(folder).statistics, {})
+    ran = pipeline("steer", "--feature", "1", "--prompt", "a", "--max-activation", "1")
+    assert ran.status == 1
+    assert "the SAE has d_in 16, but model.layers.1 of this model is 32 wide" in ran.out
+
+
+def test_a_feature_that_never_fires_has_no_maximum(finished):
+    store = ActivationStore.open(only(finished, "runs/harvest/*/store"))
+    saved = load_sae(only(finished, f"runs/train/*/{HOOK}"))
+    saved.sae.b_enc[5] = -math.inf
+    with pytest.raises(UserError, match="feature 5 fires on none"):
+        max_activations(store, saved, ExcludeConfig(), [2, 5])
+
+
+def test_prompts_go_through_the_chat_template(tiny_model):
+    model, tokenizer = tiny_model
+    none = torch.zeros(1, 32)
+    plain = complete(model, tokenizer, HOOK, PROMPTS, none, Sampling(6))
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    chat = complete(model, tokenizer, HOOK, PROMPTS, none, Sampling(6))
+    by_hand = complete(
+        model, tokenizer, HOOK, [f"<|im_start|>{p}<|im_end|>" for p in PROMPTS], none, Sampling(6), chat=False
+    )
+    assert chat == by_hand
+    assert chat != plain
+    assert complete(model, tokenizer, HOOK, PROMPTS, none, Sampling(6), chat=False) == plain
