@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -145,21 +146,17 @@ def show_completions(console: Console, steered: Any) -> None:
 
 def show_figures(console: Console, figures: dict[str, Any], words: Sequence[str]) -> None:
     """Rates and lengths by strength, with 95% intervals."""
-    table = Table(
-        title=Text(f"feature {figures['feature']}, {figures['prompts']} prompts: {visible(', '.join(words))}")
-    )
-    for name in ("strength", "words", "per 100 tokens", "change", "tokens", "change", "ended"):
-        table.add_column(name, justify="right")
+    title = f"feature {figures['feature']}, {figures['prompts']} prompts: {visible(', '.join(words))}"
+    table = Table(title=Text(title), box=SIMPLE_HEAD)
+    for name in ("strength", "words", "per 100 tokens", "change", "tokens, change"):
+        table.add_column(name, justify="right", no_wrap=True)
     for line in figures["by_strength"]:
-        rate, tokens = line["words_per_100_tokens"], line["tokens"]
         table.add_row(
             f"{line['strength']:g}",
             f"{line['words']:,}",
-            _interval(rate, "{:.2f}"),
+            _interval(line["words_per_100_tokens"], "{:.2f}"),
             _interval(line["words_per_100_tokens_change"], "{:+.2f}"),
-            _interval(tokens, "{:.1f}"),
             _interval(line["tokens_change"], "{:+.1f}"),
-            f"{line['ended']:.0%}",
         )
     console.print(table)
     verdict = "rises with each strength" if figures["rises"] else "does not rise with each strength"
