@@ -147,15 +147,15 @@ def show_completions(console: Console, steered: Any) -> None:
 def show_figures(console: Console, figures: dict[str, Any], words: Sequence[str]) -> None:
     """Rates and lengths by strength, with 95% intervals."""
     title = f"feature {figures['feature']}, {figures['prompts']} prompts: {visible(', '.join(words))}"
-    table = Table(title=Text(title), box=SIMPLE_HEAD)
+    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in ("strength", "words", "per 100 tokens", "change", "tokens, change"):
         table.add_column(name, justify="right", no_wrap=True)
     for line in figures["by_strength"]:
         table.add_row(
             f"{line['strength']:g}",
             f"{line['words']:,}",
-            _interval(line["words_per_100_tokens"], "{:.2f}"),
-            _interval(line["words_per_100_tokens_change"], "{:+.2f}"),
+            _interval(line["words_per_100_tokens"], "{:.1f}"),
+            _interval(line["words_per_100_tokens_change"], "{:+.1f}"),
             _interval(line["tokens_change"], "{:+.1f}"),
         )
     console.print(table)
