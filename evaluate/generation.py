@@ -90,14 +90,15 @@ def complete(
 
     Raises UserError for prompts that are empty or too long for the model.
     """
+    causal: Any = model.model
     texts = prompt_texts(tokenizer, prompts, chat)
     templated = texts != list(prompts)
     ids = [tokenizer(text, add_special_tokens=not templated)["input_ids"] for text in texts]
-    _check_lengths(model, ids, sampling.max_new_tokens)
-    ends = _end_tokens(model, tokenizer)
+    _check_lengths(causal, ids, sampling.max_new_tokens)
+    ends = _end_tokens(causal, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     # The model's own defaults (temperature, penalties) would fill what is not set here.
-    model.model.generation_config = GenerationConfig(
+    causal.generation_config = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=pad
     )
     count = len(interventions_ID)
@@ -107,7 +108,7 @@ def complete(
         part = ids[start : start + at_once]
         ids_BS, mask_BS = _left_padded(part, pad, model.device)
         with model.added(hook, interventions_ID.to(model.device).repeat(len(part), 1)):
-            written_BS = model.model.generate(
+            written_BS = causal.generate(
                 ids_BS.repeat_interleave(count, 0),
                 attention_mask=mask_BS.repeat_interleave(count, 0),
                 logits_processor=_processors(sampling, range(start, start + len(part)), count),
@@ -119,8 +120,8 @@ def complete(
     return out
 
 
-def _check_lengths(model: HookedModel, ids: list[list[int]], new: int) -> None:
-    limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+def _check_lengths(causal: Any, ids: list[list[int]], new: int) -> None:
+    limit = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
     for number, tokens in enumerate(ids):
         if limit and len(tokens) + new > limit:
             raise UserError(
@@ -129,8 +130,8 @@ def _check_lengths(model: HookedModel, ids: list[list[int]], new: int) -> None:
             )
 
 
-def _end_tokens(model: HookedModel, tokenizer: Any) -> set[int]:
-    own = model.model.generation_config.eos_token_id
+def _end_tokens(causal: Any, tokenizer: Any) -> set[int]:
+    own = causal.generation_config.eos_token_id
     ends = set(own if isinstance(own, list) else [own])
     return {token for token in ends | {tokenizer.eos_token_id} if token is not None}
 
