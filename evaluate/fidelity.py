@@ -116,7 +116,8 @@ def heldout_batches(
     parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for shard in range(g.holdout_shards):
         chunks = range(shard * g.chunks_per_shard, (shard + 1) * g.chunks_per_shard)
-        rows = np.concatenate([store.read_chunk("holdout", saved.hook, chunk) for chunk in chunks])
+        rows = np.empty((g.shard_rows, g.d_in), np.uint16)
+        store.read_chunks("holdout", saved.hook, chunks, rows)
         kept = kept_rows(store, "holdout", saved.hook, shard, exclude, saved.statistics.norm_limit)
         context = store.read_provenance("holdout", "context", shard)
         source = context_source[context] if len(context_source) else np.zeros(len(context), np.uint8)

@@ -22,7 +22,7 @@ import google_crc32c
 import numpy as np
 
 from harvest.array_files import ArrayFiles, StoredArray
-from harvest.direct_io import REDO, damaged
+from harvest.direct_io import CRC_BYTES, REDO, damaged
 from harvest.files import UserError, read_json, write_json
 from harvest.store_layout import PROVENANCE, SPLITS, Geometry, slug, stored_arrays
 from harvest.stored_forms import FILL, FORMS, dequantize, quantized, row_arrays
@@ -49,7 +49,7 @@ class ActivationStore:
         self.path, self.geometry, self.attributes = path, geometry, attributes
         self._files = ArrayFiles(path, direct)
         self._arrays = {split: stored_arrays(geometry, split) for split in SPLITS}
-        self._checksums: dict[str, list[bytes]] = {}  # of files that were found to be those of the records
+        self._checksums: dict[str, bytes] = {}  # of files that were found to be those of the records
 
     @classmethod
     def create(
@@ -236,10 +236,11 @@ class ActivationStore:
         file = array.file(shard)
         if file not in self._checksums:
             checksums = self._files.checksums(array, shard)
-            if google_crc32c.value(b"".join(checksums)) != self._recorded(split, shard)[file]["crc32c"]:
+            if google_crc32c.value(checksums) != self._recorded(split, shard)[file]["crc32c"]:
                 raise self._changed(array, shard)
             self._checksums[file] = checksums
-        self._files.read(array, shard, chunk, self._checksums[file][chunk], out)
+        checksum = self._checksums[file][CRC_BYTES * chunk : CRC_BYTES * (chunk + 1)]
+        self._files.read(array, shard, chunk, checksum, out)
 
 
 def _norm_sums(norms: np.ndarray) -> dict[str, float]:

@@ -126,8 +126,8 @@ class ArrayFiles:
         with open_chunks(path) as file:
             file.read(chunk * (array.chunk_bytes + CRC_BYTES), out, checksum)
 
-    def checksums(self, array: StoredArray, shard: int) -> list[bytes]:
-        """The crc32c of each chunk of a file, as its end and its index have them.
+    def checksums(self, array: StoredArray, shard: int) -> bytes:
+        """The crc32c after each chunk of a file, four bytes each, in order.
 
         Raises UserError that names the file when it is damaged or absent.
         """
@@ -141,7 +141,7 @@ class ArrayFiles:
         so two shards could trade places unseen. Raises UserError as `read` does.
         """
         with open_chunks(self.path / array.file(shard)) as file:
-            return google_crc32c.value(b"".join(file.verify(self._index(array, file))))
+            return google_crc32c.value(file.verify(self._index(array, file)))
 
     def _index(self, array: StoredArray, file: ChunkFile) -> np.ndarray:
         plain = layout(array.chunks, array.chunk_bytes)

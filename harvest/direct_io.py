@@ -106,13 +106,14 @@ class ChunkFile:
             raise damaged(self.path, "truncated")
         data = bytes(self._read(length - size, size))
         found = np.frombuffer(data[:-CRC_BYTES], "<u8").reshape(chunks, 2)
-        if crc32c(data[:-CRC_BYTES]) != data[-CRC_BYTES:] or (found.sum(1) > length - size).any():
+        outside = (found > length).any() or (found[:, 1] <= CRC_BYTES).any() or (found.sum(1) > length - size).any()
+        if crc32c(data[:-CRC_BYTES]) != data[-CRC_BYTES:] or outside:
             raise damaged(self.path, "its index is damaged (crc32c)")
         return found
 
-    def checksums(self, index: np.ndarray) -> list[bytes]:
-        """The crc32c after each chunk, as the file has it."""
-        return [bytes(self._read(end - CRC_BYTES, CRC_BYTES)) for end in index.sum(1).tolist()]
+    def checksums(self, index: np.ndarray) -> bytes:
+        """The crc32c after each chunk, as the file has it, one after another."""
+        return b"".join(self._read(end - CRC_BYTES, CRC_BYTES) for end in index.sum(1).tolist())
 
     def read(self, offset: int, out: np.ndarray, checksum: bytes) -> None:
         """Read the chunk at `offset` into `out`, contiguous and of the chunk's size, and compare its crc32c."""
@@ -120,8 +121,8 @@ class ChunkFile:
         if crc32c(out) != checksum:
             raise damaged(self.path, f"damaged: the chunk at byte {offset:,} does not match its crc32c")
 
-    def verify(self, index: np.ndarray) -> list[bytes]:
-        """Read every chunk, compare each with the crc32c after it, and return those."""
+    def verify(self, index: np.ndarray) -> bytes:
+        """Read every chunk, compare each with the crc32c after it, and return those, one after another."""
         checksums = []
         for offset, size in index.tolist():
             chunk = self._read(offset, size)
@@ -129,7 +130,7 @@ class ChunkFile:
             if crc32c(data) != checksum:
                 raise damaged(self.path, f"damaged: the chunk at byte {offset:,} does not match its crc32c")
             checksums.append(checksum)
-        return checksums
+        return b"".join(checksums)
 
 
 @contextmanager
