@@ -2,14 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    FalconConfig,
-    GPT2Config,
-    GPTJConfig,
-    GPTNeoXConfig,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM
 
 from harvest.config import ModelConfig
 from harvest.files import UserError
@@ -74,27 +67,6 @@ def test_rotary_frequencies_stay_float32(fresh_folder):
         own = AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.bfloat16).eval()
         hidden = own(TOKENS, output_hidden_states=True).hidden_states[1]
         assert torch.equal(load(["model.layers.0"], dtype=torch.bfloat16).activations(TOKENS)["model.layers.0"], hidden)
-
-
-@pytest.mark.parametrize("make", [GPTJConfig, FalconConfig, GPT2Config, GPTNeoXConfig, Qwen2Config])
-def test_other_architectures(tmp_path, make):
-    """Layers that return tensors and layers that return tuples."""
-    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
-    if make is GPTJConfig:
-        sizes |= {"rotary_dim": 4}
-    if make is Qwen2Config:
-        sizes |= {"num_key_value_heads": 4, "intermediate_size": 64}
-    torch.manual_seed(0)
-    own = AutoModelForCausalLM.from_config(make(**sizes, bos_token_id=0, eos_token_id=0)).bfloat16().eval()
-    own.save_pretrained(tmp_path)
-    own = own.float()
-    hook = "blocks.2.hook_resid_post"
-    acts = load([hook], name=str(tmp_path)).activations(TOKENS)[hook]
-    assert torch.allclose(acts, own(TOKENS, output_hidden_states=True).hidden_states[3], atol=1e-5)
-    whole = load([hook], with_head=True, name=str(tmp_path))
-    value = whole.activations(TOKENS)[hook]
-    with torch.no_grad(), whole.replaced(hook, value):
-        assert torch.allclose(whole.model(TOKENS).logits, own(TOKENS).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize(
