@@ -10,6 +10,7 @@ direction) is named, and a content security policy allows nothing but the one st
 import base64
 import hashlib
 import shutil
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,12 @@ from markupsafe import Markup
 
 from evaluate.config import FeaturesConfig
 from evaluate.feature_views import CHIPS, Scored, Site, Views, number, percent, thousandths
-from evaluate.features import activity, choose_features, heldout_activity, nearest_features
+from evaluate.features import ShardActivity, activity, choose_features, heldout_activity, nearest_features
 from evaluate.fidelity import Fidelity
 from evaluate.subject import Subject
 from evaluate.unembedding import Tokens, promoted
 from harvest.activation_store import slug
 from harvest.files import UserError, replacing
-from harvest.progress import Progress
 
 DEFINITIONS = {
     "index": "page that lists the features that have one, below the folder of the report",
@@ -47,22 +47,28 @@ def analyse(subject: Subject, heldout: Fidelity) -> dict[str, Any] | None:
     chosen_K = choose_features(config, heldout.density_F, scored.score_F if scored else None)
     if not len(chosen_K):
         return None
-    shards = heldout_activity(store, saved, subject.exclude, subject.context_source, chosen_K)
-    with subject.progress("feature pages", len(chosen_K), "pages") as progress:
-        site = Site(
-            saved.hook,
-            saved.sae.d_sae,
-            chosen_K,
-            activity(shards, len(chosen_K), len(subject.contexts.sources), config),
-            subject.contexts.sources,
-            subject.tokenizer().text,
-            *_promoted(subject, chosen_K),
-            nearest_features(saved.sae.W_dec, chosen_K),
-            scored,
-        )
-        folder = subject.directory / "features" / slug(saved.hook)
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
-        write_pages(folder, site, config, progress)
+    with subject.progress("feature pages", store.geometry.holdout_shards, "shards") as progress:
+
+        def counted() -> Iterator[ShardActivity]:
+            for shard in heldout_activity(store, saved, subject.exclude, subject.context_source, chosen_K):
+                yield shard
+                progress.advance(1)
+
+        found = activity(counted(), len(chosen_K), len(subject.contexts.sources), config)
+    site = Site(
+        saved.hook,
+        saved.sae.d_sae,
+        chosen_K,
+        found,
+        subject.contexts.sources,
+        subject.tokenizer().text,
+        *_promoted(subject, chosen_K),
+        nearest_features(saved.sae.W_dec, chosen_K),
+        scored,
+    )
+    folder = subject.directory / "features" / slug(saved.hook)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+    write_pages(folder, site, config)
     return {"index": f"features/{slug(saved.hook)}/index.html", "numbers": sorted(chosen_K.tolist())}
 
 
@@ -86,7 +92,7 @@ def _promoted(subject: Subject, chosen_K: np.ndarray) -> tuple[tuple[Tokens, Tok
     return promoted(unembedding, subject.saved.sae.W_dec[torch.from_numpy(chosen_K).to(subject.device)], CHIPS), ""
 
 
-def write_pages(folder: Path, site: Site, config: FeaturesConfig, progress: Progress | None = None) -> None:
+def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
     """Write the index and a page for each chosen feature."""
     folder.mkdir(parents=True, exist_ok=True)
     style, script = (files("evaluate").joinpath("templates", f"features.{s}").read_text("utf-8") for s in ("css", "js"))
@@ -111,8 +117,6 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig, progress: Prog
     for i, feature in enumerate(features):
         before, after = features[i - 1] if i else None, features[i + 1] if i + 1 < len(features) else None
         _write(folder / f"{feature['number']}.html", page.render(feature=feature, before=before, after=after))
-        if progress:
-            progress.advance(1)
     _write(folder / "index.html", environment.get_template("features.html").render(features=features))
 
 
