@@ -57,7 +57,9 @@ def figure(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{round(value, 10):g}"
 
 
-def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_label: str = "step") -> Markup:
+def lines(
+    title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_label: str = "step", clip: bool = True
+) -> Markup:
     """A line for each named series of (x, y)."""
     points = [point for values in series.values() for point in values]
     if not points:
@@ -65,7 +67,7 @@ def lines(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_lab
     xs, ys = zip(*points, strict=True)
     ordered = sorted(ys)
     # The first steps reach far beyond the rest; the top hundredth may leave the frame.
-    top = ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))]
+    top = ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))] if clip else ordered[-1]
     frame = _Frame((min(xs), max(xs)), (min(0.0, ordered[0]) if ordered[0] > -1 else ordered[0], top), x_label)
     rises = ys[-1] > (frame.y[0] + frame.y[1]) / 2
     legend = HEIGHT - BOTTOM - 14 * len(series) - 8 if rises else TOP  # away from where the lines end

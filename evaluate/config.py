@@ -35,6 +35,33 @@ class FeaturesConfig(Settings):
     """Choice of the random features and of the examples."""
 
 
+class ReasonScoreConfig(Settings):
+    words: tuple[str, ...] = Field(
+        default=(
+            *("alternatively", "hmm", "maybe", "wait", "perhaps", "let me", "therefore", "however"),
+            *("But", "Another"),
+        ),
+        min_length=1,
+    )
+    """Words of reasoning. A word in lower case stands for its four spellings (`wait`, ` wait`, `Wait`, ` Wait`); one
+    with a capital or a leading space is taken as it is; `hmm|hm` are alternatives that share one group. The default
+    is the paper's vocabulary as its code spells it."""
+    window: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (1, 2)
+    """Tokens before and after each match that belong to it."""
+    ignored_token_ids: tuple[int, ...] = ()
+    """Tokens that count neither inside nor outside, beside the rows that training leaves out (train.exclude)."""
+    alpha: float = Field(default=0.7, ge=0)
+    """Weight of the entropy over words: 0 ignores it."""
+    sources: tuple[str, ...] = ()
+    """Sources whose contexts are read, by name; all if empty. The paper reads reasoning text alone."""
+    contexts: int | None = Field(default=None, ge=1)
+    """Contexts that are read: held-out ones first, then training ones; null takes the held-out split. Their rows
+    come from the store where it holds them all, else from one forward pass of the model."""
+    quantile: float = Field(default=0.997, gt=0, lt=1)
+    """Features whose score is above this quantile of all scores are selected (linear interpolation between
+    ranks): 197 of 65,536, the paper's 200."""
+
+
 class EvaluateRuntime(Settings):
     device: Device = "auto"
     """auto takes a GPU where there is one."""
@@ -53,4 +80,8 @@ class EvaluateConfig(Settings):
     """Cross-entropy with the SAE spliced into the model; null leaves it out."""
     features: FeaturesConfig | None = FeaturesConfig()
     """Pages of single features; null leaves them out."""
+
+
+    reason_score: ReasonScoreConfig | None = ReasonScoreConfig()
+    """Which features fire at words of reasoning (arXiv 2503.18878); null leaves it out."""
     runtime: EvaluateRuntime = EvaluateRuntime()

@@ -111,12 +111,7 @@ def _variants(
     rows = acts_BSD.flatten(0, 1).bfloat16().float()  # as the store holds them
     rebuilt_BSD = (sae.decode(sae.encode(rows * scale)) / scale).view_as(acts_BSD)
     norm_BS = rows.norm(dim=1).view(ids_BS.shape)
-    passed_BS = torch.isin(ids_BS, torch.tensor(exclude.token_ids, device=ids_BS.device, dtype=ids_BS.dtype))
-    position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
-    passed_BS |= torch.isin(position_S, torch.tensor(exclude.positions, device=ids_BS.device, dtype=torch.long))
-    if saved.statistics.norm_limit is not None:
-        passed_BS |= norm_BS > saved.statistics.norm_limit
-    passed_BS1 = passed_BS.unsqueeze(2)
+    passed_BS1 = left_out(norm_BS, ids_BS, exclude, saved.statistics.norm_limit).unsqueeze(2)
     mean_BSD = mean_D.to(acts_BSD).expand_as(acts_BSD)
     return {
         "sae": torch.where(passed_BS1, acts_BSD, rebuilt_BSD),
@@ -125,6 +120,14 @@ def _variants(
         "sae_all_rows": rebuilt_BSD,
         "zero_ablated_all_rows": torch.zeros_like(acts_BSD),
     }
+
+
+def left_out(norm_BS: Tensor, ids_BS: Tensor, exclude: ExcludeConfig, norm_limit: float | None) -> Tensor:
+    """Bool (B, S): the tokens whose rows training leaves out; what `kept_rows` says of stored rows."""
+    left_BS = torch.isin(ids_BS, torch.tensor(exclude.token_ids, device=ids_BS.device, dtype=ids_BS.dtype))
+    position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
+    left_BS |= torch.isin(position_S, torch.tensor(exclude.positions, device=ids_BS.device, dtype=torch.long))
+    return left_BS if norm_limit is None else left_BS | (norm_BS > norm_limit)
 
 
 def _cross_entropy(logits_BSV: Tensor, ids_BS: Tensor) -> np.ndarray:

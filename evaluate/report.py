@@ -1,6 +1,7 @@
 """report.html: one file that opens offline; what comes from data is escaped."""
 
 import json
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def _charts(figures: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, Any
         return out | {"held-out": [(line["step"], line[name]) for line in validation if name in line]}
 
     histogram = figures["features"]["log10_density_histogram"]
-    return {
+    charts = {
         "Explained variance": lines("Explained variance by step", series("explained_variance")),
         "L0": lines("L0 by step", series("l0")),
         "Loss (λ warms up)": lines("Loss by step", series("loss")),
@@ -95,6 +96,10 @@ def _charts(figures: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, Any
             "log10 of the part of rows it fires in",
         ),
     }
+    if "curve" in figures.get("reason_score", {}):
+        curve = [(log10(rank), score) for rank, score in figures["reason_score"]["curve"]]
+        charts["ReasonScore"] = lines("Features by ReasonScore", {"score": curve}, "log10 of the rank", clip=False)
+    return charts
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

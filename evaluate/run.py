@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluate import downstream, feature_pages, fidelity
+from evaluate import downstream, feature_pages, fidelity, reason_score
 from evaluate.config import EvaluateConfig
 from evaluate.fidelity import Fidelity
 from evaluate.report import write_report
@@ -27,6 +27,7 @@ ANALYSES: dict[str, Callable[[Subject, Fidelity], dict[str, Any] | None]] = {
     "features": fidelity.features,
     "statistics": lambda subject, _heldout: subject.saved.statistics._asdict(),
     "downstream": downstream.analyse,
+    "reason_score": reason_score.analyse,
     "feature_pages": feature_pages.analyse,
 }
 OF_ROWS = ("fidelity", "features", "statistics")  # those that need neither model nor text
@@ -34,6 +35,7 @@ DEFINITIONS = {
     "fidelity": fidelity.DEFINITIONS,
     "features": fidelity.DENSITY_DEFINITIONS,
     "downstream": downstream.DEFINITIONS,
+    "reason_score": reason_score.DEFINITIONS,
     "feature_pages": feature_pages.DEFINITIONS,
 }
 
