@@ -81,7 +81,6 @@ class EvaluateConfig(Settings):
     features: FeaturesConfig | None = FeaturesConfig()
     """Pages of single features; null leaves them out."""
 
-
     reason_score: ReasonScoreConfig | None = ReasonScoreConfig()
     """Which features fire at words of reasoning (arXiv 2503.18878); null leaves it out."""
     runtime: EvaluateRuntime = EvaluateRuntime()
