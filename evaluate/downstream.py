@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from evaluate.fidelity import Fidelity
+from evaluate.intervals import with_intervals
 from evaluate.subject import Subject
 from harvest.language_model import HookedModel
 from harvest.progress import Progress
@@ -32,21 +33,22 @@ REBUILT = ("sae", "sae_all_rows")
 POSITIONS_AT_ONCE = 64  # logits of more positions leave the cache between two passes
 
 DEFINITIONS = {
-    "contexts": "held-out contexts read by the whole model",
-    "ce_clean": "mean cross-entropy of the next token, nats, with the activation as it is",
-    "ce_sae": "the same with the SAE's reconstruction; rows that training leaves out pass through unchanged",
-    "ce_zero_ablated": "the same with the activation set to 0; the same rows pass through",
-    "ce_mean_ablated": "the same with the mean of the kept held-out rows; the same rows pass through",
-    "ce_sae_all_rows": "the same with every row through the SAE",
-    "ce_zero_ablated_all_rows": "the same with every row set to 0 (SAELens' ablation)",
-    "ce_loss_score": "(ce_zero_ablated - ce_sae) / (ce_zero_ablated - ce_clean)",
-    "ce_loss_score_all_rows": "the same for the figures of all rows (SAELens' score)",
-    "kl_sae": "mean over positions of KL(clean || sae), nats",
-    "kl_sae_all_rows": "mean over positions of KL(clean || sae_all_rows), nats",
+    "contexts": "held-out contexts read by the whole model [contexts]",
+    "ce_clean": "mean cross-entropy of the next token, with the activation as it is [nats]",
+    "ce_sae": "the same with the SAE's reconstruction; rows that training leaves out pass through unchanged [nats]",
+    "ce_zero_ablated": "the same with the activation set to 0; the same rows pass through [nats]",
+    "ce_mean_ablated": "the same with the mean of the kept held-out rows; the same rows pass through [nats]",
+    "ce_sae_all_rows": "the same with every row through the SAE [nats]",
+    "ce_zero_ablated_all_rows": "the same with every row set to 0 (SAELens' ablation) [nats]",
+    "ce_loss_score": "(ce_zero_ablated - ce_sae) / (ce_zero_ablated - ce_clean) [no unit; 1 is perfect]",
+    "ce_loss_score_all_rows": "the same for the figures of all rows (SAELens' score) [no unit]",
+    "kl_sae": "mean over positions of KL(clean || sae) [nats]",
+    "kl_sae_all_rows": "mean over positions of KL(clean || sae_all_rows) [nats]",
 }
+WITH_INTERVAL = tuple(name for name in DEFINITIONS if name != "contexts")
 
 
-def analyse(subject: Subject, heldout: Fidelity) -> dict[str, dict[str, float]] | None:
+def analyse(subject: Subject, heldout: Fidelity) -> dict[str, dict[str, Any]] | None:
     """Figures of the first held-out contexts; None where `evaluate.downstream` is null."""
     config = subject.config.downstream
     if config is None:
@@ -78,7 +80,7 @@ def downstream(
     source_names: list[str],
     batch_contexts: int,
     progress: Progress | None = None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Figures for all contexts and for each source. `tokens` (contexts, S), `sources` (contexts,)."""
     losses: dict[str, list[np.ndarray]] = {name: [] for name in ("clean", *REBUILT, *ABLATED)}
     divergences: dict[str, list[np.ndarray]] = {name: [] for name in REBUILT}
@@ -151,13 +153,19 @@ def _divergence(clean_BSV: Tensor, other_BSV: Tensor) -> np.ndarray:
     return torch.cat(parts, 1).double().mean(1).cpu().numpy()
 
 
-def _figures(loss: dict[str, Any], divergence: dict[str, Any], chosen: np.ndarray) -> dict[str, float]:
-    ce = {name: float(values[chosen].mean()) for name, values in loss.items()}
-    out: dict[str, float] = {"contexts": int(chosen.sum())}
-    out |= {f"ce_{name}": value for name, value in ce.items()}
-    for rows in ("", "_all_rows"):
-        span = ce[f"zero_ablated{rows}"] - ce["clean"]
-        if span:
-            out[f"ce_loss_score{rows}"] = (ce[f"zero_ablated{rows}"] - ce[f"sae{rows}"]) / span
-    out |= {f"kl_{name}": float(values[chosen].mean()) for name, values in divergence.items()}
-    return out
+def _figures(loss: dict[str, Any], divergence: dict[str, Any], chosen: np.ndarray) -> dict[str, Any]:
+    ce_C = {name: values[chosen] for name, values in loss.items()}
+    kl_C = {name: values[chosen] for name, values in divergence.items()}
+
+    def figures_of(weights_KC: np.ndarray) -> dict[str, np.ndarray]:
+        total = weights_KC.sum(1)  # contexts are of one length
+        ce = {name: weights_KC @ values / total for name, values in ce_C.items()}
+        out = {f"ce_{name}": value for name, value in ce.items()}
+        for rows in ("", "_all_rows"):
+            span = ce[f"zero_ablated{rows}"] - ce["clean"]
+            gained = ce[f"zero_ablated{rows}"] - ce[f"sae{rows}"]
+            out[f"ce_loss_score{rows}"] = np.divide(gained, span, out=np.full_like(span, np.nan), where=span != 0)
+        return out | {f"kl_{name}": weights_KC @ values / total for name, values in kl_C.items()}
+
+    figures = with_intervals(figures_of, int(chosen.sum()), WITH_INTERVAL)
+    return {"contexts": int(chosen.sum())} | {n: v for n, v in figures.items() if np.isfinite(v).all()}

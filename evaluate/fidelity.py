@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluate.intervals import with_intervals
 from evaluate.subject import Subject
 from harvest.activation_store import ActivationStore
+from harvest.files import UserError
 from train.checkpoint import SavedSae
 from train.config import ExcludeConfig
 from train.exclusion import kept_rows
@@ -22,80 +24,97 @@ from train.exclusion import kept_rows
 DENSE = 0.1  # a feature that fires in more than a tenth of the rows
 
 DEFINITIONS = {
-    "rows": "held-out rows counted",
-    "l0": "mean number of active features in a row",
-    "explained_variance": "1 - sum |x - x_hat|^2 / sum |x - mean x|^2, float64 sums over the whole set (SAELens >= 6)",
+    "rows": "held-out rows counted [rows]",
+    "l0": "mean number of active features in a row [features]",
+    "explained_variance": "1 - sum |x - x_hat|^2 / sum |x - mean x|^2, float64 sums over the whole set "
+    "(SAELens >= 6) [no unit; 1 is perfect]",
     "explained_variance_legacy": "mean over rows of 1 - |x - x_hat|^2 / |x - batch mean|^2 "
-    "(as SAELens 5 logged it; the paper's 68.5%)",
-    "mse": "mean over rows of |x - x_hat|^2, in squared units of the stored activations",
-    "cosine": "mean over rows of the cosine of x and x_hat",
-    "norm_ratio": "mean over rows of |x_hat| / |x|; below 1 is shrinkage",
+    "(as SAELens 5 logged it; the paper's 68.5%) [no unit; 1 is perfect]",
+    "mse": "mean over rows of |x - x_hat|^2, summed over d_in [squared units of the stored activations]",
+    "cosine": "mean over rows of the cosine of x and x_hat [no unit]",
+    "norm_ratio": "mean over rows of |x_hat| / |x|; below 1 is shrinkage [no unit]",
 }
+
+
+BLOCKS = 1024  # of contexts, for intervals: memory stays flat
+WITH_INTERVAL = tuple(name for name in DEFINITIONS if name != "rows")
 
 
 class HeldoutBatch(NamedTuple):
     rows_BD: Tensor  # bfloat16, as stored
     kept_B: np.ndarray  # bool: trained on, were it a training row
-    source_B: np.ndarray  # uint8
+    context_B: np.ndarray  # int64: number of the held-out context
 
 
 class Fidelity(NamedTuple):
     """Figures by rows counted ("outliers_excluded", "all_rows") and source ("all" and each by name)."""
 
-    figures: dict[str, dict[str, dict[str, float]]]
+    figures: dict[str, dict[str, dict[str, Any]]]
     density_F: np.ndarray  # part of the kept rows that a feature fires in
     mean_D: Tensor  # float64 mean of the kept rows
 
 
 class _Sums:
-    """Sums of one group of rows."""
+    """Sums of one group of rows, by block of contexts (C)."""
 
-    def __init__(self, d_in: int) -> None:
-        self.rows = 0
-        self.of_rows = np.zeros(6)  # errors, squares, l0, legacy, cosine, norm ratio
-        self.x_D = np.zeros(d_in)
+    def __init__(self, contexts: int, d_in: int, device: torch.device) -> None:
+        # rows, errors, squares, l0, cosine, norm ratio, legacy
+        self.of_rows_C7 = torch.zeros(contexts, 7, dtype=torch.float64, device=device)
+        self.x_CD = torch.zeros(contexts, d_in, dtype=torch.float64, device=device)
 
-    def add(self, x_BD: Tensor, per_row: Tensor) -> None:
+    def add(self, context_B: Tensor, x_BD: Tensor, per_row_B5: Tensor) -> None:
         if len(x_BD) == 0:
             return
-        mean_D = x_BD.mean(0)
-        spread_B = (x_BD - mean_D).square().sum(1)
-        error_B, square_B, l0_B, cosine_B, ratio_B = per_row.unbind(1)
+        spread_B = (x_BD - x_BD.mean(0)).square().sum(1)
+        error_B = per_row_B5[:, 0]
         legacy_B = torch.where(spread_B > 0, 1 - error_B / spread_B, torch.zeros_like(error_B))
-        sums = torch.stack([error_B, square_B, l0_B, legacy_B, cosine_B, ratio_B]).double().sum(1)
-        self.rows += len(x_BD)
-        self.of_rows += sums.cpu().numpy()
-        self.x_D += x_BD.double().sum(0).cpu().numpy()
+        of_rows_B7 = torch.cat([torch.ones_like(error_B)[:, None], per_row_B5, legacy_B[:, None]], 1)
+        self.of_rows_C7.index_add_(0, context_B, of_rows_B7.double())
+        self.x_CD.index_add_(0, context_B, x_BD.double())
 
-    def figures(self) -> dict[str, float]:
-        if not self.rows:
+    def figures(self) -> dict[str, Any]:
+        used_C = (self.of_rows_C7[:, 0] > 0).cpu().numpy()
+        if not used_C.any():
             return {"rows": 0}
-        errors, squares, l0, legacy, cosine, ratio = self.of_rows
-        spread = squares - np.square(self.x_D).sum() / self.rows
-        return {
-            "rows": self.rows,
-            "l0": float(l0 / self.rows),
-            "explained_variance": float(1 - errors / spread) if spread > 0 else 0.0,
-            "explained_variance_legacy": float(legacy / self.rows),
-            "mse": float(errors / self.rows),
-            "cosine": float(cosine / self.rows),
-            "norm_ratio": float(ratio / self.rows),
-        }
+        of_rows_C7, x_CD = self.of_rows_C7.cpu().numpy()[used_C], self.x_CD.cpu().numpy()[used_C]
+
+        def figures_of(weights_KC: np.ndarray) -> dict[str, np.ndarray]:
+            rows, errors, squares, l0, cosine, ratio, legacy = (weights_KC @ of_rows_C7).T
+            spread = squares - np.square(weights_KC @ x_CD).sum(1) / rows
+            explained = np.divide(errors, spread, out=np.ones_like(errors), where=spread > 0)
+            return {
+                "rows": rows,
+                "l0": l0 / rows,
+                "explained_variance": 1 - explained,
+                "explained_variance_legacy": legacy / rows,
+                "mse": errors / rows,
+                "cosine": cosine / rows,
+                "norm_ratio": ratio / rows,
+            }
+
+        out = with_intervals(figures_of, len(x_CD), WITH_INTERVAL)
+        return out | {"rows": int(out["rows"])}
 
 
 def measure(subject: Subject) -> Fidelity:
-    """One pass over the held-out rows of a subject."""
+    """One pass over the held-out rows of a subject.
+
+    Raises UserError when training's exclusions leave none of them.
+    """
     g, config = subject.store.geometry, subject.config
     with subject.progress("fidelity", g.holdout_shards * g.shard_rows, "rows") as progress:
 
         def counted() -> Iterator[HeldoutBatch]:
-            for batch in heldout_batches(
-                subject.store, subject.saved, subject.exclude, subject.context_source, config.batch_rows
-            ):
+            for batch in heldout_batches(subject.store, subject.saved, subject.exclude, config.batch_rows):
                 yield batch
                 progress.advance(len(batch.rows_BD))
 
-        return fidelity(subject.saved, counted(), subject.contexts.sources, subject.device)
+        found = fidelity(subject.saved, counted(), subject.contexts.sources, subject.context_source, subject.device)
+    if not found.figures["outliers_excluded"]["all"]["rows"]:
+        raise UserError(
+            f"train.exclude: {subject.exclude.model_dump()}: leaves none of the held-out rows of {subject.store.path}"
+        )
+    return found
 
 
 def features(subject: Subject, heldout: Fidelity) -> dict[str, Any]:
@@ -108,7 +127,6 @@ def heldout_batches(
     store: ActivationStore,
     saved: SavedSae,
     exclude: ExcludeConfig,
-    context_source: np.ndarray,
     batch_rows: int,
 ) -> Iterator[HeldoutBatch]:
     """Every held-out row of the SAE's hook, in stored order; the last batch may be short."""
@@ -119,11 +137,10 @@ def heldout_batches(
         rows = np.empty((g.shard_rows, g.d_in), np.uint16)
         store.read_chunks("holdout", saved.hook, chunks, rows)
         kept = kept_rows(store, "holdout", saved.hook, shard, exclude, saved.statistics.norm_limit)
-        context = store.read_provenance("holdout", "context", shard)
-        source = context_source[context] if len(context_source) else np.zeros(len(context), np.uint8)
+        context = store.read_provenance("holdout", "context", shard).astype(np.int64)
         for start in range(0, len(rows), batch_rows):
             here = slice(start, start + batch_rows)
-            parts.append((rows[here], kept[here], source[here]))
+            parts.append((rows[here], kept[here], context[here]))
             if sum(len(p[0]) for p in parts) >= batch_rows:
                 batch, parts = _join(parts, batch_rows)
                 yield batch
@@ -133,18 +150,32 @@ def heldout_batches(
 
 
 def _join(parts: list[Any], batch_rows: int) -> tuple[HeldoutBatch, list[Any]]:
-    rows, kept, source = (np.concatenate(p) for p in zip(*parts, strict=True))
-    rest = [(rows[batch_rows:], kept[batch_rows:], source[batch_rows:])] if len(rows) > batch_rows else []
+    rows, kept, context = (np.concatenate(p) for p in zip(*parts, strict=True))
+    rest = [(rows[batch_rows:], kept[batch_rows:], context[batch_rows:])] if len(rows) > batch_rows else []
     acts = torch.from_numpy(rows[:batch_rows]).view(torch.bfloat16)
-    return HeldoutBatch(acts, kept[:batch_rows], source[:batch_rows]), rest
+    return HeldoutBatch(acts, kept[:batch_rows], context[:batch_rows]), rest
 
 
 @torch.no_grad()
-def fidelity(saved: SavedSae, batches: Iterator[HeldoutBatch], sources: list[str], device: torch.device) -> Fidelity:
-    """All figures of an SAE, which is on `device`, from batches of held-out rows."""
+def fidelity(
+    saved: SavedSae,
+    batches: Iterator[HeldoutBatch],
+    sources: list[str],
+    context_source: np.ndarray,
+    device: torch.device,
+) -> Fidelity:
+    """All figures of an SAE, which is on `device`, from batches of held-out rows.
+
+    `context_source` (held-out contexts,): index into `sources`; empty for rows without text. Sums are kept by
+    context, for intervals, or by blocks of contexts where they are many: at most BLOCKS x d_in float64 a group.
+    """
     sae, scale = saved.sae, saved.statistics.scale
     groups = ["all", *sources]
-    sums = {counted: {group: _Sums(sae.d_in) for group in groups} for counted in ("outliers_excluded", "all_rows")}
+    blocks = min(len(context_source) or BLOCKS, BLOCKS)
+    sums = {
+        counted: {group: _Sums(blocks, sae.d_in, device) for group in groups}
+        for counted in ("outliers_excluded", "all_rows")
+    }
     fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
     for batch in batches:
         x_BD = batch.rows_BD.to(device).float()
@@ -163,17 +194,19 @@ def fidelity(saved: SavedSae, batches: Iterator[HeldoutBatch], sources: list[str
             dim=1,
         )
         kept_B = torch.from_numpy(batch.kept_B).to(device)
-        source_B = torch.from_numpy(batch.source_B).to(device)
+        block_B = torch.from_numpy(batch.context_B % blocks).to(device)
+        in_text_B = batch.context_B if len(context_source) else batch.context_B[:0]
+        source_B = torch.from_numpy(context_source[in_text_B]).to(device)
         fired_F += active_BF[kept_B].sum(0)
         for counted, by_group in sums.items():
             rows_B = kept_B if counted == "outliers_excluded" else torch.ones_like(kept_B)
             for number, group in enumerate(groups):
                 mask_B = rows_B if group == "all" else rows_B & (source_B == number - 1)
-                by_group[group].add(x_BD[mask_B], per_row[mask_B])
+                by_group[group].add(block_B[mask_B], x_BD[mask_B], per_row[mask_B])
     kept = sums["outliers_excluded"]["all"]
     figures = {counted: {g: s.figures() for g, s in by_group.items()} for counted, by_group in sums.items()}
-    rows = max(1, kept.rows)
-    return Fidelity(figures, fired_F.cpu().numpy() / rows, torch.from_numpy(kept.x_D / rows))
+    rows = max(1, figures["outliers_excluded"]["all"]["rows"])
+    return Fidelity(figures, fired_F.cpu().numpy() / rows, kept.x_CD.sum(0).cpu() / rows)
 
 
 def density_figures(density_F: np.ndarray) -> dict[str, Any]:
@@ -190,8 +223,8 @@ def density_figures(density_F: np.ndarray) -> dict[str, Any]:
 
 
 DENSITY_DEFINITIONS = {
-    "dead_features": "features that fire in none of the held-out rows (outliers excluded)",
-    "dead_fraction": "dead_features / d_sae",
-    "dense_features": f"features that fire in more than {DENSE:.0%} of them",
+    "dead_features": "features that fire in none of the held-out rows (outliers excluded) [features]",
+    "dead_fraction": "dead_features / d_sae [no unit]",
+    "dense_features": f"features that fire in more than {DENSE:.0%} of them [features]",
     "log10_density_histogram": "living features by log10 of the part of the rows that they fire in",
 }

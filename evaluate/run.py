@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluate import downstream, feature_pages, fidelity, reason_score
+from evaluate import downstream, feature_pages, fidelity, intervals, reason_score
 from evaluate.config import EvaluateConfig
 from evaluate.fidelity import Fidelity
 from evaluate.report import write_report
@@ -104,6 +104,7 @@ def run(
         saes[hook] = {name: section for name, section in sections.items() if section is not None}
     definitions = {
         **DEFINITIONS,
+        "interval": intervals.DEFINITION,
         "outliers_excluded": "rows that training leaves out (train.exclude) are not counted",
         "all_rows": "every held-out row is counted",
     }

@@ -10,6 +10,7 @@ from conftest import only, pipeline
 from evaluate.charts import ticks
 from evaluate.downstream import downstream
 from evaluate.fidelity import HeldoutBatch, density_figures, fidelity
+from evaluate.intervals import with_intervals
 from harvest.config import ModelConfig
 from harvest.language_model import load_model
 from train.checkpoint import SavedSae, load_sae, save_sae
@@ -32,11 +33,13 @@ def test_figures_are_what_they_are_defined_as():
     rows = torch.randn(300, 8, generator=generator).bfloat16()
     rows[7] *= 100
     kept = np.arange(300) != 7
-    source = (np.arange(300) % 3 == 0).astype(np.uint8)
+    context = np.arange(300) % 6
+    context_source = np.array([1, 0, 0, 1, 0, 0], np.uint8)
+    source = context_source[context]
     saved = SavedSae(initial_sae(8, 20, 0), HOOK, InputStatistics(0.7, 1.0, 50.0), {})
     sliced = (slice(0, 120), slice(120, 240), slice(240, 300))
-    batches = [HeldoutBatch(rows[s], kept[s], source[s]) for s in sliced]
-    found = fidelity(saved, iter(batches), ["a", "b"], torch.device("cpu"))
+    batches = [HeldoutBatch(rows[s], kept[s], context[s]) for s in sliced]
+    found = fidelity(saved, iter(batches), ["a", "b"], context_source, torch.device("cpu"))
 
     x = rows.double()
     f = torch.relu(x * 0.7 @ saved.sae.W_enc.double())
@@ -116,9 +119,15 @@ def test_metrics_are_named_and_defined(finished):
     for counted in ("outliers_excluded", "all_rows"):
         assert set(sae["fidelity"][counted]) == {"all", "chat", "reasoning"}
         for figures in sae["fidelity"][counted].values():
-            assert figures.keys() == metrics["definitions"]["fidelity"].keys()
+            assert {n for n in figures if not n.endswith("_interval")} == metrics["definitions"]["fidelity"].keys()
+            for name in ("l0", "mse", "explained_variance"):
+                low, high = figures[f"{name}_interval"]
+                assert low < figures[name] < high
     assert set(sae["downstream"]) == {"all", "chat", "reasoning"}
-    assert sae["downstream"]["all"].keys() == metrics["definitions"]["downstream"].keys()
+    figures = {n for n in sae["downstream"]["all"] if not n.endswith("_interval")}
+    assert figures == metrics["definitions"]["downstream"].keys()
+    low, high = sae["downstream"]["all"]["ce_clean_interval"]
+    assert low < sae["downstream"]["all"]["ce_clean"] < high
     assert sae["features"]["d_sae"] == 128
 
 
@@ -153,6 +162,34 @@ def test_without_downstream_and_with_the_best_sae(run_folder):
     ran = pipeline("evaluate", "evaluate.downstream=null", "evaluate.sae=best")
     assert ran.status == 0, ran.out
     assert "ce_clean" not in ran.out
+
+
+def test_intervals_are_of_contexts_not_of_rows():
+    means = np.random.default_rng(1).normal(5, 2, 400)  # of contexts of 100 equal rows each
+    sums = np.stack([np.full(400, 100.0), 100 * means], 1)
+
+    def figures_of(weights):
+        rows, total = (weights @ sums).T
+        return {"mean": total / rows}
+
+    found = with_intervals(figures_of, 400, ("mean",))
+    error = means.std() / np.sqrt(400)
+    assert found["mean"] == pytest.approx(means.mean())
+    assert found["mean_interval"] == pytest.approx([means.mean() - 1.96 * error, means.mean() + 1.96 * error], abs=0.02)
+    assert with_intervals(figures_of, 400, ("mean",)) == found
+    assert "mean_interval" not in with_intervals(lambda w: {"mean": w[:, 0]}, 1, ("mean",))
+
+
+def test_no_held_out_row_left_is_an_error(run_folder):
+    path = only(run_folder, "runs/train/*/manifest.json")
+    manifest = json.loads(path.read_text())
+    manifest["settings"]["exclude"]["positions"] = list(range(16))
+    path.write_text(json.dumps(manifest))
+    shutil.rmtree(run_folder / "runs" / "evaluate")
+    ran = pipeline("evaluate")
+    assert ran.status == 1
+    assert "train.exclude: {" in ran.out
+    assert "leaves none of the held-out rows" in ran.out
 
 
 def test_ticks_are_round():
