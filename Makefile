@@ -5,7 +5,7 @@
 CONFIG ?= configs/smollm2.yaml
 SET ?=
 PYTHON ?= python3
-# Processes that training splits the features over: one a GPU, or PROCS on a CPU.
+# Processes that share the harvest's shards, and that training splits the features over: one a GPU, or PROCS on a CPU.
 GPUS ?= 1
 PROCS ?= $(GPUS)
 # On a CPU: waiting threads sleep (a busy neighbour costs five times as much else), and freed memory is kept, as
@@ -42,9 +42,9 @@ assets/.complete: .venv/.dependencies configs/assets.txt pipeline/assets.py
 all: setup ## set up, then harvest, train and evaluate; ends with the path of report.html
 	@$(RUN) run --config $(CONFIG) $(SET)
 
-harvest: setup ## sample the text and write the model's activations into a store
+harvest: setup ## sample the text and write the model's activations into a store; GPUS=N takes N GPUs
 	@$(RUN) sample --config $(CONFIG) $(SET)
-	@$(RUN) harvest --config $(CONFIG) $(SET)
+	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) harvest --config $(CONFIG) $(SET)
 
 train: setup ## train the SAE from the store; GPUS=N splits its features over N GPUs
 	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) train --config $(CONFIG) $(SET)

@@ -1,10 +1,13 @@
-"""kill -9 at random moments of a stage, started again until it is done: are the results byte-identical?
+"""What a stage is after kill -9 at random moments, and a harvest after its disk was full or read-only.
 
     python benchmarks/faults.py --stage train --kills 20
-    python benchmarks/faults.py --stage harvest --kills 30
+    python benchmarks/faults.py --stage harvest --kills 30 --workers 2
+    unshare -Urm python benchmarks/faults.py --disk
 
-Runs configs/tiny.yaml on assets that it makes; each process is killed at a random moment after it has begun to
-work. Prints JSON: kills, finished runs, how many equal an undisturbed one, and where the kills fell.
+Runs configs/tiny.yaml on assets that it makes. --kills: processes are killed at a random moment after they have begun
+to work, one of them or all, and started again until the stage is complete; then the next run begins. --disk mounts
+a tmpfs of its own, hence unshare. Prints JSON: kills, finished runs, how many equal an undisturbed one byte for byte,
+where the kills fell, and what the survivors said.
 """
 
 import argparse
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,12 +29,16 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 # Enough work that a process lives a few seconds after its start.
 OVERRIDES = ["sample.train_tokens=12288", "train.epochs=6", "train.runtime.checkpoint_every=50"]
+PATIENCE = 120  # seconds for a process to end by itself
 
 
-def pipeline(stage: str, cwd: Path) -> subprocess.Popen:
+def pipeline(stage: str, cwd: Path, rank: int = 0, workers: int = 1) -> subprocess.Popen:
     command = [sys.executable, "-m", "pipeline", stage, "--config", str(ROOT / "configs" / "tiny.yaml"), *OVERRIDES]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    environment |= {"RANK": str(rank), "WORLD_SIZE": str(workers)} if workers > 1 else {}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
 
 
 def run_to_end(stage: str, cwd: Path) -> float:
@@ -38,7 +46,7 @@ def run_to_end(stage: str, cwd: Path) -> float:
     process = pipeline(stage, cwd)
     _, errors = process.communicate()
     if process.returncode:
-        sys.exit(f"{stage} failed: {errors.decode()[-2000:]}")
+        sys.exit(f"{stage} failed: {errors[-2000:]}")
     return time.monotonic() - began
 
 
@@ -66,50 +74,107 @@ def work_done(stage: str, cwd: Path) -> int:
     return len(found) if stage == "harvest" else sum(path.stat().st_size for path in found)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=["harvest", "train"], required=True)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+def prepared(stage: str, base: Path, undisturbed: Path) -> tuple[float, dict[str, str]]:
+    """Make what the stage starts from, and an undisturbed run beside it; its seconds and its result."""
     import tiny
 
-    rng = random.Random(options.seed)
-    kills, finished, equal, moments = 0, 0, 0, []
-    with tempfile.TemporaryDirectory() as temporary:
-        base = Path(temporary) / "base"
-        tiny.make_assets(base)
-        for stage in ("sample", "harvest")[: 1 if options.stage == "harvest" else 2]:
-            run_to_end(stage, base)
-        undisturbed = Path(temporary) / "undisturbed"
-        shutil.copytree(base, undisturbed)
-        seconds = run_to_end(options.stage, undisturbed)
-        expected = result(options.stage, undisturbed)
-        while kills < options.kills:
-            folder = Path(temporary) / f"killed-{finished}"
-            shutil.copytree(base, folder)
+    tiny.make_assets(base)
+    for before in ("sample", "harvest")[: 1 if stage == "harvest" else 2]:
+        run_to_end(before, base)
+    shutil.copytree(base, undisturbed)
+    return run_to_end(stage, undisturbed), result(stage, undisturbed)
+
+
+def killed_once(stage: str, cwd: Path, workers: int, seconds: float, rng: random.Random, said: Counter) -> bool:
+    """Start the workers and kill one or all of them at a random moment; whether any was still there to be killed.
+
+    Those that are left go on to their own end; how they ended is counted.
+    """
+    before = work_done(stage, cwd)
+    processes = [pipeline(stage, cwd, rank, workers) for rank in range(workers)]
+    while any(p.poll() is None for p in processes) and work_done(stage, cwd) == before:
+        time.sleep(0.01)
+    time.sleep(rng.uniform(0, 0.3 * seconds))
+    victims = [rng.randrange(workers)] if workers > 1 and rng.random() < 0.7 else list(range(workers))
+    alive = [rank for rank in victims if processes[rank].poll() is None]
+    for rank in alive:
+        processes[rank].send_signal(signal.SIGKILL)
+    for rank, process in enumerate(processes):
+        errors = process.communicate(timeout=PATIENCE)[1]
+        if rank not in alive and alive:
+            last = (errors.strip().splitlines() or [""])[-1].partition("shards are missing")
+            how = (
+                "named the missing shards" if last[1] else "made all of its own" if not process.returncode else last[0]
+            )
+            said[f"worker {rank}, exit {process.returncode}: {how}"] += 1
+    return bool(alive)
+
+
+def kills(options: argparse.Namespace, temporary: Path) -> dict:
+    stage, rng = options.stage, random.Random(options.seed)
+    seconds, expected = prepared(stage, temporary / "base", temporary / "undisturbed")
+    count, finished, equal, moments, said = 0, 0, 0, [], Counter()
+    while count < options.kills:
+        folder = temporary / f"killed-{finished}"
+        shutil.copytree(temporary / "base", folder)
+        while count < options.kills and killed_once(stage, folder, options.workers, seconds, rng, said):
+            count += 1
+            moments.append(work_done(stage, folder))
+        run_to_end(stage, folder)
+        finished += 1
+        equal += result(stage, folder) == expected
+        shutil.rmtree(folder)
+    figures = {"stage": stage, "workers": options.workers, "seed": options.seed, "kills": count, "runs": finished}
+    return figures | {"byte_identical": equal, "kills_at": moments, "survivors": dict(said)}
+
+
+def disk_faults(temporary: Path) -> dict:
+    """A disk that fills up under a running harvest, and one that turns read-only between two starts."""
+    mounted = temporary / "mounted"
+    mounted.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", str(mounted)], check=True)
+    _, expected = prepared("harvest", mounted / "base", temporary / "undisturbed")
+    out: dict = {}
+    folder, filler = mounted / "base", mounted / "filler"
+    process = pipeline("harvest", folder)
+    while process.poll() is None and work_done("harvest", folder) < 5:
+        time.sleep(0.01)
+    with filler.open("wb") as file:
+        try:
             while True:
-                before = work_done(options.stage, folder)
-                process = pipeline(options.stage, folder)
-                while process.poll() is None and work_done(options.stage, folder) == before:
-                    time.sleep(0.01)
-                try:
-                    process.wait(timeout=rng.uniform(0, 0.3 * seconds))
-                except subprocess.TimeoutExpired:
-                    process.send_signal(signal.SIGKILL)
-                    process.wait()
-                    kills += 1
-                    moments.append(work_done(options.stage, folder))
-                    if kills < options.kills:
-                        continue
-                    run_to_end(options.stage, folder)
-                break
-            finished += 1
-            equal += result(options.stage, folder) == expected
-            shutil.rmtree(folder)
-    figures = {"stage": options.stage, "kills": kills, "runs": finished, "byte_identical": equal, "kills_at": moments}
-    print(json.dumps(figures))
-    sys.exit(equal != finished)
+                file.write(bytes(1 << 16))
+                file.flush()
+        except OSError:
+            pass
+    errors = process.communicate(timeout=PATIENCE)[1]
+    out["full"] = {"exit": process.returncode, "shards": work_done("harvest", folder), "said": errors.splitlines()[-1]}
+    filler.unlink(missing_ok=True)
+    subprocess.run(["mount", "-o", "remount,ro", str(mounted)], check=True)
+    process = pipeline("harvest", folder)
+    errors = process.communicate(timeout=PATIENCE)[1]
+    left = work_done("harvest", folder)
+    out["read-only"] = {"exit": process.returncode, "shards": left, "said": errors.splitlines()[-1]}
+    subprocess.run(["mount", "-o", "remount,rw", str(mounted)], check=True)
+    run_to_end("harvest", folder)
+    out |= {"runs": 1, "byte_identical": int(result("harvest", folder) == expected)}
+    subprocess.run(["umount", str(mounted)], check=True)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=["harvest", "train"], default="harvest")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=1, help="processes that share a harvest")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--disk", action="store_true", help="the disk's faults in place of kills")
+    options = parser.parse_args()
+    if options.workers > 1 and options.stage == "train":
+        parser.error("--workers: for the harvest alone")
+    with tempfile.TemporaryDirectory() as temporary:
+        figures = disk_faults(Path(temporary)) if options.disk else kills(options, Path(temporary))
+    print(json.dumps(figures, indent=1))
+    sys.exit(figures["byte_identical"] != figures["runs"])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ and the fill value, a NaN, is the last guard: harvest never writes one. Chunks a
 checksums of the shard's record, so files that traded places are found as well.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -164,10 +164,11 @@ class ActivationStore:
                 found = "missing" if size is None else f"{size:,} bytes"
                 raise damaged(self.path / array.file(shard), f"{found}, {expected:,} bytes expected")
 
-    def sweep(self) -> None:
-        """Remove what killed writers left half written; only under the harvest's lock."""
+    def sweep(self, is_abandoned: Callable[[Path], bool]) -> None:
+        """Remove what killed writers left half written."""
         for path in self.path.rglob("*.partial"):
-            path.unlink()
+            if is_abandoned(path):
+                path.unlink(missing_ok=True)
 
     def verify_shard(self, split: str, shard: int) -> None:
         """Read every byte of a shard and raise UserError for the first that is not as it was written."""

@@ -102,6 +102,9 @@ class HarvestRuntime(Settings):
     """auto takes a GPU where there is one."""
     offline: bool = False
     """Use only what the hub's local cache holds."""
+    wait_seconds: float = Field(default=600, ge=0)
+    """How long one of several workers waits without anything new: the others for the first files of worker 0,
+    worker 0 in the end for their shards. More than a shard takes; with a job array, more than the last job queues."""
 
 
 class HarvestConfig(Settings):

@@ -1,5 +1,6 @@
 """Which device and precision a stage computes with, and the record of what can change last bits."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,23 @@ def resolve_device(setting: str) -> torch.device:
         raise UserError("runtime.device: 'cuda': torch sees no GPU; set it to auto or cpu")
     use_cuda = setting == "cuda" or (setting == "auto" and torch.cuda.is_available())
     return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU of this process among those that a launcher started on this machine (LOCAL_RANK), made the current one.
+
+    Raises UserError when the machine has fewer GPUs than processes.
+    """
+    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"runtime.device: {torch.cuda.device_count()} GPUs for rank {local_rank} (counted from 0) of this "
+            "machine; start no more processes than GPUs, or set it to cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
 
 
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:

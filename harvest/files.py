@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -32,6 +33,23 @@ def fsync_path(path: Path) -> None:
 def partial_name(path: Path) -> Path:
     """A sibling name for a file that is being written; host and pid keep two writers apart."""
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
+def is_abandoned(partial: Path, alone: bool) -> bool:
+    """Whether nobody writes this partial file any more: its process is gone from this host.
+
+    Of other hosts' files, and of names without host and pid (zarr's own), `alone` decides: no other worker lives.
+    """
+    mine = re.fullmatch(rf"\..+\.{re.escape(socket.gethostname())}\.(\d+)\.partial", partial.name)
+    if not mine:
+        return alone
+    try:
+        os.kill(int(mine[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's, but alive
+        return False
+    return False
 
 
 @contextlib.contextmanager
@@ -76,17 +94,17 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def locked(directory: Path, role: str) -> Iterator[None]:
-    """Hold the one lock of a role in a folder; the kernel frees it, also at kill -9.
+def locked(directory: Path, role: str, *, shared: bool = False) -> Iterator[None]:
+    """Hold the one lock of a role in a folder, or share it; the kernel frees it, also at kill -9.
 
-    Raises UserError when another process holds it.
+    Raises UserError when another process holds it (holds it alone, for a shared one).
     """
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f".lock-{role}"
-    with path.open("w") as file:
+    with path.open("a+") as file:  # over NFS a shared lock needs a file open for reading, an exclusive one for writing
         for last_try in (False, False, True):  # `is_locked` holds it for an instant
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if last_try:
@@ -94,16 +112,33 @@ def locked(directory: Path, role: str) -> Iterator[None]:
                         f"{directory}: another process is running this {role}; wait for it or stop it"
                     ) from None
                 time.sleep(0.1)
+        if not shared:
+            file.truncate(0)
+            file.write(f"{socket.gethostname()} {os.getpid()}\n")
+            file.flush()
         yield
 
 
-def is_locked(directory: Path, role: str) -> bool:
-    """Whether a process holds the lock of this role now."""
+def lock_host(directory: Path, role: str) -> str:
+    """Host of the process that held the lock of this role last; "" for none."""
     try:
-        with (directory / f".lock-{role}").open("r") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return (directory / f".lock-{role}").read_text(encoding="utf-8").partition(" ")[0]
+    except FileNotFoundError:
+        return ""
+
+
+def is_locked(directory: Path, role: str) -> bool:
+    """Whether a process holds or shares the lock of this role now."""
+    path = directory / f".lock-{role}"
+    try:
+        file = path.open("r+")
     except FileNotFoundError:
         return False
-    except BlockingIOError:
-        return True
+    except OSError:
+        file = path.open("r")  # a folder that may only be read
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
     return False

@@ -6,28 +6,25 @@ the number of workers change a byte. Held-out shards come first; training can th
 the rest is being made.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from harvest.activation_store import SPLITS, ActivationStore, Geometry, ShardRows
+from harvest.activation_store import SPLITS, ActivationStore, Geometry
 from harvest.config import HarvestConfig, ModelConfig, SampleConfig
-from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
+from harvest.device import local_device, numerics, resolve_device, resolve_dtype, set_threads
 from harvest.disk import check_room
-from harvest.files import UserError, read_json
+from harvest.files import UserError, is_abandoned, read_json
 from harvest.language_model import HookedModel, load_model
 from harvest.progress import Progress
 from harvest.sampling import Contexts
-
-
-class Shard(NamedTuple):
-    split: str
-    number: int
+from harvest.shard_buffer import ShardBuffer
+from harvest.workers import Others, Shard, Workers, wait_until
 
 
 def run(
@@ -39,11 +36,13 @@ def run(
     directory: Path,
     begin: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Write `directory/store`, continuing at the first missing shard, and return the summary.
+    """Write this worker's missing shards into `directory/store`; worker 0 waits for the rest and has the summary.
 
-    Raises UserError for a model or hook that cannot be had, and for a NaN or infinity in an activation.
+    The others return an empty one. Raises UserError for a model or hook that cannot be had, for a NaN or
+    infinity in an activation, and on worker 0 when shards of others do not come.
     """
-    device = resolve_device(config.runtime.device)
+    workers = Workers.from_environment()
+    device = local_device(resolve_device(config.runtime.device))
     dtype = resolve_dtype(config.compute_dtype, device)
     set_threads(config.threads, device)
     model = load_model(model_config, model_commit, config.hooks, dtype, device, offline=config.runtime.offline)
@@ -63,90 +62,109 @@ def run(
         holdout_shards=contexts.count("holdout") // sample.shard_contexts,
         stored=config.stored,
     )
+    if workers.rank:
+        missing = f"{directory / 'store'}: worker 0 has not made it"
+        wait_until((directory / "store" / "created.json").exists, config.runtime.wait_seconds, missing)
     begun = read_json(directory / "begun.json")
     attributes = {"seed": sample.seed, "model": begun["inputs"]["model"], "fingerprint": directory.name}
     store = ActivationStore.create(directory / "store", geometry, {**attributes, "numerics": begun["numerics"]})
-    store.sweep()
-    every = [Shard(split, s) for split in ("holdout", "train") for s in range(geometry.shards(split))]
-    done = {Shard(split, s) for split in SPLITS for s in store.complete_shards(split)}
-    check_room(directory, len(every) - len(done), geometry)
-    with (
-        Progress(
-            "harvest",
-            len(every) * geometry.shard_rows,
-            "tokens",
-            start=len(done) * geometry.shard_rows,
-            path=directory / "progress.json",
-        ) as progress,
-        ThreadPoolExecutor(1, "store-writer") as writer,
-    ):
-        writing: Future[None] | None = None
-        for shard in every:
-            if shard in done:
-                continue
-            first = shard.number * sample.shard_contexts
-            ids = contexts.read(shard.split, "tokens", first, sample.shard_contexts)
-            rows = shard_rows(model, ids, shard, geometry, config.batch_contexts, sample.seed, progress)
-            if writing:
-                writing.result()  # one shard is written while the next is made; never more wait
-            writing = writer.submit(store.write_shard, shard.split, shard.number, rows)
-        if writing:
-            writing.result()
+    every = [Shard(split, number) for split in ("holdout", "train") for number in range(geometry.shards(split))]
+    if workers.rank == 0:
+        _sweep(store, workers.alone(directory))
+    others = Others(workers, directory, every, lambda: _complete(store))
+    done = len(_complete(store))
+    check_room(directory, len(every) - done, geometry)
+    with Progress(
+        "harvest",
+        len(every) * geometry.shard_rows,
+        "tokens",
+        start=done * geometry.shard_rows,
+        path=directory / "progress.json",
+        quiet=workers.rank > 0,
+    ) as progress:
+
+        def advance(tokens: int) -> None:
+            progress.advance(tokens + (others.newly_complete() * geometry.shard_rows if workers.rank == 0 else 0))
+
+        write_shards(model, contexts, store, workers.share(every), config.batch_contexts, sample.seed, advance)
+        if workers.rank:
+            return {}
+        others.wait(config.runtime.wait_seconds, lambda count: progress.advance(count * geometry.shard_rows))
+    _sweep(store, workers.alone(directory))
     return store_summary(store)
 
 
-def shard_rows(
+def _complete(store: ActivationStore) -> set[Shard]:
+    return {Shard(split, number) for split in SPLITS for number in store.complete_shards(split)}
+
+
+def _sweep(store: ActivationStore, alone: bool) -> None:
+    store.sweep(lambda partial: is_abandoned(partial, alone))
+
+
+def write_shards(
     model: HookedModel,
-    tokens: np.ndarray,
-    shard: Shard,
-    geometry: Geometry,
+    contexts: Contexts,
+    store: ActivationStore,
+    shards: Iterable[Shard],
     batch_contexts: int,
     seed: int,
-    progress: Progress | None = None,
-) -> ShardRows:
-    """All rows of a shard in their stored order, from its tokens (shard_contexts, context_size).
+    advance: Callable[[int], None],
+) -> None:
+    """Make and write those of the shards that are missing; `advance` is called with the tokens of every batch.
 
-    Raises UserError for a NaN or infinity, with its context and hook, and when memory is too small.
+    One shard is copied and written while the next is made. No third waits: the forward pass stops for a slow
+    disk, and for a failed write. Raises UserError for a NaN or infinity, and when memory is too small.
     """
-    parts: dict[str, list[Tensor]] = {hook: [] for hook in geometry.hooks}
-    for start in range(0, geometry.shard_contexts, batch_contexts):
-        batch = torch.from_numpy(tokens[start : start + batch_contexts].astype(np.int64))
-        try:
-            activations = model.activations(batch)
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-                raise UserError(
-                    f"harvest.batch_contexts: {batch_contexts}: out of memory on {model.device}; lower it "
-                    "(it is part of the settings' fingerprint, as it changes last bits)"
-                ) from None
-            raise
-        for hook, acts in activations.items():
-            finite = torch.isfinite(acts).flatten(1).all(1)
-            if not finite.all():
-                bad = shard.number * geometry.shard_contexts + start + int(finite.logical_not().nonzero()[0])
-                raise UserError(
-                    f"harvest.hooks: {hook!r}: NaN or infinity in the activations of {shard.split} context {bad}; "
-                    "nothing of this shard was written. Try harvest.compute_dtype=float32, or look at that context"
-                )
-            parts[hook].append(acts.flatten(0, 1).bfloat16())
-        if progress:
-            progress.advance(batch.numel())
-    return _permuted(parts, tokens, shard, geometry, seed)
+    g = store.geometry
+    with _memory_for("sample.shard_contexts", g.shard_contexts, model.device):
+        buffers = [ShardBuffer(g, model.device) for _ in range(2)]
+    writing: list[Future[None]] = []
+    with ThreadPoolExecutor(1, "store-writer") as writer:
+        for shard in shards:
+            if store.record_path(*shard).exists():
+                continue
+            if len(writing) == len(buffers):
+                writing.pop(0).result()
+            buffer = buffers[0]
+            buffers.reverse()
+            tokens_CS = contexts.read(shard.split, "tokens", shard.number * g.shard_contexts, g.shard_contexts)
+            on_device_CS = buffer.start(shard, tokens_CS, seed)
+            for first in range(0, g.shard_contexts, batch_contexts):
+                batch_BS = on_device_CS[first : first + batch_contexts]
+                with _memory_for("harvest.batch_contexts", batch_contexts, model.device):
+                    for hook, acts_BSD in model.activations(batch_BS).items():
+                        buffer.put(first, hook, acts_BSD)
+                for written in writing:
+                    if written.done():
+                        written.result()
+                advance(batch_BS.numel())
+            buffer.copy_to_host()
+            writing.append(writer.submit(_write, store, shard, buffer))
+        for written in writing:
+            written.result()
 
 
-def _permuted(
-    parts: dict[str, list[Tensor]], tokens: np.ndarray, shard: Shard, geometry: Geometry, seed: int
-) -> ShardRows:
-    generator = np.random.default_rng([seed, SPLITS.index(shard.split), shard.number])
-    order = generator.permutation(geometry.shard_rows)
-    acts, norms = {}, {}
-    for hook, tensors in parts.items():
-        rows = torch.cat(tensors)[torch.from_numpy(order).to(tensors[0].device)]
-        norms[hook] = rows.float().norm(dim=1).cpu().numpy()
-        acts[hook] = rows.cpu().view(torch.uint16).numpy()
-    in_shard, position = np.divmod(order, geometry.context_size)
-    context = shard.number * geometry.shard_contexts + in_shard
-    return ShardRows(acts, norms, tokens.reshape(-1)[order], context.astype(np.uint32), position.astype(np.uint16))
+def _write(store: ActivationStore, shard: Shard, buffer: ShardBuffer) -> None:
+    try:
+        store.write_shard(*shard, buffer.rows())
+    except OSError as error:  # a failed write does not name its file
+        error.filename = error.filename or f"{store.path}, {shard.split} shard {shard.number}"
+        raise
+
+
+@contextmanager
+def _memory_for(setting: str, value: int, device: torch.device) -> Iterator[None]:
+    """Turn an error of memory into one that names the setting to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(
+                f"{setting}: {value}: out of memory on {device}; lower it (it is part of the settings' fingerprint, "
+                "as it changes last bits)"
+            ) from None
+        raise
 
 
 def _width(model: HookedModel, hooks: tuple[str, ...]) -> int:

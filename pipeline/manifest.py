@@ -14,7 +14,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from harvest.files import UserError, read_json, write_json
+from harvest.files import UserError, locked, read_json, write_json
+from harvest.workers import wait_until
 
 BEGUN, MANIFEST = "begun.json", "manifest.json"
 STARTS_OVER = ("sample", "evaluate")  # stages that keep nothing of an interrupted run
@@ -34,21 +35,35 @@ def begin(directory: Path, identity: dict[str, Any], numerics: dict[str, Any], a
     if not path.exists() or identity["stage"] in STARTS_OVER:
         write_json(path, {**identity, "numerics": numerics, "begun": time.time(), "mixed_with": []})
         return
-    begun = read_json(path)
-    before: dict[str, Any] = begun.get("numerics") or {}
-    if before == numerics or numerics in begun.get("mixed_with", []):
-        return
-    if not allow_mixed:
-        changed = [
-            f"{key}: {before.get(key)} then, {numerics.get(key)} now"
-            for key in sorted({*before, *numerics})
-            if before.get(key) != numerics.get(key)
-        ]
-        raise UserError(
-            f"{directory}: was begun under other numerics ({'; '.join(changed)}), so the rest would differ in "
-            "its last bits; add --allow-mixed to go on all the same, or --force to start anew"
-        )
-    write_json(path, {**begun, "mixed_with": [*begun.get("mixed_with", []), numerics]})
+    _compare(directory, numerics, allow_mixed)
+
+
+def join(directory: Path, numerics: dict[str, Any], *, allow_mixed: bool, seconds: float) -> None:
+    """What a worker beside the first does in place of `begin`: wait for that one's, and compare numerics.
+
+    Raises UserError when there is none after so many seconds, and as `begin` does.
+    """
+    wait_until((directory / BEGUN).exists, seconds, f"{directory}: worker 0 has not begun it")
+    _compare(directory, numerics, allow_mixed)
+
+
+def _compare(directory: Path, numerics: dict[str, Any], allow_mixed: bool) -> None:
+    with locked(directory, "begun"):  # workers record theirs at the same time
+        begun = read_json(directory / BEGUN)
+        before: dict[str, Any] = begun.get("numerics") or {}
+        if before == numerics or numerics in begun.get("mixed_with", []):
+            return
+        if not allow_mixed:
+            changed = [
+                f"{key}: {before.get(key)} then, {numerics.get(key)} now"
+                for key in sorted({*before, *numerics})
+                if before.get(key) != numerics.get(key)
+            ]
+            raise UserError(
+                f"{directory}: was begun under other numerics ({'; '.join(changed)}), so the rest would differ in "
+                "its last bits; add --allow-mixed to go on all the same, or --force to start anew"
+            )
+        write_json(directory / BEGUN, {**begun, "mixed_with": [*begun.get("mixed_with", []), numerics]})
 
 
 def finish(directory: Path, summary: dict[str, Any]) -> None:

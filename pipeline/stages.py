@@ -6,7 +6,7 @@ Nothing here imports torch until a stage really runs.
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple
@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple
 from typing_extensions import TypeVar
 
 from harvest.files import UserError, is_locked, locked, read_json
+from harvest.workers import Workers
 from pipeline.config import IngestedConfig, PipelineConfig
 from pipeline.fingerprint import (
     STAGES,
@@ -24,7 +25,7 @@ from pipeline.fingerprint import (
     hashed_settings,
     resolved_commit,
 )
-from pipeline.manifest import BEGUN, MANIFEST, begin, finish, is_complete
+from pipeline.manifest import BEGUN, MANIFEST, begin, finish, is_complete, join
 
 TRASH = ".trash-"
 Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
@@ -107,14 +108,15 @@ def run_stage(
             continue
         _check_upstream(runs, stage)
         todo[directory] = runs
+    if todo:
+        _check_processes(stage, force)
     if _is_follower():
-        for _ in _run(stage, list(todo.values()), [_ignore] * len(todo)):
-            pass
+        _follow(todo, stage, allow_mixed)
         return
     with ExitStack() as stack:
         begins = []
         for directory, runs in todo.items():
-            stack.enter_context(locked(directory, stage))
+            stack.enter_context(_lock(directory, stage, force))
             if force and (directory / BEGUN).exists():
                 _clear(directory, confirm)
             _empty_trash(directory)
@@ -127,13 +129,47 @@ def run_stage(
             print(f"{stage:9} complete  {directory}", flush=True)
 
 
+def _follow(todo: dict[Path, Runs], stage: str, allow_mixed: bool) -> None:
+    """This process's part of a stage, beside rank 0, which begins and finishes it and speaks."""
+    begins: list[Begin] = [_ignore] * len(todo)  # in training, rank 0 compares the numerics
+    with ExitStack() as stack:
+        if stage == "harvest":
+            for directory in todo:
+                stack.enter_context(_lock(directory, stage, force=False))
+            begins = [
+                partial(join, directory, allow_mixed=allow_mixed, seconds=runs.config.harvest.runtime.wait_seconds)
+                for directory, runs in todo.items()
+            ]
+        for _ in _run(stage, list(todo.values()), begins):
+            pass
+
+
+def _lock(directory: Path, stage: str, force: bool) -> AbstractContextManager[None]:
+    """What keeps a second process from the same work, until it is released."""
+    if stage == "harvest" and not force:
+        return Workers.from_environment().locked(directory)
+    return locked(directory, stage)
+
+
 def _is_follower() -> bool:
     """Whether torchrun or accelerate started this process beside another one, which writes and speaks."""
     return int(os.environ.get("RANK", "0")) > 0
 
 
+def _check_processes(stage: str, force: bool) -> None:
+    if Workers.from_environment().world == 1:
+        return
+    if stage in ("sample", "evaluate"):
+        raise UserError(f"{stage}: works in one process; start it without the launcher (and without WORLD_SIZE)")
+    if stage == "harvest" and force:
+        raise UserError(
+            "harvest --force: one of several workers could write into what another deletes; start one process with "
+            "--force, stop it with Ctrl-C once it harvests, then start the workers"
+        )
+
+
 def _ignore(_numerics: dict[str, Any]) -> None:
-    """What a follower does with the numerics: rank 0 compares them."""
+    """What a follower does with its numerics where rank 0's are those that count."""
 
 
 def _check_upstream(runs: AnyRuns, stage: str) -> None:

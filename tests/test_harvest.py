@@ -8,10 +8,10 @@ import torch
 import zarr
 from conftest import contents, only, pipeline, start
 
-from harvest import run as harvest_run
 from harvest.activation_store import ActivationStore
 from harvest.config import ModelConfig
 from harvest.language_model import HookedModel, load_model
+from harvest.shard_buffer import ShardBuffer
 
 
 def test_rows_are_the_models_activations(run_folder):
@@ -51,22 +51,22 @@ def test_killed_and_started_again_gives_the_same_store(finished, fresh_folder):
 def test_an_interrupt_keeps_complete_shards(fresh_folder, finished, monkeypatch):
     assert pipeline("sample").status == 0
     made = []
-    original = harvest_run.shard_rows
+    original = ShardBuffer.start
 
-    def third_is_interrupted(*arguments, **more):
+    def fourth_is_interrupted(*arguments):
         if len(made) == 3:
             raise KeyboardInterrupt
         made.append(1)
-        return original(*arguments, **more)
+        return original(*arguments)
 
-    monkeypatch.setattr(harvest_run, "shard_rows", third_is_interrupted)
+    monkeypatch.setattr(ShardBuffer, "start", fourth_is_interrupted)
     ran = pipeline("harvest")
     assert ran.status == 130
     assert "run the same command again" in ran.out
     store = ActivationStore.open(only(fresh_folder, "runs/harvest/*/store"))
     assert sum(len(store.complete_shards(split)) for split in ("train", "holdout")) == 3
     assert "would resume" in pipeline("status").out
-    monkeypatch.setattr(harvest_run, "shard_rows", original)
+    monkeypatch.setattr(ShardBuffer, "start", original)
     assert pipeline("harvest").status == 0
     assert contents(store.path) == contents(only(finished, "runs/harvest/*/store"))
 

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from harvest.device import local_device
 from harvest.files import UserError
 from train.sae import SAE
 from train.step import SumOverRanks
@@ -44,15 +45,7 @@ class FeatureRanks:
         """
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls(device=device)
-        if device.type == "cuda":
-            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-            if local_rank >= torch.cuda.device_count():
-                raise UserError(
-                    f"runtime.device: {torch.cuda.device_count()} GPUs for rank {local_rank} (counted from 0) of this "
-                    "machine; start no more processes than GPUs, or set it to cpu"
-                )
-            device = torch.device("cuda", local_rank)
-            torch.cuda.set_device(device)
+        device = local_device(device)
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
         return cls(dist.get_rank(), dist.get_world_size(), device)
