@@ -120,9 +120,11 @@ def kills(options: argparse.Namespace, temporary: Path) -> dict:
         while count < options.kills and killed_once(stage, folder, options.workers, seconds, rng, said):
             count += 1
             moments.append(work_done(stage, folder))
+            print(f"kill {count} of {options.kills}, run {finished + 1}", file=sys.stderr, flush=True)
         run_to_end(stage, folder)
         finished += 1
         equal += result(stage, folder) == expected
+        print(f"{equal} of {finished} runs equal the undisturbed one", file=sys.stderr, flush=True)
         shutil.rmtree(folder)
     figures = {"stage": stage, "workers": options.workers, "seed": options.seed, "kills": count, "runs": finished}
     return figures | {"byte_identical": equal, "kills_at": moments, "survivors": dict(said)}

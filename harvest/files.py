@@ -119,8 +119,15 @@ def locked(directory: Path, role: str, *, shared: bool = False) -> Iterator[None
         yield
 
 
+def forget_holder(directory: Path, role: str) -> None:
+    """Forget who held the lock of this role last, unless it is held now."""
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), (directory / f".lock-{role}").open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+
+
 def lock_host(directory: Path, role: str) -> str:
-    """Host of the process that held the lock of this role last; "" for none."""
+    """Host of the process that held the lock of this role last; "" when none did, or it was forgotten."""
     try:
         return (directory / f".lock-{role}").read_text(encoding="utf-8").partition(" ")[0]
     except FileNotFoundError:

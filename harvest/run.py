@@ -146,11 +146,7 @@ def write_shards(
 
 
 def _write(store: ActivationStore, shard: Shard, buffer: ShardBuffer) -> None:
-    try:
-        store.write_shard(*shard, buffer.rows())
-    except OSError as error:  # a failed write does not name its file
-        error.filename = error.filename or f"{store.path}, {shard.split} shard {shard.number}"
-        raise
+    store.write_shard(*shard, buffer.rows())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from harvest.files import UserError, is_locked, lock_host, locked
+from harvest.files import UserError, forget_holder, is_locked, lock_host, locked
 from harvest.progress import duration
 
 POLL_SECONDS = 1.0
@@ -59,6 +59,9 @@ class Workers(NamedTuple):
         Raises UserError when the same worker runs already, or one of those two does.
         """
         with locked(directory, ROLE, shared=True), locked(directory, self.role(self.rank)):
+            if self.rank == 0:
+                for rank in range(1, self.world):
+                    forget_holder(directory, self.role(rank))  # of an earlier start
             yield
 
     def alone(self, directory: Path) -> bool:
@@ -82,8 +85,8 @@ def wait_until(found: Callable[[], bool], seconds: float, otherwise: str) -> Non
 class Others:
     """What worker 0 sees of the other workers: how many of their shards are complete, and who stopped.
 
-    A worker that was seen on this host and has let go of its lock has ended. Of other hosts nothing is
-    concluded from locks, as some network file systems keep them to a machine: there, only silence tells.
+    A worker that took its lock on this host and has let go of it has ended. Of other hosts nothing is concluded
+    from locks, as some network file systems keep them to a machine: there, only silence tells.
     """
 
     def __init__(
@@ -92,19 +95,14 @@ class Others:
         self.workers, self.directory, self._complete = workers, directory, complete
         self._owner = {shard: i % workers.world for i, shard in enumerate(every)}
         self._mine = set(workers.share(every))
-        self._seen: set[int] = set()
         self._ended: set[int] = set()
         self._count, self._looked = len(complete() - self._mine), time.monotonic()
 
     def look(self) -> set[Shard]:
         """The shards that are missing now."""
-        for rank in set(range(self.workers.world)) - {self.workers.rank}:
-            role = self.workers.role(rank)
-            if is_locked(self.directory, role):
-                self._seen.add(rank)
-                self._ended.discard(rank)
-            elif rank in self._seen and lock_host(self.directory, role) == socket.gethostname():
-                self._ended.add(rank)
+        roles = {rank: self.workers.role(rank) for rank in range(self.workers.world) if rank != self.workers.rank}
+        free = {rank for rank, role in roles.items() if not is_locked(self.directory, role)}
+        self._ended = {rank for rank in free if lock_host(self.directory, roles[rank]) == socket.gethostname()}
         return self._owner.keys() - self._complete()  # after the locks: a worker that ended had written its last record
 
     def newly_complete(self) -> int:

@@ -109,7 +109,7 @@ def run_stage(
         _check_upstream(runs, stage)
         todo[directory] = runs
     if todo:
-        _check_processes(stage, force)
+        _check_processes(sweep[0].config, stage, force)
     if _is_follower():
         _follow(todo, stage, allow_mixed)
         return
@@ -129,7 +129,7 @@ def run_stage(
             print(f"{stage:9} complete  {directory}", flush=True)
 
 
-def _follow(todo: dict[Path, Runs], stage: str, allow_mixed: bool) -> None:
+def _follow(todo: dict[Path, AnyRuns], stage: str, allow_mixed: bool) -> None:
     """This process's part of a stage, beside rank 0, which begins and finishes it and speaks."""
     begins: list[Begin] = [_ignore] * len(todo)  # in training, rank 0 compares the numerics
     with ExitStack() as stack:
@@ -139,6 +139,7 @@ def _follow(todo: dict[Path, Runs], stage: str, allow_mixed: bool) -> None:
             begins = [
                 partial(join, directory, allow_mixed=allow_mixed, seconds=runs.config.harvest.runtime.wait_seconds)
                 for directory, runs in todo.items()
+                if isinstance(runs.config, PipelineConfig)
             ]
         for _ in _run(stage, list(todo.values()), begins):
             pass
@@ -156,10 +157,10 @@ def _is_follower() -> bool:
     return int(os.environ.get("RANK", "0")) > 0
 
 
-def _check_processes(stage: str, force: bool) -> None:
+def _check_processes(config: PipelineConfig | IngestedConfig, stage: str, force: bool) -> None:
     if Workers.from_environment().world == 1:
         return
-    if stage in ("sample", "evaluate"):
+    if stage in ("sample", "evaluate") or (stage == "harvest" and isinstance(config, IngestedConfig)):
         raise UserError(f"{stage}: works in one process; start it without the launcher (and without WORLD_SIZE)")
     if stage == "harvest" and force:
         raise UserError(

@@ -35,7 +35,7 @@ def test_rows_are_the_models_activations(run_folder):
 def test_killed_and_started_again_gives_the_same_store(finished, fresh_folder):
     assert pipeline("sample").status == 0
     process = start("harvest", cwd=fresh_folder)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not list(fresh_folder.glob("runs/harvest/*/store/*/shards/*.json")) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
