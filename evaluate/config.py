@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from harvest.config import ComputeDtype, Device, Seed, Settings
 
@@ -71,6 +71,36 @@ class EvaluateRuntime(Settings):
     """Use only what the hub's local cache holds."""
 
 
+class PublishedSae(Settings):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """How reports call it."""
+    path: str
+    """Hub id, or a local folder or file. Enters the fingerprint by commit or by content."""
+    revision: str | None = None
+    """Hub commit; a branch is resolved once and recorded."""
+    file: str = ""
+    """Place within `path`: the folder of cfg.json (`blocks.19.hook_resid_post`), or the .pt file."""
+    format: Literal["saelens", "linear"] = "saelens"
+    """saelens: a folder with cfg.json and sae_weights.safetensors. linear: a .pt with the state of two Linear
+    layers, `encoder` and `decoder`, ReLU between them, as qresearch/DeepSeek-R1-Distill-Llama-8B-SAE-l19."""
+    hook: str | None = None
+    """Which of harvest.hooks it belongs to; a SAELens folder says so itself."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PublishedSae":
+        if self.format == "linear" and self.hook is None:
+            raise ValueError("format linear needs hook, as the file does not say where it belongs")
+        if ".." in self.file.split("/") or self.file.startswith("/"):
+            raise ValueError(f"file: {self.file!r} must stay within path")
+        return self
+
+    def files(self) -> tuple[str, ...]:
+        """What is read, relative to `path`; an empty name is `path` itself."""
+        if self.format == "linear":
+            return (self.file,)
+        return tuple(f"{self.file}/{name}".lstrip("/") for name in ("cfg.json", "sae_weights.safetensors"))
+
+
 class EvaluateConfig(Settings):
     sae: Literal["last", "best"] = "last"
     """Which SAE of the training run: after the last step, or with the least held-out loss."""
@@ -83,4 +113,12 @@ class EvaluateConfig(Settings):
 
     reason_score: ReasonScoreConfig | None = ReasonScoreConfig()
     """Which features fire at words of reasoning (arXiv 2503.18878); null leaves it out."""
+    also: tuple[PublishedSae, ...] = Field(default=(), json_schema_extra={"added": True})
+    """SAEs of others, measured on the same held-out text for comparison."""
     runtime: EvaluateRuntime = EvaluateRuntime()
+
+    @model_validator(mode="after")
+    def _check_names(self) -> "EvaluateConfig":
+        if len({each.name for each in self.also}) < len(self.also):
+            raise ValueError("also names an SAE twice")
+        return self

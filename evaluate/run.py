@@ -1,6 +1,6 @@
 """The evaluate stage: every SAE of a training run on held-out text, into metrics.json and report.html."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from evaluate import downstream, feature_pages, fidelity, intervals, reason_score
 from evaluate.config import EvaluateConfig
 from evaluate.fidelity import Fidelity
+from evaluate.published import load_published
 from evaluate.report import write_report
 from evaluate.subject import NoText, Subject
 from evaluate.unembedding import Unembedding, load_unembedding
@@ -31,6 +32,7 @@ ANALYSES: dict[str, Callable[[Subject, Fidelity], dict[str, Any] | None]] = {
     "feature_pages": feature_pages.analyse,
 }
 OF_ROWS = ("fidelity", "features", "statistics")  # those that need neither model nor text
+OF_OTHERS = (*OF_ROWS, "downstream")  # of the SAEs in evaluate.also
 DEFINITIONS = {
     "fidelity": fidelity.DEFINITIONS,
     "features": fidelity.DENSITY_DEFINITIONS,
@@ -53,13 +55,15 @@ def run(
     model_config: ModelConfig | None,
     model_commit: str | None,
     config: EvaluateConfig,
+    also_commits: Sequence[str | None],
     upstream: Upstream,
     directory: Path,
     begin: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Write `directory/metrics.json` and `report.html` and return the main figures.
 
-    Without a model and its text, only the analyses `OF_ROWS` are made.
+    Without a model and its text, only the analyses `OF_ROWS` are made. `also_commits` are the hub commits of
+    `config.also`, None for local ones.
 
     Raises UserError for an SAE that does not fit the store or the model, and for held-out text that is
     damaged or missing.
@@ -93,15 +97,24 @@ def run(
         assert model_config is not None
         return load_unembedding(model_config, model_commit, config.runtime.offline)
 
-    saes: dict[str, Any] = {}
-    for hook in store.geometry.hooks:
-        saved = _load(upstream.train / slug(hook), config.sae, store)
+    def analysed(saved: SavedSae, analyses: Collection[str], name: str | None = None) -> dict[str, Any]:
         saved = saved._replace(sae=saved.sae.to(device))
-        once = (model, tokenizer, unembedding)
-        subject = Subject(saved, store, exclude, contexts, context_source, *once, config, device, directory)
+        shared = (store, exclude, contexts, context_source, model, tokenizer, unembedding, config, device, directory)
+        subject = Subject(saved, *shared, name)
         heldout = fidelity.measure(subject)
-        sections = {name: analyse(subject, heldout) for name, analyse in ANALYSES.items() if name not in left_out}
-        saes[hook] = {name: section for name, section in sections.items() if section is not None}
+        sections = {name: ANALYSES[name](subject, heldout) for name in analyses if name not in left_out}
+        return {name: section for name, section in sections.items() if section is not None}
+
+    own = {hook: _load(upstream.train / slug(hook), config.sae, store) for hook in store.geometry.hooks}
+    statistics = {hook: saved.statistics for hook, saved in own.items()}
+    others = [  # all of them before the first is measured, so that what does not fit is said at once
+        (published.name, load_published(published, commit, store, statistics, config.runtime.offline))
+        for published, commit in zip(config.also, also_commits, strict=True)
+    ]
+    saes = {hook: analysed(saved, ANALYSES) for hook, saved in own.items()}
+    also = {
+        name: {"hook": saved.hook, "about": saved.about, **analysed(saved, OF_OTHERS, name)} for name, saved in others
+    }
     definitions = {
         **DEFINITIONS,
         "interval": intervals.DEFINITION,
@@ -117,10 +130,11 @@ def run(
         "saes": saes,
         "definitions": definitions,
     }
+    metrics |= {"also": also} if also else {}
     write_json(directory / "metrics.json", metrics)
     curves = {hook: upstream.train / slug(hook) / "metrics.jsonl" for hook in saes}
     write_report(directory / "report.html", metrics, curves, upstream.manifests)
-    return {hook: _main_figures(figures) for hook, figures in saes.items()}
+    return {name: _main_figures(figures) for name, figures in (saes | also).items()}
 
 
 def _load(folder: Path, which: str, store: ActivationStore) -> SavedSae:

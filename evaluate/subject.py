@@ -47,11 +47,13 @@ class Subject(NamedTuple):
     config: EvaluateConfig
     device: torch.device
     directory: Path  # where an analysis leaves its files
+    name: str | None = None  # of an SAE of others
 
     def file(self, name: str, suffix: str) -> Path:
-        """The file of an analysis for this SAE: `<name>-<hook><suffix>`."""
-        return self.directory / f"{name}-{slug(self.saved.hook)}{suffix}"
+        """The file of an analysis for this SAE: `<name>-<hook><suffix>`, or `<name>-also-<its name><suffix>`."""
+        whose = f"also-{self.name}" if self.name else slug(self.saved.hook)
+        return self.directory / f"{name}-{whose}{suffix}"
 
     def progress(self, title: str, total: int, unit: str) -> Progress:
         """Progress of an analysis, for people and for `status`."""
-        return Progress(f"{title} {self.saved.hook}", total, unit, path=self.directory / "progress.json")
+        return Progress(f"{title} {self.name or self.saved.hook}", total, unit, path=self.directory / "progress.json")

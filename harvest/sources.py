@@ -32,6 +32,14 @@ def looks_local(name: str) -> bool:
     return not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "assets/", "data/"))
 
 
+def hub_errors() -> tuple[type[Exception], ...]:
+    """What huggingface_hub raises where the hub cannot be reached or refuses, its HTTP library's own errors too."""
+    # httpx or httpx2, by the version of huggingface_hub; no connection is an error of theirs, not an OSError.
+    from huggingface_hub.errors import HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+    return HTTPError, OSError, ValueError, RuntimeError
+
+
 def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
     """All rows of a source. `commit` pins a hub data set; local ones have none.
 

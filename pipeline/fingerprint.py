@@ -10,11 +10,11 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluate.config import EVALUATE_VERSION
+from evaluate.config import EVALUATE_VERSION, PublishedSae
 from harvest.config import HARVEST_VERSION, SAMPLE_VERSION, ModelConfig, Settings, Source
 from harvest.files import UserError, read_json, write_json
 from harvest.progress import Progress
-from harvest.sources import files_within, ingest_files, local_files, looks_local
+from harvest.sources import files_within, hub_errors, ingest_files, local_files, looks_local
 from pipeline.config import IngestedConfig, PipelineConfig
 from train.config import TRAIN_VERSION
 
@@ -35,10 +35,12 @@ class Inputs(NamedTuple):
     model: str | None
     sources: tuple[str, ...]
     activations: str | None = None
+    also: tuple[str, ...] = ()  # evaluate.also
 
-    def known(self) -> dict[str, Any]:
-        """Those that there are."""
-        return {name: value for name, value in self._asdict().items() if value}
+    def known(self, stage: str) -> dict[str, Any]:
+        """Those that there are; the SAEs of others concern evaluate alone."""
+        inputs = {name: value for name, value in self._asdict().items() if value}
+        return inputs if stage == "evaluate" else {k: v for k, v in inputs.items() if k != "also"}
 
 
 def hashed_settings(settings: Settings) -> dict[str, Any]:
@@ -73,8 +75,12 @@ def fingerprints(config: PipelineConfig | IngestedConfig, inputs: Inputs) -> dic
             del source["path"], source["revision"]
             source["content"] = content
         parts = {"sample": (sample, inputs.tokenizer), "harvest": (hashed_settings(config.harvest), inputs.model)}
+    evaluate = hashed_settings(config.evaluate)
+    for published, content in zip(evaluate.get("also", ()), inputs.also, strict=True):
+        del published["path"], published["revision"], published["file"]
+        published["content"] = content
     parts["train"] = (hashed_settings(config.train), None)
-    parts["evaluate"] = (hashed_settings(config.evaluate), None)
+    parts["evaluate"] = (evaluate, None)
     out: dict[str, str] = {}
     upstream = None
     for stage, (settings, content) in parts.items():
@@ -90,15 +96,17 @@ def find_inputs(config: PipelineConfig | IngestedConfig, runs: Path) -> Inputs:
     Raises UserError for what is not there, or a hub branch that cannot be resolved.
     """
     memory = _Memory(runs / ".inputs.json")
+    also = tuple(_published_identity(i, published, memory) for i, published in enumerate(config.evaluate.also))
     if isinstance(config, IngestedConfig):
         parts = [[file for path in paths for file in files_within(path)] for paths in ingest_files(config.ingest)]
         hashes = [memory.files_hash(files) for files in parts if files]
         memory.save()
-        return Inputs(None, None, (), "+".join(hashes))
+        return Inputs(None, None, (), "+".join(hashes), also)
     inputs = Inputs(
         _model_identity(config.model, TOKENIZER_FILES, memory),
         _model_identity(config.model, WEIGHT_FILES, memory),
         tuple(_source_identity(i, source, memory) for i, source in enumerate(config.sample.sources)),
+        also=also,
     )
     memory.save()
     return inputs
@@ -106,7 +114,7 @@ def find_inputs(config: PipelineConfig | IngestedConfig, runs: Path) -> Inputs:
 
 def resolved_commit(identity: str | None) -> str | None:
     """The commit of a hub identity; None for local content."""
-    return identity.rpartition("@")[2] if identity and identity.startswith("hub:") else None
+    return identity.rpartition("@")[2].partition("/")[0] if identity and identity.startswith("hub:") else None
 
 
 class _Memory:
@@ -162,7 +170,7 @@ class _Memory:
 
 def _resolve(kind: str, name: str, branch: str, setting: str) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         commit = HfApi().repo_info(name, repo_type=kind, revision=branch, timeout=20).sha
@@ -175,7 +183,7 @@ def _resolve(kind: str, name: str, branch: str, setting: str) -> str:
         raise UserError(
             f"{setting}: {name!r}: neither a local path nor a {kind} on the hub (or one that needs HF_TOKEN)"
         ) from None
-    except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
+    except hub_errors() as error:
         raise UserError(
             f"{setting}: {name!r} is no local path, and the hub does not answer for its branch {branch!r} "
             f"({type(error).__name__}); go online once, or set the revision to a full commit hash"
@@ -214,6 +222,18 @@ def _source_identity(i: int, source: Source, memory: _Memory) -> str:
             f"{_setup_hint(source.path)}"
         )
     return memory.commit("dataset", source.path, source.revision, f"sample.sources.{i}.path")
+
+
+def _published_identity(i: int, published: PublishedSae, memory: _Memory) -> str:
+    setting = f"evaluate.also.{i}.path"
+    if not looks_local(published.path) and not Path(published.path).exists():
+        commit = memory.commit("model", published.path, published.revision, setting)
+        return f"{commit}/{published.file}" if published.file else commit
+    files = [Path(published.path, name) for name in published.files()]
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{setting}: {published.path!r}: there is no file {path} (format {published.format})")
+    return memory.files_hash(files)
 
 
 def _setup_hint(name: str) -> str:

@@ -64,7 +64,7 @@ class Runs(NamedTuple, Generic[Config]):
             "fingerprint": self.fingerprints[stage],
             "upstream": str(self.directory(upstream)) if upstream else None,
             "settings": self.settings(stage),
-            "inputs": self.inputs.known(),
+            "inputs": self.inputs.known(stage),
         }
 
     def settings(self, stage: str) -> dict[str, Any]:
@@ -216,7 +216,8 @@ def _run_one(stage: str, runs: AnyRuns, begin_run: Begin) -> dict[str, Any]:
 
     manifests = {name: read_json(here(name) / MANIFEST) for name in STAGES[:3]}
     upstream = evaluate.Upstream(here("sample"), here("harvest"), here("train"), manifests)
-    return evaluate.run(config.model, commit, config.evaluate, upstream, here("evaluate"), begin_run)
+    also = [resolved_commit(identity) for identity in inputs.also]
+    return evaluate.run(config.model, commit, config.evaluate, also, upstream, here("evaluate"), begin_run)
 
 
 def _run_ingested(stage: str, config: IngestedConfig, runs: AnyRuns, begin_run: Begin) -> dict[str, Any]:
@@ -229,7 +230,8 @@ def _run_ingested(stage: str, config: IngestedConfig, runs: AnyRuns, begin_run: 
 
     manifests = {name: read_json(runs.directory(name) / MANIFEST) for name in ("harvest", "train")}
     upstream = evaluate.Upstream(None, runs.directory("harvest"), runs.directory("train"), manifests)
-    return evaluate.run(None, None, config.evaluate, upstream, runs.directory("evaluate"), begin_run)
+    also = [resolved_commit(identity) for identity in runs.inputs.also]
+    return evaluate.run(None, None, config.evaluate, also, upstream, runs.directory("evaluate"), begin_run)
 
 
 def _clear(directory: Path, confirm: Callable[[str], bool]) -> None:
@@ -290,7 +292,7 @@ def why(runs: AnyRuns, stage: str, stale: str | None) -> str:
             return f"{stage} version: {other.get('version')} -> {VERSIONS[stage]}"
         changes = _differences(other.get("settings", {}), runs.settings(stage))
         if stage in ("sample", "harvest") and not changes:
-            changes = _differences(other.get("inputs", {}), runs.inputs.known())
+            changes = _differences(other.get("inputs", {}), runs.inputs.known(stage))
         if changes:
             return "; ".join(changes)
         break

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from harvest.sources import local_files, looks_local
+from harvest.sources import hub_errors, local_files, looks_local
 
 # What `make setup` fetches (configs/assets.txt).
 SHIPPED = {"assets/smollm2-135m": "apache-2.0", "assets/champ": "mit", "assets/chitchat": "mit"}
@@ -21,11 +21,10 @@ def source_terms(path: str) -> Terms:
     if looks_local(path) or local_files(path):
         return Terms(None, False, "local files")
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         info = HfApi().dataset_info(path, timeout=10)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except hub_errors() as error:
         return Terms(None, False, f"not looked up ({type(error).__name__})")
     licence = getattr(info.card_data, "license", None) if info.card_data else None
     text = ", ".join(licence) if isinstance(licence, list) else licence

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import tiny
 from typer.testing import CliRunner
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub, whose library reads this when it is imported
+
+import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
