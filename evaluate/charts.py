@@ -7,7 +7,7 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 36
-COLOURS = ("#1d5fa8", "#c2571a")
+COLOURS = ("#1d5fa8", "#c2571a", "#2a7a3b", "#8a3ea8", "#8a6d1a", "#5a5f66")
 
 
 class _Frame:
@@ -90,5 +90,26 @@ def bars(title: str, counts: Sequence[float], edges: Sequence[float], x_label: s
         width, height = max(frame.px(high) - x - 0.6, 0.5), HEIGHT - BOTTOM - y
         frame.parts.append(
             f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{COLOURS[0]}"/>'
+        )
+    return frame.svg(title)
+
+
+def points(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_label: str) -> Markup:
+    """Points (x, y), those of a name joined in order of x; empty without any."""
+    flat = [point for values in series.values() for point in values]
+    if not flat:
+        return Markup("")
+    xs, ys = zip(*flat, strict=True)
+    space = [0.06 * ((max(v) - min(v)) or abs(v[0]) or 1) for v in (xs, ys)]
+    frame = _Frame((min(xs) - space[0], max(xs) + space[0]), (min(ys) - space[1], max(ys) + space[1]), x_label)
+    for i, (name, values) in enumerate(series.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        places = [(frame.px(x), frame.py(y)) for x, y in sorted(values)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        frame.parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.2" points="{path}"/>')
+        frame.parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in places]
+        frame.parts.append(
+            f'<text x="{WIDTH - RIGHT - 4}" y="{HEIGHT - BOTTOM - 8 - 14 * i}" fill="{colour}" text-anchor="end">'
+            f"{escape(name)}</text>"
         )
     return frame.svg(title)

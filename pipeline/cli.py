@@ -249,6 +249,36 @@ def steer(
 
 
 @app.command()
+def compare(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... [SECTION.KEY=VALUE]...",
+            help="Evaluate directories, fingerprints (of evaluate or train), or settings files with their overrides.",
+        ),
+    ],
+    runs: Root = DEFAULT_RUNS,
+    to: Annotated[Path | None, typer.Option(help="Folder of compare.html and compare.json; runs/compare.")] = None,
+) -> None:
+    """Lay evaluated runs, or those of a sweep, side by side: a table, and L0 against fidelity as a plot."""
+    with _errors(runs):
+        from pipeline import compare as comparison
+
+        overrides = [target for target in targets if "=" in target]
+        names = [target for target in targets if "=" not in target]
+        if not names:
+            raise config.SettingsError("compare: name at least one run or settings file")
+
+        def of_settings(file: Path) -> list[Path]:
+            return [each.directory("evaluate") for each in _find(file, overrides, runs)]
+
+        folder = to or runs / "compare"
+        for line in comparison.compare_runs(names, runs, of_settings, folder):
+            print(line)
+        print(folder / "compare.html")
+
+
+@app.command()
 def verify(
     overrides: Overrides = None,
     config_file: ConfigFile = DEFAULT_CONFIG,

@@ -1,0 +1,97 @@
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import Ran, only
+from typer.testing import CliRunner
+
+from evaluate.compare import Evaluated, compare
+from pipeline.cli import app
+
+SWEEP = ("train.sweep.l1_coefficient=[0.5,2]", "train.epochs=0.5", "evaluate.features=null")
+TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
+
+
+def run(command: str, *arguments: str) -> Ran:
+    result = CliRunner().invoke(app, [command, *arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Ran(result.exit_code, result.output)
+
+
+def evaluated(name: str, l0: float | None, **settings) -> Evaluated:
+    figures = {} if l0 is None else {"l0": l0, "explained_variance": 0.7}
+    sae = {"fidelity": {"outliers_excluded": {"all": figures}}, "features": {"dead_fraction": 0.1}}
+    return Evaluated(name, {"saes": {"h": sae}, "definitions": {}}, settings)
+
+
+def test_rows_are_sorted_and_name_what_differs():
+    runs = [evaluated("a", 30, λ=5, lr=1), evaluated("b", None, λ=7, lr=1), evaluated("c", 20, λ=8, lr=1)]
+    rows = compare(runs)
+    assert [row["run"] for row in rows] == ["c", "a", "b"]
+    assert [row["settings"] for row in rows] == [{"λ": 8}, {"λ": 5}, {"λ": 7}]
+    assert rows[0]["figures"]["ce_loss_score"] is None
+
+
+def test_a_sweep_of_a_settings_file(run_folder):
+    for stage in ("train", "evaluate"):
+        ran = run(stage, "--config", TINY, *SWEEP)
+        assert ran.status == 0, ran.out
+    ran = run("compare", TINY, *SWEEP)
+    assert ran.status == 0, ran.out
+    lines = ran.out.splitlines()
+    assert lines[0].split()[:3] == ["run", "hook", "l1_coefficient"]
+    assert len(lines) == 4
+    assert lines[-1] == "runs/compare/compare.html"
+    rows = json.loads(Path("runs/compare/compare.json").read_text())["rows"]
+    assert [row["settings"] for row in rows] == [{"train.sae.l1_coefficient": v} for v in (2.0, 0.5)]
+    for row in rows:
+        metrics = json.loads(Path(f"runs/evaluate/{row['run']}/metrics.json").read_text())["saes"]["model.layers.1"]
+        assert row["figures"]["l0"] == metrics["fidelity"]["outliers_excluded"]["all"]["l0"]
+        assert row["figures"]["ce_loss_score"] == metrics["downstream"]["all"]["ce_loss_score"]
+    html = Path("runs/compare/compare.html").read_text()
+    assert html.count("<svg") == 2
+    assert html.count("<circle") == 4
+    assert "<script" not in html
+    assert not re.search(r"(src|href)=\"?(https?:)?//", html)
+
+    every = [str(path) for path in Path("runs/evaluate").iterdir()]
+    trained = json.loads(Path(f"{every[0]}/manifest.json").read_text())["upstream"].rpartition("/")[2]
+    by_train = run("compare", trained, "--to", "out").out.splitlines()
+    assert by_train[1].startswith(Path(every[0]).name)  # the only evaluation of that training
+    assert len(run("compare", *every).out.splitlines()) == 5  # downstream, train and features differ as well
+
+
+def test_figures_that_are_missing(run_folder):
+    metrics = only(run_folder, "runs/evaluate/*/metrics.json")
+    found = json.loads(metrics.read_text())
+    del found["saes"]["model.layers.1"]["downstream"]
+    metrics.write_text(json.dumps(found))
+    shutil.rmtree("runs/train")  # pruned
+    ran = run("compare", str(metrics.parent))
+    assert ran.status == 0, ran.out
+    assert "–" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("names", "status", "message"),
+    [
+        (["0123456789ab"], 1, "'0123456789ab': neither a settings file"),
+        (["nowhere"], 1, "'nowhere': neither a settings file"),
+        ([TINY, "train.lr=0.5"], 1, "1 of 1 runs are not evaluated"),
+        (["train.lr=0.5"], 2, "name at least one run"),
+    ],
+)
+def test_what_cannot_be_compared(run_folder, names, status, message):
+    ran = run("compare", *names)
+    assert ran.status == status
+    assert message in ran.out
+    assert not Path("runs/compare").exists()
+
+
+def test_a_directory_of_another_stage(run_folder):
+    ran = run("compare", str(only(run_folder, "runs/train/*")))
+    assert ran.status == 1
+    assert "a train directory; compare takes those of evaluate" in ran.out
