@@ -249,6 +249,25 @@ def steer(
 
 
 @app.command()
+def push(
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub; made if absent.")],
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    runs: Root = DEFAULT_RUNS,
+    folder: Annotated[Path | None, typer.Option(help="The export; runs/export/FINGERPRINT by default.")] = None,
+    with_text: Annotated[bool, typer.Option("--with-text", help="Push pages with text of gated data too.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Push; without it, only show what would be pushed.")] = False,
+) -> None:
+    """Push an export and its figures to the hub; without --yes, only say what would be pushed."""
+    with _errors():
+        from pipeline import push as pushing
+
+        planned = pushing.plan_push(_find(config_file, overrides, runs), folder, with_text)
+        pushing.push(repository, planned, public=public, yes=yes, say=print)
+
+
+@app.command()
 def compare(
     targets: Annotated[
         list[str],

@@ -1,0 +1,95 @@
+"""`pipeline push`: an export, and what was measured of it, to a repository of the hub.
+
+Nothing leaves the machine without `yes`. Feature pages and the report hold text of the data sets: they are left
+out unless every source is known to be open, or the caller says so. The token is that of `hf auth login` or
+HF_TOKEN; it is passed on and never written.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from harvest.files import UserError
+from harvest.sources import hub_errors
+from pipeline.export import export_name
+from pipeline.manifest import is_complete
+from pipeline.stages import Runs
+from pipeline.terms import source_terms
+
+WITHOUT_TEXT = ("metrics.json",)  # of an evaluate directory
+
+
+class Push(NamedTuple):
+    """What would be pushed: place in the repository → file; and what is left out, with the reason."""
+
+    files: dict[str, Path]
+    left_out: list[str]
+
+
+def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Push:
+    """The files of an export and of the evaluations of its runs.
+
+    Raises UserError for a folder that is no export of ours.
+    """
+    from train.export import MARKER, read_marker
+
+    folder = folder or sweep[0].root / "export" / export_name(sweep)
+    if not folder.is_dir():
+        raise UserError(f"push: {folder}: there is no export; run `make export` with the same CONFIG and SET first")
+    files = {name: folder / name for name in sorted([*map(str, read_marker(folder)["files"]), MARKER])}
+    for name, path in files.items():
+        if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"push: {path}: not a file of the export ({name}); export anew with --force")
+    closed = [
+        f"{source.name} ({term.note})"
+        for source in sweep[0].config.sample.sources
+        if not (term := source_terms(source.path)).free
+    ]
+    left_out = []
+    for runs in sweep:
+        directory = runs.directory("evaluate")
+        if not is_complete(directory):
+            continue
+        place = f"evaluation/{directory.name}"
+        files |= {f"{place}/{name}": directory / name for name in WITHOUT_TEXT}
+        texts = [path for path in sorted(directory.rglob("*.html")) if not path.is_symlink()]
+        if closed and not with_text:
+            left_out.append(
+                f"{len(texts)} pages with text of {', '.join(closed)} in {directory}; --with-text pushes them"
+            )
+        else:
+            files |= {f"{place}/{path.relative_to(directory)}": path for path in texts}
+    return Push(files, left_out)
+
+
+def push(repository: str, planned: Push, *, public: bool, yes: bool, say: Callable[[str], None]) -> None:
+    """Show what would be pushed, and push it as one commit where `yes` is set.
+
+    A repository that is not there is made, private unless `public`. Raises UserError where nobody is logged in,
+    the token may not write, or the hub cannot be reached.
+    """
+    for place, path in planned.files.items():
+        say(f"{path.stat().st_size:>15,}  {place}")
+    for line in planned.left_out:
+        say(f"left out: {line}")
+    if not yes:
+        say(f"nothing was pushed to {repository}; --yes pushes these {len(planned.files)} files")
+        return
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not get_token():
+        raise UserError("push: nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN")
+    operations = [CommitOperationAdd(place, str(path)) for place, path in planned.files.items()]
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=not public, exist_ok=True)
+        commit = api.create_commit(repository, operations, commit_message="Push sparse autoencoders and their figures")
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        why = {401: "the token is not valid", 403: "the token may not write there"}.get(status, f"status {status}")
+        raise UserError(f"push: {repository}: the hub refuses: {why}; check `hf auth whoami` and the token") from None
+    except hub_errors() as error:
+        detail = f"{type(error).__name__}: {str(error)[:200]}"
+        raise UserError(f"push: {repository}: the hub cannot be reached, or takes no such name ({detail})") from None
+    say(str(commit.commit_url))
