@@ -289,7 +289,7 @@ def compare(
             raise config.SettingsError("compare: name at least one run or settings file")
 
         def of_settings(file: Path) -> list[Path]:
-            return [each.directory("evaluate") for each in _find(file, overrides, runs)]
+            return [each.directory("evaluate") for each in _find_any(file, overrides, runs)]
 
         folder = to or runs / "compare"
         for line in comparison.compare_runs(names, runs, of_settings, folder):

@@ -62,8 +62,9 @@ def _read(directory: Path) -> Evaluated:
         raise UserError(f"{directory / 'metrics.json'}: holds no figures of SAEs")
     settings: dict[str, Any] = {}
     for stage in STAGES:
-        here = directory if stage == "evaluate" else directory.parents[1] / stage / metrics["inputs"][stage]
-        if is_complete(here):  # a stage before may have been pruned
+        fingerprint = directory.name if stage == "evaluate" else metrics.get("inputs", {}).get(stage)
+        here = directory.parents[1] / stage / str(fingerprint)
+        if is_complete(here):  # a stage before may have been pruned; ingested activations have no sample
             settings |= _flat(read_json(here / MANIFEST)["settings"], stage)
     return Evaluated(directory.name, metrics, settings)
 
