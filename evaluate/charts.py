@@ -113,3 +113,39 @@ def points(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_la
             f"{escape(name)}</text>"
         )
     return frame.svg(title)
+
+
+def cells(
+    title: str, counts: Sequence[tuple[int, int, int]], size: int, floor: float, labels: tuple[str, str]
+) -> Markup:
+    """A density plot of two rates on log axes from `floor` to 0: (column, row, count), of `size` columns and rows.
+
+    The first column and row hold rates of zero.
+    """
+    side, left, bottom = 400, 62, 44
+    step = side / size
+    most = max((count for _, _, count in counts), default=1)
+
+    def at(exponent: float) -> float:
+        return (1 + (exponent - floor) / -floor * (size - 1)) * step
+
+    parts = [f'<line class="grid" x1="{left + step:.1f}" y1="{side - step:.1f}" x2="{left + side}" y2="0"/>']
+    for exponent in range(ceil(floor), 1):
+        x, y, text = left + at(exponent), side - at(exponent), f"10^{exponent}" if exponent else "1"
+        parts.append(f'<text x="{min(x, left + side - 6):.1f}" y="{side + 16}" text-anchor="middle">{text}</text>')
+        parts.append(f'<text x="{left - 6}" y="{max(y, 6) + 4:.1f}" text-anchor="end">{text}</text>')
+    for column, row, count in counts:
+        shade = 0.15 + 0.85 * (log10(count) / log10(most) if most > 1 else 1)
+        parts.append(
+            f'<rect x="{left + column * step:.1f}" y="{side - (row + 1) * step:.1f}" width="{step:.1f}" '
+            f'height="{step:.1f}" fill="{COLOURS[0]}" fill-opacity="{shade:.2f}"/>'
+        )
+    x_label, y_label = map(escape, labels)
+    middle = side / 2
+    parts.append(f'<text class="label" x="{left + middle}" y="{side + 36}" text-anchor="middle">{x_label}</text>')
+    parts.append(
+        f'<text class="label" x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">'
+        f"{y_label}</text>"
+    )
+    head = f'<svg viewBox="0 -8 {left + side + 8} {side + bottom + 8}" role="img" aria-label="{escape(title)}">'
+    return Markup(f"{head}<title>{escape(title)}</title>{''.join(parts)}</svg>")

@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from harvest.config import ComputeDtype, Device, Seed, Settings
+from harvest.config import ComputeDtype, Device, ModelConfig, Seed, Settings
 
-EVALUATE_VERSION = 2
+EVALUATE_VERSION = 3
 
 
 class DownstreamConfig(Settings):
@@ -62,6 +62,45 @@ class ReasonScoreConfig(Settings):
     ranks): 197 of 65,536, the paper's 200."""
 
 
+class SteeringConfig(Settings):
+    features: int = Field(default=3, ge=1)
+    """How many features are amplified, those of the highest ReasonScore."""
+    feature_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """These features instead."""
+    strengths: tuple[float, ...] = Field(default=(1.0, 2.0, 4.0), min_length=1)
+    """Times the feature's largest held-out activation; the text without (0) is written in any case."""
+    prompts: tuple[str, ...] = ()
+    """What the model is asked; the first `built_in_prompts` of evaluate/prompts.txt if empty."""
+    built_in_prompts: int = Field(default=6, ge=1, le=60)
+    """How many of the built-in prompts."""
+    words: tuple[str, ...] = ()
+    """Words that are counted in what it writes; those of reason_score if empty."""
+    max_new_tokens: int = Field(default=24, ge=1)
+    """Longest completion."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 takes the likeliest token; R1 wants 0.6."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sampling from the likeliest tokens that make up this probability."""
+    seed: Seed = 0
+    """Of sampling; the same for all strengths."""
+
+
+class DiffConfig(Settings):
+    sources: tuple[str, str] | None = None
+    """Two sources whose firing rates are compared; null takes the first two, if there are several."""
+    model: ModelConfig | None = None
+    """A second model of the same vocabulary and width (the base of a distilled one): it reads the same held-out
+    contexts. Enters the fingerprint by content, as `model` does."""
+    contexts: int = Field(default=64, ge=1)
+    """Held-out contexts that both models read, in order; all if there are fewer."""
+    batch_contexts: int = Field(default=4, ge=1)
+    """Contexts of one forward pass."""
+    present: float = Field(default=1e-3, gt=0, le=1)
+    """A feature appears on one side only where its rate is at least this there,"""
+    absent: float = Field(default=1e-5, gt=0, le=1)
+    """and below this on the other side."""
+
+
 class EvaluateRuntime(Settings):
     device: Device = "auto"
     """auto takes a GPU where there is one."""
@@ -110,11 +149,14 @@ class EvaluateConfig(Settings):
     """Cross-entropy with the SAE spliced into the model; null leaves it out."""
     features: FeaturesConfig | None = FeaturesConfig()
     """Pages of single features; null leaves them out."""
-
     reason_score: ReasonScoreConfig | None = ReasonScoreConfig()
     """Which features fire at words of reasoning (arXiv 2503.18878); null leaves it out."""
     also: tuple[PublishedSae, ...] = Field(default=(), json_schema_extra={"added": True})
     """SAEs of others, measured on the same held-out text for comparison."""
+    steering: SteeringConfig | None = SteeringConfig()
+    """What the features of the highest ReasonScore do to what the model writes; null leaves it out."""
+    diff: DiffConfig | None = DiffConfig()
+    """Firing rates on two sources of text, or under two models, against each other; null leaves it out."""
     runtime: EvaluateRuntime = EvaluateRuntime()
 
     @model_validator(mode="after")

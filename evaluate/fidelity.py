@@ -51,6 +51,7 @@ class Fidelity(NamedTuple):
 
     figures: dict[str, dict[str, dict[str, Any]]]
     density_F: np.ndarray  # part of the kept rows that a feature fires in
+    by_source: dict[str, tuple[int, np.ndarray]]  # kept rows of a source, and density_F on them
     mean_D: Tensor  # float64 mean of the kept rows
 
 
@@ -176,7 +177,7 @@ def fidelity(
         counted: {group: _Sums(blocks, sae.d_in, device) for group in groups}
         for counted in ("outliers_excluded", "all_rows")
     }
-    fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
+    fired_GF = torch.zeros(len(groups), sae.d_sae, dtype=torch.int64, device=device)
     for batch in batches:
         x_BD = batch.rows_BD.to(device).float()
         f_BF = sae.encode(x_BD * scale)
@@ -197,16 +198,19 @@ def fidelity(
         block_B = torch.from_numpy(batch.context_B % blocks).to(device)
         in_text_B = batch.context_B if len(context_source) else batch.context_B[:0]
         source_B = torch.from_numpy(context_source[in_text_B]).to(device)
-        fired_F += active_BF[kept_B].sum(0)
         for counted, by_group in sums.items():
             rows_B = kept_B if counted == "outliers_excluded" else torch.ones_like(kept_B)
             for number, group in enumerate(groups):
                 mask_B = rows_B if group == "all" else rows_B & (source_B == number - 1)
                 by_group[group].add(block_B[mask_B], x_BD[mask_B], per_row[mask_B])
+                if counted == "outliers_excluded":
+                    fired_GF[number] += active_BF[mask_B].sum(0)
     kept = sums["outliers_excluded"]["all"]
     figures = {counted: {g: s.figures() for g, s in by_group.items()} for counted, by_group in sums.items()}
-    rows = max(1, figures["outliers_excluded"]["all"]["rows"])
-    return Fidelity(figures, fired_F.cpu().numpy() / rows, kept.x_CD.sum(0).cpu() / rows)
+    rows = {group: figures["outliers_excluded"][group]["rows"] for group in groups}
+    density_GF = {g: fired_F / max(1, rows[g]) for g, fired_F in zip(groups, fired_GF.cpu().numpy(), strict=True)}
+    by_source = {source: (rows[source], density_GF[source]) for source in sources}
+    return Fidelity(figures, density_GF["all"], by_source, kept.x_CD.sum(0).cpu() / max(1, rows["all"]))
 
 
 def density_figures(density_F: np.ndarray) -> dict[str, Any]:

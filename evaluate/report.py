@@ -7,7 +7,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from evaluate.charts import bars, lines
+from evaluate.charts import bars, cells, lines
+from evaluate.diff import CELLS, FLOOR
+from evaluate.visible import visible
 from harvest.files import replacing
 from harvest.progress import duration
 
@@ -46,13 +48,14 @@ def write_report(
     environment = Environment(
         loader=PackageLoader("evaluate"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"figure": figure, "duration": duration}
+    environment.filters |= {"figure": figure, "duration": duration, "visible": visible}
     html = environment.get_template("report.html").render(
         metrics=metrics,
         paper=PAPER,
         fidelity_columns=FIDELITY_COLUMNS,
         downstream_rows=DOWNSTREAM_ROWS,
         charts={hook: _charts(metrics["saes"][hook], _lines(file)) for hook, file in curves.items()},
+        diff_charts={hook: _diff_charts(sae.get("diff", {})) for hook, sae in metrics["saes"].items()},
         manifests=manifests,
         settings={name: _flat(manifest["settings"]) for name, manifest in manifests.items()},
         numerics={name: _flat(manifest["numerics"]) for name, manifest in manifests.items()},
@@ -100,6 +103,14 @@ def _charts(figures: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, Any
         curve = [(log10(rank), score) for rank, score in figures["reason_score"]["curve"]]
         charts["ReasonScore"] = lines("Features by ReasonScore", {"score": curve}, "log10 of the rank", clip=False)
     return charts
+
+
+def _diff_charts(diff: dict[str, Any]) -> dict[str, Any]:
+    titles = {kind: f"Firing rates: {found['a']} against {found['b']}" for kind, found in diff.items()}
+    return {
+        kind: cells(titles[kind], found["cells"], CELLS, FLOOR, (f"rate, {found['a']}", f"rate, {found['b']}"))
+        for kind, found in diff.items()
+    }
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:

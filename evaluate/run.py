@@ -5,7 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluate import downstream, feature_pages, fidelity, intervals, reason_score
+from evaluate import diff, downstream, feature_pages, fidelity, intervals, reason_score, steering
 from evaluate.config import EvaluateConfig
 from evaluate.fidelity import Fidelity
 from evaluate.published import load_published
@@ -18,7 +18,7 @@ from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
 from harvest.files import UserError, write_json
 from harvest.language_model import HookedModel, load_model
 from harvest.sampling import Contexts
-from harvest.tokenizer import SegmentTokenizer, load_tokenizer
+from harvest.tokenizer import SegmentTokenizer, load_tokenizer, load_whole_tokenizer
 from train.checkpoint import SavedSae, load_sae
 from train.config import ExcludeConfig
 
@@ -30,6 +30,8 @@ ANALYSES: dict[str, Callable[[Subject, Fidelity], dict[str, Any] | None]] = {
     "downstream": downstream.analyse,
     "reason_score": reason_score.analyse,
     "feature_pages": feature_pages.analyse,
+    "steering": steering.analyse,
+    "diff": diff.analyse,
 }
 OF_ROWS = ("fidelity", "features", "statistics")  # those that need neither model nor text
 OF_OTHERS = (*OF_ROWS, "downstream")  # of the SAEs in evaluate.also
@@ -39,6 +41,8 @@ DEFINITIONS = {
     "downstream": downstream.DEFINITIONS,
     "reason_score": reason_score.DEFINITIONS,
     "feature_pages": feature_pages.DEFINITIONS,
+    "steering": steering.DEFINITIONS,
+    "diff": diff.DEFINITIONS,
 }
 
 
@@ -97,10 +101,15 @@ def run(
         assert model_config is not None
         return load_unembedding(model_config, model_commit, config.runtime.offline)
 
+    @cache
+    def chat_tokenizer() -> Any:
+        assert model_config is not None
+        return load_whole_tokenizer(model_config, model_commit, config.runtime.offline)
+
     def analysed(saved: SavedSae, analyses: Collection[str], name: str | None = None) -> dict[str, Any]:
         saved = saved._replace(sae=saved.sae.to(device))
-        shared = (store, exclude, contexts, context_source, model, tokenizer, unembedding, config, device, directory)
-        subject = Subject(saved, *shared, name)
+        once = (model, tokenizer, unembedding, chat_tokenizer)
+        subject = Subject(saved, store, exclude, contexts, context_source, *once, config, device, directory, name)
         heldout = fidelity.measure(subject)
         sections = {name: ANALYSES[name](subject, heldout) for name in analyses if name not in left_out}
         return {name: section for name, section in sections.items() if section is not None}

@@ -20,7 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluate.config import ReasonScoreConfig
+from evaluate.fidelity import Fidelity
 from evaluate.generation import Completion, Sampling, complete
+from evaluate.subject import Subject
 from harvest.activation_store import ActivationStore
 from harvest.files import UserError
 from harvest.language_model import HookedModel
@@ -37,6 +40,7 @@ DEFINITIONS = {
     "strength": "γ: γ x max_activation x W_dec,i / s is added to the activation at every position, of the prompt and "
     "of what is generated; s is the input scale",
     "max_activation": "largest activation of the feature on the kept held-out rows, in scaled units",
+    "words": "occurrences of the words in all completions",
     "words_per_100_tokens": "occurrences of the words in all completions, per 100 generated tokens",
     "tokens": "mean length of a completion in tokens, the end token not counted",
     "ended": "part of the completions that ended before the limit of new tokens",
@@ -54,6 +58,56 @@ class Steered(NamedTuple):
     strengths: tuple[float, ...]
     prompts: tuple[str, ...]
     completions: list[list[Completion]]  # [prompt][strength]
+
+
+def analyse(subject: Subject, _heldout: Fidelity) -> dict[str, Any] | None:
+    """Completions and figures under the features of the highest ReasonScore, or those of the setting; None where the
+    setting is null or no feature is chosen.
+
+    Raises UserError for features, strengths and prompts that cannot be used.
+    """
+    config = subject.config.steering
+    if config is None:
+        return None
+    check_strengths(config.strengths, "evaluate.steering.strengths")
+    check_features(config.feature_ids, subject.saved.sae.d_sae, "evaluate.steering.feature_ids")
+    wanted = config.feature_ids or _best_by_reason_score(subject, config.features)
+    if not wanted:
+        return None
+    maxima = max_activations(subject.store, subject.saved, subject.exclude, wanted)
+    prompts = config.prompts or built_in_prompts()[: config.built_in_prompts]
+    strengths = {strength for strength in config.strengths if strength}
+    score = subject.config.reason_score
+    words = config.words or (score or ReasonScoreConfig()).words
+    with subject.progress("steering", len(prompts) * (1 + len(wanted) * len(strengths)), "completions") as progress:
+        found = steer(
+            subject.model(),
+            subject.chat_tokenizer(),
+            subject.saved,
+            dict(zip(wanted, maxima, strict=True)),
+            config.strengths,
+            prompts,
+            Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed),
+            progress=progress,
+        )
+    features = [figures(steered, words) | {"examples": _examples(steered)} for steered in found]
+    return {"words": list(words), "max_new_tokens": config.max_new_tokens, "features": features}
+
+
+def _best_by_reason_score(subject: Subject, count: int) -> tuple[int, ...]:
+    path = subject.file("reason_score", ".npz")
+    if subject.config.reason_score is None or not path.exists():
+        return ()
+    with np.load(path, allow_pickle=False) as arrays:
+        best = np.argsort(-arrays["score"], kind="stable")[:count]
+        return tuple(int(i) for i in best if arrays["score"][i] > 0)
+
+
+def _examples(steered: Steered) -> list[dict[str, Any]]:
+    return [
+        {"prompt": prompt, "texts": [completion.text for completion in row]}
+        for prompt, row in zip(steered.prompts, steered.completions, strict=True)
+    ]
 
 
 def built_in_prompts() -> tuple[str, ...]:
@@ -94,11 +148,11 @@ def check_strengths(strengths: Sequence[float], setting: str) -> None:
             )
 
 
-def check_fit(model: HookedModel, saved: SavedSae) -> None:
+def check_fit(model: HookedModel, saved: SavedSae, name: str = "this model") -> None:
     """Raise UserError when the activation at the SAE's hook is of another width than the SAE's."""
     width = model.activations(torch.zeros(1, 1, dtype=torch.long))[saved.hook].shape[-1]
     if width != saved.sae.d_in:
-        raise UserError(f"the SAE has d_in {saved.sae.d_in}, but {saved.hook} of this model is {width} wide")
+        raise UserError(f"the SAE has d_in {saved.sae.d_in}, but {saved.hook} of {name} is {width} wide")
 
 
 def max_activations(

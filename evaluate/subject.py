@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ class Subject(NamedTuple):
     model: Callable[[], HookedModel]  # whole, with its head and the store's hooks; one for all SAEs
     tokenizer: Callable[[], SegmentTokenizer]
     unembedding: Callable[[], Unembedding]  # without the model
+    chat_tokenizer: Callable[[], Any]  # the same as transformers has it
     config: EvaluateConfig
     device: torch.device
     directory: Path  # where an analysis leaves its files

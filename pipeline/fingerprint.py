@@ -36,11 +36,12 @@ class Inputs(NamedTuple):
     sources: tuple[str, ...]
     activations: str | None = None
     also: tuple[str, ...] = ()  # evaluate.also
+    diff: str | None = None  # the second model of evaluate.diff
 
     def known(self, stage: str) -> dict[str, Any]:
-        """Those that there are; the SAEs of others concern evaluate alone."""
-        inputs = {name: value for name, value in self._asdict().items() if value}
-        return inputs if stage == "evaluate" else {k: v for k, v in inputs.items() if k != "also"}
+        """Those that there are; the SAEs of others and a second model concern evaluate alone."""
+        of_others = () if stage == "evaluate" else ("also", "diff")
+        return {name: value for name, value in self._asdict().items() if value and name not in of_others}
 
 
 def hashed_settings(settings: Settings) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def fingerprints(config: PipelineConfig | IngestedConfig, inputs: Inputs) -> dic
         del published["path"], published["revision"], published["file"]
         published["content"] = content
     parts["train"] = (hashed_settings(config.train), None)
-    parts["evaluate"] = (evaluate, None)
+    parts["evaluate"] = (_without_name(evaluate), inputs.diff)
     out: dict[str, str] = {}
     upstream = None
     for stage, (settings, content) in parts.items():
@@ -90,6 +91,12 @@ def fingerprints(config: PipelineConfig | IngestedConfig, inputs: Inputs) -> dic
     return out
 
 
+def _without_name(evaluate: dict[str, Any]) -> dict[str, Any]:
+    """The settings of evaluate, whose second model enters by content."""
+    diff = evaluate.get("diff")
+    return evaluate | {"diff": diff | {"model": None}} if diff and diff["model"] else evaluate
+
+
 def find_inputs(config: PipelineConfig | IngestedConfig, runs: Path) -> Inputs:
     """Identify model and data, or activations; hashes and resolved commits are remembered in runs/.inputs.json.
 
@@ -97,16 +104,19 @@ def find_inputs(config: PipelineConfig | IngestedConfig, runs: Path) -> Inputs:
     """
     memory = _Memory(runs / ".inputs.json")
     also = tuple(_published_identity(i, published, memory) for i, published in enumerate(config.evaluate.also))
+    second = config.evaluate.diff.model if config.evaluate.diff else None
+    identity = _model_identity(second, WEIGHT_FILES, memory, "evaluate.diff.model.name") if second else None
     if isinstance(config, IngestedConfig):
         parts = [[file for path in paths for file in files_within(path)] for paths in ingest_files(config.ingest)]
         hashes = [memory.files_hash(files) for files in parts if files]
         memory.save()
-        return Inputs(None, None, (), "+".join(hashes), also)
+        return Inputs(None, None, (), "+".join(hashes), also, identity)
     inputs = Inputs(
         _model_identity(config.model, TOKENIZER_FILES, memory),
         _model_identity(config.model, WEIGHT_FILES, memory),
         tuple(_source_identity(i, source, memory) for i, source in enumerate(config.sample.sources)),
         also=also,
+        diff=identity,
     )
     memory.save()
     return inputs
@@ -197,16 +207,16 @@ def _page(kind: str, name: str) -> str:
     return f"datasets/{name}" if kind == "dataset" else name
 
 
-def _model_identity(model: ModelConfig, files: re.Pattern[str], memory: _Memory) -> str:
+def _model_identity(model: ModelConfig, files: re.Pattern[str], memory: _Memory, setting: str = "model.name") -> str:
     folder = Path(model.name)
     if not folder.is_dir():
         if looks_local(model.name):
-            raise UserError(f"model.name: {model.name!r}: no such folder{_setup_hint(model.name)}")
-        return memory.commit("model", model.name, model.revision, "model.name")
+            raise UserError(f"{setting}: {model.name!r}: no such folder{_setup_hint(model.name)}")
+        return memory.commit("model", model.name, model.revision, setting)
     found = sorted(path for path in folder.iterdir() if files.fullmatch(path.name))
     if not (folder / "config.json").exists() or not found:
         raise UserError(
-            f"model.name: {model.name!r}: needs config.json, *.safetensors and tokenizer files; "
+            f"{setting}: {model.name!r}: needs config.json, *.safetensors and tokenizer files; "
             f"nothing there matches {files.pattern!r}"
         )
     return memory.files_hash(found)

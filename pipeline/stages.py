@@ -13,6 +13,7 @@ from typing import Any, Generic, NamedTuple
 
 from typing_extensions import TypeVar
 
+from evaluate.config import EvaluateConfig
 from harvest.files import UserError, is_locked, locked, read_json
 from harvest.workers import Workers
 from pipeline.config import IngestedConfig, PipelineConfig
@@ -217,7 +218,17 @@ def _run_one(stage: str, runs: AnyRuns, begin_run: Begin) -> dict[str, Any]:
     manifests = {name: read_json(here(name) / MANIFEST) for name in STAGES[:3]}
     upstream = evaluate.Upstream(here("sample"), here("harvest"), here("train"), manifests)
     also = [resolved_commit(identity) for identity in inputs.also]
-    return evaluate.run(config.model, commit, config.evaluate, also, upstream, here("evaluate"), begin_run)
+    return evaluate.run(
+        config.model, commit, _resolved(config.evaluate, inputs), also, upstream, here("evaluate"), begin_run
+    )
+
+
+def _resolved(config: EvaluateConfig, inputs: Inputs) -> EvaluateConfig:
+    """The settings with the second model's branch as the commit that the fingerprint holds."""
+    if not config.diff or not config.diff.model or not inputs.diff:
+        return config
+    model = config.diff.model.model_copy(update={"revision": resolved_commit(inputs.diff)})
+    return config.model_copy(update={"diff": config.diff.model_copy(update={"model": model})})
 
 
 def _run_ingested(stage: str, config: IngestedConfig, runs: AnyRuns, begin_run: Begin) -> dict[str, Any]:

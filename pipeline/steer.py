@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from evaluate.config import EvaluateConfig, ReasonScoreConfig
 from evaluate.visible import visible
 from harvest.files import UserError, write_json
 from pipeline.config import SettingsError
@@ -171,6 +172,5 @@ def _plain(steered: Any) -> list[list[dict[str, Any]]]:
     return [[completion._asdict() for completion in row] for row in steered.completions]
 
 
-def _default_words(settings: Any) -> tuple[str, ...]:
-    score = getattr(settings, "reason_score", None)
-    return score.words if score else ("therefore", "however", "maybe", "perhaps", "wait")
+def _default_words(settings: EvaluateConfig) -> tuple[str, ...]:
+    return (settings.reason_score or ReasonScoreConfig()).words

@@ -180,7 +180,7 @@ def test_no_word_at_all_is_said(run_folder):
     found = json.loads((folder / "metrics.json").read_text())["saes"][HOOK]["reason_score"]
     assert "none of the words zebra stands in the text" in found["message"]
     assert found["message"] in (folder / "report.html").read_text()
-    assert not list(folder.glob("*.npz"))
+    assert not list(folder.glob("reason_score*"))
 
 
 def test_bad_settings_are_named(run_folder):
