@@ -15,7 +15,7 @@ RUN = OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=10000000
 LAUNCH = $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-node $(PROCS) -m pipeline,$(RUN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all harvest train eval status verify prune dry-run export test test-browser chromium check
+.PHONY: help setup all harvest train eval status verify prune estimate dry-run export test test-browser chromium check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -57,6 +57,9 @@ status: setup ## which stage is complete, which would run, and why
 
 verify: setup ## read every byte of the store; what is bad is made anew by the next harvest
 	@$(RUN) verify --config $(CONFIG) $(SET)
+
+estimate: setup ## what CONFIG needs: disk, memory, hours, from a short measurement of this machine
+	@$(RUN) estimate --config $(CONFIG) $(SET)
 
 dry-run: setup ## rehearse every stage of CONFIG in a minute, on a narrow random model and made-up text
 	@$(RUN) dry-run --config $(CONFIG) $(SET)

@@ -199,7 +199,7 @@ def load_model(
     points = {hook: find_hook(skeleton, hook) for hook in hooks}
     config = skeleton.config
     if not with_head:
-        _slice_layers(config.get_text_config(), max(point.layers for point in points.values()))
+        slice_layers(config.get_text_config(), max(point.layers for point in points.values()))
     loader = AutoModelForCausalLM if with_head else AutoModel
     try:
         loaded: Any = loader.from_pretrained(
@@ -230,7 +230,7 @@ def _where(model: ModelConfig, commit: str | None, offline: bool) -> dict[str, A
     return {"revision": commit, "local_files_only": offline or local, "trust_remote_code": False}
 
 
-def _slice_layers(config: Any, layers: int) -> None:
+def slice_layers(config: Any, layers: int) -> None:
     """Make a configuration of the first decoder layers; per-layer lists are cut alike."""
     total = config.num_hidden_layers
     for name, value in config.to_dict().items():

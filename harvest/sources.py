@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from harvest.config import IngestConfig, Source
 from harvest.files import UserError
+from harvest.hub import hub_answers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,7 +60,7 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
         builder, options = kinds.pop(), {"data_files": [str(path) for path in files], "split": "train"}
     else:
         builder, options = source.path, {"name": source.subset, "revision": commit, "split": source.split}
-        if offline:
+        if offline or not hub_answers():
             datasets_config.HF_HUB_OFFLINE = True
     try:
         return datasets.load_dataset(builder, **options)
@@ -70,11 +71,23 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
                 "then `hf auth login` or set HF_TOKEN"
             ) from None
         raise UserError(f"{where}: not on the hub at this revision, or private: {_first_line(error)}") from None
-    except (ConnectionError, TimeoutError) as error:
-        raise UserError(f"{where}: the hub cannot be reached and its cache lacks it: {_first_line(error)}") from None
+    except (ConnectionError, TimeoutError):
+        setting = "sample.runtime.offline is set" if offline else "the hub does not answer"
+        raise UserError(
+            f"{where}: not in the local cache, and {setting}; go online once, or point at local .jsonl or "
+            ".parquet files of the same columns"
+        ) from None
     except (DatasetGenerationError, FileNotFoundError, RuntimeError, ValueError) as error:
         cause = error.__cause__ or error
         raise UserError(f"{where}: cannot be read as {builder}: {_first_line(cause)}") from None
+    except Exception as error:
+        if files or (isinstance(error, OSError) and error.errno):  # ours, or the disk's
+            raise
+        # The hub's client raises what its HTTP library does, which is none of Python's own errors.
+        raise UserError(
+            f"{where}: the hub failed to give it ({type(error).__name__}: {_first_line(error)}); the same command "
+            "again goes on with what was fetched"
+        ) from None
 
 
 def _first_line(error: BaseException) -> str:

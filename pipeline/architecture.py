@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from harvest.config import ModelConfig
 from harvest.files import UserError
+from harvest.hub import hub_answers
 from harvest.language_model import Skeleton, load_skeleton
 
 SHIPPED = Path(__file__).resolve().parent.parent / "configs" / "models"
-HUB_SECONDS = 3.0  # what the hub gets to answer; its own client tries for half a minute
 
 
 class Architecture(NamedTuple):
@@ -48,17 +48,3 @@ def find_architecture(model: ModelConfig, offline: bool) -> Architecture:
 def shipped_folder(model: ModelConfig) -> Path:
     """Where the facts of a hub model would stand."""
     return SHIPPED / model.name.replace("/", "--")
-
-
-def hub_answers() -> bool:
-    """Whether the hub can be asked now."""
-    import httpx
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        httpx.head(constants.ENDPOINT, timeout=HUB_SECONDS)
-    except httpx.HTTPError:
-        return False
-    return True

@@ -345,6 +345,17 @@ def prune(
         pruning.prune(runs, directories, used, _asker(yes), print)
 
 
+@app.command()
+def estimate(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFIG, runs: Root = DEFAULT_RUNS) -> None:
+    """Say what these settings need (disk, memory, hours) from a short measurement of this machine."""
+    with _errors(runs):
+        settings = _load(config_file, overrides)
+        from pipeline.estimate import estimate as lines
+
+        for line in lines(settings, runs):
+            print(line)
+
+
 @app.command("dry-run")
 def dry_run(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFIG, runs: Root = DEFAULT_RUNS) -> None:
     """Rehearse every stage of these settings in a minute, on a narrow random model and made-up text."""

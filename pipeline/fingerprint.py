@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from evaluate.config import EVALUATE_VERSION, PublishedSae
 from harvest.config import HARVEST_VERSION, SAMPLE_VERSION, ModelConfig, Settings, Source
 from harvest.files import UserError, read_json, write_json
+from harvest.hub import hub_answers
 from harvest.progress import Progress
 from harvest.sources import files_within, hub_errors, ingest_files, local_files, looks_local
 from pipeline.config import IngestedConfig, PipelineConfig
@@ -182,6 +183,12 @@ def _resolve(kind: str, name: str, branch: str, setting: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    no_answer = (
+        f"{setting}: {name!r} is no local path, and the hub does not answer for its branch {branch!r}; go online once, "
+        "or set the revision to a full commit hash"
+    )
+    if not hub_answers():
+        raise UserError(no_answer)
     try:
         commit = HfApi().repo_info(name, repo_type=kind, revision=branch, timeout=20).sha
     except GatedRepoError:
@@ -194,10 +201,7 @@ def _resolve(kind: str, name: str, branch: str, setting: str) -> str:
             f"{setting}: {name!r}: neither a local path nor a {kind} on the hub (or one that needs HF_TOKEN)"
         ) from None
     except hub_errors() as error:
-        raise UserError(
-            f"{setting}: {name!r} is no local path, and the hub does not answer for its branch {branch!r} "
-            f"({type(error).__name__}); go online once, or set the revision to a full commit hash"
-        ) from None
+        raise UserError(f"{no_answer} ({type(error).__name__})") from None
     if not commit or not COMMIT.fullmatch(commit):
         raise UserError(f"{setting}: the hub gives no commit for {name!r} at {branch!r}")
     return commit

@@ -18,7 +18,7 @@ from harvest.files import UserError, locked, read_json, write_json
 from harvest.workers import wait_until
 
 BEGUN, MANIFEST = "begun.json", "manifest.json"
-STARTS_OVER = ("sample", "evaluate")  # stages that keep nothing of an interrupted run
+STARTS_OVER = ("evaluate",)  # stages that keep nothing of an interrupted run
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "zarr", "numpy", "safetensors")
 
 

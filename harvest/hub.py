@@ -1,0 +1,20 @@
+"""Whether the hub can be asked now. Its own client tries for half a minute before it says no."""
+
+from functools import cache
+
+SECONDS = 3.0  # that the hub gets to answer
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the hub answers, through the client's own settings (endpoint, proxies, HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=SECONDS)
+    except Exception:  # of whatever HTTP library the client has: it is none of Python's own errors
+        return False
+    return True

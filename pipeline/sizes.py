@@ -1,0 +1,83 @@
+"""What follows from the settings and the shape of the model alone: how large everything is that they make."""
+
+from typing import Any, NamedTuple
+
+from harvest.activation_store import Geometry
+from harvest.disk import shard_bytes
+from harvest.language_model import find_hook
+from pipeline.architecture import Architecture
+from pipeline.config import PipelineConfig
+from train.training import total_steps
+
+
+class Sizes(NamedTuple):
+    """Bytes, unless said otherwise."""
+
+    geometry: Geometry
+    layers: int  # decoder layers up to the last hook
+    flop_per_token: float  # of those layers
+    parameters: int  # of those layers and the embedding
+    context: int  # of one context in a forward pass, at 4 bytes an element
+    d_sae: int
+    steps: int
+    saes: int  # in a sweep
+    contexts: int  # the packed tokens; twice as much while sampling
+    shard: int
+    sae: int  # weights of one SAE
+    checkpoint: int
+
+    @property
+    def holdout(self) -> int:
+        return self.shard * self.geometry.holdout_shards
+
+    @property
+    def store(self) -> int:
+        return self.shard * self.geometry.train_shards + self.holdout
+
+    def trained(self, keep_last: int, saes: int) -> int:
+        """Checkpoints, one more than are kept for a moment, and the last and the best SAE, of every hook."""
+        return len(self.geometry.hooks) * saes * ((keep_last + 1) * self.checkpoint + 2 * self.sae)
+
+
+def sizes(config: PipelineConfig, shape: Architecture) -> Sizes:
+    """Sizes for these settings.
+
+    Raises UserError when the model does not have a hook.
+    """
+    sample, train, hooks = config.sample, config.train, config.harvest.hooks
+    text = shape.skeleton.config.get_text_config()
+    d_in = text.hidden_size
+    layers = max(find_hook(shape.skeleton, hook).layers for hook in hooks)
+    model: Any = shape.skeleton.model
+    run = list(model.get_submodule(shape.skeleton.layer_list))[:layers]
+    matrices = [p for layer in run for p in layer.parameters() if p.dim() == 2]
+    widest = max(max(p.shape) for p in matrices)
+    # Causal attention reads half of the context on average, twice (scores, values), 2 FLOP each.
+    attention = 2 * sample.context_size * d_in * layers
+    geometry = Geometry(
+        hooks=hooks,
+        d_in=d_in,
+        context_size=sample.context_size,
+        shard_contexts=sample.shard_contexts,
+        chunk_rows=config.harvest.chunk_rows,
+        train_shards=sample.shards("train"),
+        holdout_shards=sample.shards("holdout"),
+        stored=config.harvest.stored,
+    )
+    d_sae = max(single.sae.width(d_in) for single in train.expanded())
+    rows = geometry.train_shards * geometry.shard_rows
+    sae_parameters = 2 * d_in * d_sae + d_in + d_sae
+    return Sizes(
+        geometry,
+        layers,
+        2 * sum(p.numel() for p in matrices) + attention,
+        sum(p.numel() for layer in run for p in layer.parameters()) + model.get_input_embeddings().weight.numel(),
+        sample.context_size * (6 * d_in + 3 * widest) * 4,
+        d_sae,
+        total_steps(train, rows),
+        len(train.expanded()),
+        8 * (geometry.train_shards + geometry.holdout_shards) * geometry.shard_rows,
+        shard_bytes(geometry),
+        4 * sae_parameters,
+        12 * sae_parameters + 8 * d_sae,
+    )

@@ -1,0 +1,121 @@
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, only, pipeline
+
+from harvest.activation_store import ActivationStore
+from pipeline import estimate
+from pipeline.architecture import find_architecture
+from pipeline.config import load
+from pipeline.measure import Measured, Rate, measure_disk
+
+R1 = ROOT / "configs" / "r1-llama-8b.yaml"
+SLOW = Rate(1e8, "measured")
+CPU = Measured("a CPU", False, 4, 10**10, SLOW, SLOW, Rate(3.0, "measured"), Rate(250.0, "m"), Rate(50.0, "m"))
+GPU = CPU._replace(
+    device="a GPU",
+    is_gpu=True,
+    element=2,
+    memory=80 * 10**9,
+    disk_write=Rate(1e12, "measured"),
+    disk_read=Rate(1e12, "measured"),
+    forward=Rate(50_000.0, "measured"),
+    dense_step=Rate(0.016, "m"),
+    sparse_step=Rate(0.016, "m"),
+)
+
+
+def lines(measured: Measured, *overrides: str, free: int = 10**13) -> str:
+    config = load(R1, list(overrides))
+    shape = find_architecture(config.model, offline=True)
+    return "\n".join(estimate.plan(config, shape, estimate.sizes(config, shape), measured, free, Path("runs")))
+
+
+def test_sizes_of_the_papers_run():
+    """The figures of docs/scaling.md."""
+    config = load(R1, [])
+    s = estimate.sizes(config, find_architecture(config.model, offline=True))
+    assert s.layers == 20
+    assert s.parameters == 20 * 218_112_000 + 128_256 * 4096
+    assert s.flop_per_token == pytest.approx(20 * 2 * 218_103_808 + 20 * 2 * 1024 * 4096)
+    assert (s.geometry.train_shards, s.geometry.holdout_shards, s.steps) == (15_258, 16, 200_000)
+    assert s.store / 1e12 == pytest.approx(8.21, abs=0.01)
+    assert s.checkpoint / 1e9 == pytest.approx(6.4, abs=0.05)
+    assert s.sae == 4 * (2 * 4096 * 65_536 + 4096 + 65_536)
+
+
+def test_a_gpu_that_is_there_is_not_assumed():
+    text = lines(GPU)
+    assert "assumed" not in text
+    assert "warning" not in text
+    full, stream, again = (next(line for line in text.splitlines() if line.startswith(f"  {n}")) for n in WAYS)
+    # 999,948,288 tokens at 50,000/s and 200,000 steps of 16 ms; five SAEs take five times the steps.
+    assert full.split()[2:6] == ["8.2", "TB", "6h26m", "10h00m"]
+    # 819.2M tokens are enough for training as it goes.
+    assert stream.split()[1:5] == ["178", "GB", "5h26m", "8h59m"]
+    assert "5h26m    27h12m" in again
+
+
+WAYS = ("full store", "stream", "regenerate")
+
+
+def test_what_does_not_fit_is_said_and_nothing_is_refused():
+    text = lines(CPU, free=10**12)
+    assert "warning: the disk of runs lacks 7.3 TB; harvest will refuse to start" in text
+    assert "warning: harvest.batch_contexts=16 does not fit into 10 GB" in text
+    assert "warning: training does not fit into 10 GB" in text
+    assert text.count("warning: training would be bound by the disk here") == 1  # of the assumed H100
+    assert "one H100 (assumed, not measured)" in text
+    assert "53,847 tokens/s; assumed: 60% of 798 TFLOP/s" in text
+    assert "in all             8.3 TB; free in runs: 1 TB" in text
+
+
+def test_a_bounded_disk_serves_one_epoch_alone():
+    text = lines(GPU, "train.training_tokens=3_000_000_000")
+    assert "one epoch only" in next(line for line in text.splitlines() if line.startswith("  stream"))
+
+
+def test_the_largest_batch_divides_a_shard():
+    assert estimate.largest_batch(64, 40.0, 1) == 32
+    assert estimate.largest_batch(48, 20.0, 1) == 16
+    assert estimate.largest_batch(64, 0.5, 1) == 0
+
+
+def test_it_measures_this_machine_and_leaves_nothing(finished, fresh_folder, monkeypatch):
+    monkeypatch.setattr("pipeline.measure.DISK_BYTES", 1 << 20)
+    ran = pipeline("estimate")
+    assert ran.status == 0, ran.out
+    assert "measured, the model on 1 x 16 tokens" in ran.out
+    assert "assumed" not in ran.out  # nothing is, of so narrow a model
+    assert not list(Path("runs").iterdir())
+    store = ActivationStore.open(only(finished, "runs/harvest/*/store"))
+    config = load(ROOT / "configs" / "tiny.yaml", [])
+    s = estimate.sizes(config, find_architecture(config.model, offline=True))
+    assert s.geometry == store.geometry
+    checkpoint = next(finished.glob("runs/train/*/model.layers.1/checkpoints/*/tensors.safetensors"))
+    assert s.checkpoint == pytest.approx(checkpoint.stat().st_size, rel=0.05)
+
+
+def test_a_model_that_is_not_here_is_measured_by_a_layer(fresh_folder, monkeypatch):
+    """The real shape is too large for a test; the same path with a narrow one."""
+    from harvest.device import resolve_device, resolve_dtype
+    from pipeline import measure
+
+    config = load(ROOT / "configs" / "tiny.yaml", [])
+    shape = find_architecture(config.model, offline=True)._replace(has_model=False)
+    device = resolve_device("cpu")
+    found = measure._forward(config, shape, 2, device, resolve_dtype("float32", device), 10**9)
+    assert "one layer of this shape with random weights, 1 x 16 tokens, times 2 layers" in found.how
+    assert found.value
+    assert measure._forward(config, shape, 2, device, resolve_dtype("float32", device), 1000).value is None
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch):
+    def refuse(**_more):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    write, read = measure_disk(tmp_path)
+    assert write.value is read.value is None
+    assert "Read-only file system" in write.how
+    assert not list(tmp_path.iterdir())
