@@ -1,6 +1,7 @@
 """What a stage is after kill -9 at random moments, and a harvest after its disk was full or read-only.
 
     python benchmarks/faults.py --stage train --kills 20
+    python benchmarks/faults.py --stage train --kills 20 --signal INT
     python benchmarks/faults.py --stage harvest --kills 30 --workers 2
     unshare -Urm python benchmarks/faults.py --disk
 
@@ -85,12 +86,14 @@ def prepared(stage: str, base: Path, undisturbed: Path) -> tuple[float, dict[str
     return run_to_end(stage, undisturbed), result(stage, undisturbed)
 
 
-def killed_once(stage: str, cwd: Path, workers: int, seconds: float, rng: random.Random, said: Counter) -> bool:
+def killed_once(
+    stage: str, cwd: Path, options: argparse.Namespace, seconds: float, rng: random.Random, said: Counter
+) -> bool:
     """Start the workers and kill one or all of them at a random moment; whether any was still there to be killed.
 
     Those that are left go on to their own end; how they ended is counted.
     """
-    before = work_done(stage, cwd)
+    before, workers = work_done(stage, cwd), options.workers
     processes = [pipeline(stage, cwd, rank, workers) for rank in range(workers)]
     while any(p.poll() is None for p in processes) and work_done(stage, cwd) == before:
         time.sleep(0.01)
@@ -98,7 +101,7 @@ def killed_once(stage: str, cwd: Path, workers: int, seconds: float, rng: random
     victims = [rng.randrange(workers)] if workers > 1 and rng.random() < 0.7 else list(range(workers))
     alive = [rank for rank in victims if processes[rank].poll() is None]
     for rank in alive:
-        processes[rank].send_signal(signal.SIGKILL)
+        processes[rank].send_signal(getattr(signal, f"SIG{options.signal}"))
     for rank, process in enumerate(processes):
         errors = process.communicate(timeout=PATIENCE)[1]
         if rank not in alive and alive:
@@ -117,7 +120,7 @@ def kills(options: argparse.Namespace, temporary: Path) -> dict:
     while count < options.kills:
         folder = temporary / f"killed-{finished}"
         shutil.copytree(temporary / "base", folder)
-        while count < options.kills and killed_once(stage, folder, options.workers, seconds, rng, said):
+        while count < options.kills and killed_once(stage, folder, options, seconds, rng, said):
             count += 1
             moments.append(work_done(stage, folder))
             print(f"kill {count} of {options.kills}, run {finished + 1}", file=sys.stderr, flush=True)
@@ -126,7 +129,8 @@ def kills(options: argparse.Namespace, temporary: Path) -> dict:
         equal += result(stage, folder) == expected
         print(f"{equal} of {finished} runs equal the undisturbed one", file=sys.stderr, flush=True)
         shutil.rmtree(folder)
-    figures = {"stage": stage, "workers": options.workers, "seed": options.seed, "kills": count, "runs": finished}
+    settings = {name: getattr(options, name) for name in ("stage", "signal", "workers", "seed")}
+    figures = settings | {"kills": count, "runs": finished}
     return figures | {"byte_identical": equal, "kills_at": moments, "survivors": dict(said)}
 
 
@@ -167,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=["harvest", "train"], default="harvest")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--signal", choices=["KILL", "INT", "TERM"], default="KILL")
     parser.add_argument("--workers", type=int, default=1, help="processes that share a harvest")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--disk", action="store_true", help="the disk's faults in place of kills")
