@@ -97,7 +97,7 @@ def killed_once(
     processes = [pipeline(stage, cwd, rank, workers) for rank in range(workers)]
     while any(p.poll() is None for p in processes) and work_done(stage, cwd) == before:
         time.sleep(0.01)
-    time.sleep(rng.uniform(0, 0.3 * seconds))
+    time.sleep(rng.uniform(0, 0.1 * seconds))
     victims = [rng.randrange(workers)] if workers > 1 and rng.random() < 0.7 else list(range(workers))
     alive = [rank for rank in victims if processes[rank].poll() is None]
     for rank in alive:
