@@ -18,6 +18,7 @@ from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
 from harvest.files import UserError, write_json
 from harvest.language_model import HookedModel, load_model
 from harvest.sampling import Contexts
+from harvest.store_files import files_of
 from harvest.tokenizer import SegmentTokenizer, load_tokenizer, load_whole_tokenizer
 from train.checkpoint import SavedSae, load_sae
 from train.config import ExcludeConfig
@@ -76,7 +77,7 @@ def run(
     dtype = resolve_dtype(config.downstream.compute_dtype if config.downstream else "auto", device)
     threads = set_threads(config.runtime.threads, device)
     begin(numerics(device, dtype, threads=threads if device.type == "cpu" else None))
-    store = ActivationStore.open(upstream.harvest / "store")
+    store = ActivationStore.open(files_of(upstream.harvest))
     store.check_complete(("holdout",))
     contexts = Contexts(upstream.sample / "contexts") if upstream.sample else NoText()
     context_source = contexts.read("holdout", "source", 0, contexts.count("holdout"))

@@ -15,6 +15,7 @@ checksums of the shard's record, so files that traded places are found as well.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,12 @@ import numpy as np
 
 from harvest.array_files import ArrayFiles, StoredArray
 from harvest.direct_io import CRC_BYTES, REDO, damaged
-from harvest.files import UserError, read_json, write_json
+from harvest.files import UserError
+from harvest.store_files import Files, local_or, read_store_json, write_store_json
 from harvest.store_layout import PROVENANCE, SPLITS, Geometry, slug, stored_arrays
 from harvest.stored_forms import FILL, FORMS, dequantize, quantized, row_arrays
 
 SCHEMA = 1
-READERS = 4  # threads that read chunks; one alone does not fill a disk's queue
 
 
 class ShardRows(NamedTuple):
@@ -42,18 +43,25 @@ class ShardRows(NamedTuple):
 
 
 class ActivationStore:
-    """A store on disk. `create` makes or checks its metadata, `open` finds it; shards come and go by number."""
+    """A store in a folder or a bucket.
 
-    def __init__(self, path: Path, geometry: Geometry, attributes: Mapping[str, Any], direct: bool = True) -> None:
+    `create` makes or checks its metadata, `open` finds it; shards come and go by number.
+    """
+
+    def __init__(
+        self, place: Path | Files, geometry: Geometry, attributes: Mapping[str, Any], direct: bool = True
+    ) -> None:
         """`direct=False` reads and writes every file with the zarr API: the plain twin."""
-        self.path, self.geometry, self.attributes = path, geometry, attributes
-        self._files = ArrayFiles(path, direct)
+        self.geometry, self.attributes = geometry, attributes
+        self.files = local_or(place)
+        self.path = self.files.place()  # or its URL
+        self._array_files = ArrayFiles(self.files, direct)
         self._arrays = {split: stored_arrays(geometry, split) for split in SPLITS}
         self._checksums: dict[str, bytes] = {}  # of files that were found to be those of the records
 
     @classmethod
     def create(
-        cls, path: Path, geometry: Geometry, attributes: Mapping[str, Any], direct: bool = True
+        cls, place: Path | Files, geometry: Geometry, attributes: Mapping[str, Any], direct: bool = True
     ) -> "ActivationStore":
         """Write the metadata of a new store, or find the equal one that is there.
 
@@ -63,27 +71,30 @@ class ActivationStore:
         described["hooks"] = list(geometry.hooks)
         if geometry.stored == FORMS[0]:
             del described["stored"]  # as in the stores that were made before there were other forms
-        if (path / "created.json").exists():
-            store = cls.open(path, direct)
+        files = local_or(place)
+        if files.size("created.json") is not None:
+            store = cls.open(files, direct)
             if dict(store.attributes) != described:
-                raise UserError(f"{path}: holds a store of another shape or model; delete it or use another --runs")
+                raise UserError(
+                    f"{store.path}: holds a store of another shape or model; delete it or use another --runs"
+                )
             return store
-        store = cls(path, geometry, described, direct)
-        store._files.create([array for split in SPLITS for array in store._arrays[split].values()], described)
-        for split in SPLITS:
-            (path / split / "shards").mkdir()
-        write_json(path / "created.json", {"schema": SCHEMA})
+        store = cls(files, geometry, described, direct)
+        store._array_files.create([array for split in SPLITS for array in store._arrays[split].values()], described)
+        write_store_json(files, "created.json", {"schema": SCHEMA})
         return store
 
     @classmethod
-    def open(cls, path: Path, direct: bool = True) -> "ActivationStore":
+    def open(cls, place: Path | Files, direct: bool = True) -> "ActivationStore":
         """A store whose metadata is complete.
 
         Raises UserError when there is none, or it is of a newer schema.
         """
-        if not (path / "created.json").exists():
+        files = local_or(place)
+        path = files.place()
+        if files.size("created.json") is None:
             raise UserError(f"{path}: no activation store there, or one that was never begun properly")
-        attributes = read_json(path / "zarr.json").get("attributes", {})
+        attributes = read_store_json(files, "zarr.json").get("attributes", {})
         if attributes.get("schema") != SCHEMA:
             raise UserError(f"{path}: store of schema {attributes.get('schema')}; this code reads {SCHEMA}")
         if attributes.get("stored", FORMS[0]) not in FORMS:
@@ -95,20 +106,36 @@ class ActivationStore:
             values["stored"] = attributes.get("stored", FORMS[0])
             geometry = Geometry(**{**values, "hooks": tuple(values["hooks"])})
         except (KeyError, TypeError):
-            raise UserError(f"{path / 'zarr.json'}: its attributes do not describe a store; it was damaged") from None
-        return cls(path, geometry, attributes, direct)
+            raise UserError(
+                f"{files.place('zarr.json')}: its attributes do not describe a store; it was damaged"
+            ) from None
+        return cls(files, geometry, attributes, direct)
 
-    def record_path(self, split: str, shard: int) -> Path:
-        return self.path / split / "shards" / f"{shard:05d}.json"
+    def record_path(self, split: str, shard: int) -> Path | str:
+        """Place of a shard's record: path or URL."""
+        return self.files.place(_record_name(split, shard))
 
     def record(self, split: str, shard: int) -> dict[str, Any]:
         """What was written about a shard when it was complete."""
-        return read_json(self.record_path(split, shard))
+        return read_store_json(self.files, _record_name(split, shard))
+
+    def records(self, split: str) -> list[dict[str, Any]]:
+        """Those of all shards of a split, in order."""
+        with ThreadPoolExecutor(self.files.readers, "store-reader") as readers:
+            return list(readers.map(partial(self.record, split), range(self.geometry.shards(split))))
+
+    def is_complete(self, split: str, shard: int) -> bool:
+        """Whether a shard is wholly written."""
+        return self.files.size(_record_name(split, shard)) is not None
+
+    def forget(self, split: str, shard: int) -> None:
+        """Delete a shard's record, so that the shard does not count and is made anew."""
+        self.files.delete(_record_name(split, shard))
 
     def complete_shards(self, split: str) -> set[int]:
         """Shards that are wholly written."""
-        names = {p.name for p in (self.path / split / "shards").glob("[0-9]*.json")}
-        return {s for s in range(self.geometry.shards(split)) if f"{s:05d}.json" in names}
+        names = set(self.files.names(f"{split}/shards"))
+        return {s for s in range(self.geometry.shards(split)) if _record_name(split, s) in names}
 
     def write_shard(self, split: str, shard: int, rows: ShardRows) -> None:
         """Write a shard's rows durably, then its record.
@@ -118,12 +145,12 @@ class ActivationStore:
         arrays = self._arrays[split]
         files = {}
         for name, values in self._as_stored(rows):
-            written = self._files.write(arrays[name], shard, values)
+            written = self._array_files.write(arrays[name], shard, values)
             files[arrays[name].file(shard)] = written._asdict()
             self._checksums.pop(arrays[name].file(shard), None)
         norms = {hook: _norm_sums(rows.norms[hook]) for hook in self.geometry.hooks}
         record = {"rows": self.geometry.shard_rows, "files": files, "norms": norms}
-        write_json(self.record_path(split, shard), record)
+        write_store_json(self.files, _record_name(split, shard), record)
 
     def _as_stored(self, rows: ShardRows) -> Iterator[tuple[str, np.ndarray]]:
         """The values of each array of a split, one after another."""
@@ -145,8 +172,9 @@ class ActivationStore:
                     f"{self.path}: incomplete: {len(missing)} of {self.geometry.shards(split)} {split} shards are "
                     f"missing, first {missing[0]}; {REDO}"
                 )
-            for shard in range(self.geometry.shards(split)):
-                self._check_sizes(split, shard)
+            with ThreadPoolExecutor(self.files.readers, "store-reader") as readers:
+                for _ in readers.map(partial(self._check_sizes, split), range(self.geometry.shards(split))):
+                    pass
 
     def _recorded(self, split: str, shard: int) -> dict[str, dict[str, int]]:
         """Bytes and crc32c of each file of a shard by path, from its record."""
@@ -159,30 +187,28 @@ class ActivationStore:
     def _check_sizes(self, split: str, shard: int) -> None:
         recorded = self._recorded(split, shard)
         for array in self._arrays[split].values():
-            size, expected = self._files.size(array, shard), recorded[array.file(shard)]["bytes"]
+            size, expected = self._array_files.size(array, shard), recorded[array.file(shard)]["bytes"]
             if size != expected:
                 found = "missing" if size is None else f"{size:,} bytes"
-                raise damaged(self.path / array.file(shard), f"{found}, {expected:,} bytes expected")
+                raise damaged(self.files.place(array.file(shard)), f"{found}, {expected:,} bytes expected")
 
     def sweep(self, is_abandoned: Callable[[Path], bool]) -> None:
         """Remove what killed writers left half written."""
-        for path in self.path.rglob("*.partial"):
-            if is_abandoned(path):
-                path.unlink(missing_ok=True)
+        self.files.sweep(is_abandoned)
 
     def verify_shard(self, split: str, shard: int) -> None:
         """Read every byte of a shard and raise UserError for the first that is not as it was written."""
         self._check_sizes(split, shard)
         recorded = self._recorded(split, shard)
         for array in self._arrays[split].values():
-            if self._files.verify(array, shard) != recorded[array.file(shard)]["crc32c"]:
+            if self._array_files.verify(array, shard) != recorded[array.file(shard)]["crc32c"]:
                 raise self._changed(array, shard)
         norms = {hook: _norm_sums(self.read_norms(split, hook, shard)) for hook in self.geometry.hooks}
         if norms != self.record(split, shard).get("norms"):
             raise damaged(self.record_path(split, shard), "its sums of norms are not those of the shard")
 
     def _changed(self, array: StoredArray, shard: int) -> UserError:
-        return damaged(self.path / array.file(shard), "its bytes have changed since they were written (crc32c)")
+        return damaged(self.files.place(array.file(shard)), "its bytes have changed since they were written (crc32c)")
 
     def read_chunk(self, split: str, hook: str, chunk: int) -> np.ndarray:
         """Rows of one chunk, bits of bfloat16, uint16 (chunk_rows, d_in), verified.
@@ -201,7 +227,7 @@ class ActivationStore:
         def read(place: int) -> None:
             self._read_rows(split, hook, chunks[place], out[place * rows : (place + 1) * rows])
 
-        with ThreadPoolExecutor(READERS, "store-reader") as readers:
+        with ThreadPoolExecutor(self.files.readers, "store-reader") as readers:
             for _ in readers.map(read, range(len(chunks))):
                 pass
 
@@ -217,7 +243,7 @@ class ActivationStore:
         else:
             self._read(arrays[0], split, shard, inside, out)
         if (out[:, 0] == FILL).any():
-            raise damaged(self.path / arrays[-1].file(shard), "rows are missing from it")
+            raise damaged(self.files.place(arrays[-1].file(shard)), "rows are missing from it")
 
     def read_norms(self, split: str, hook: str, shard: int) -> np.ndarray:
         """Norms of a shard's rows, float32 (shard_rows,)."""
@@ -236,12 +262,16 @@ class ActivationStore:
     def _read(self, array: StoredArray, split: str, shard: int, chunk: int, out: np.ndarray) -> None:
         file = array.file(shard)
         if file not in self._checksums:
-            checksums = self._files.checksums(array, shard)
+            checksums = self._array_files.checksums(array, shard)
             if google_crc32c.value(checksums) != self._recorded(split, shard)[file]["crc32c"]:
                 raise self._changed(array, shard)
             self._checksums[file] = checksums
         checksum = self._checksums[file][CRC_BYTES * chunk : CRC_BYTES * (chunk + 1)]
-        self._files.read(array, shard, chunk, checksum, out)
+        self._array_files.read(array, shard, chunk, checksum, out)
+
+
+def _record_name(split: str, shard: int) -> str:
+    return f"{split}/shards/{shard:05d}.json"
 
 
 def _norm_sums(norms: np.ndarray) -> dict[str, float]:

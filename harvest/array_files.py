@@ -6,16 +6,17 @@ serves the compressed ones, and with `direct=False` all of them: the same bytes,
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import google_crc32c
 import numpy as np
 import zarr
+from zarr.abc.buffer import Buffer
 from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.storage import MemoryStore
 
-from harvest.direct_io import CRC_BYTES, ChunkFile, Written, damaged, layout, open_chunks, write_file
-from harvest.files import fsync_path
+from harvest.direct_io import CRC_BYTES, ChunkFile, Packed, Written, damaged, layout
+from harvest.store_files import Files
 
 _ALL_CHUNKS: Any = {"write_empty_chunks": True}  # not kept in the metadata; without it a chunk of fill is no file
 
@@ -58,15 +59,17 @@ class StoredArray(NamedTuple):
 
 
 class ArrayFiles:
-    """Files of the arrays below `path`."""
+    """Files of a store's arrays."""
 
-    def __init__(self, path: Path, direct: bool = True) -> None:
-        self.path, self._direct = path, direct
+    def __init__(self, files: Files, direct: bool = True) -> None:
+        self._files, self._direct = files, direct
         self._zarr_arrays: dict[str, zarr.Array] = {}
 
     def create(self, arrays: Iterable[StoredArray], attributes: Mapping[str, Any]) -> None:
         """Write the metadata of a new store; what was there is deleted."""
-        groups = {"": zarr.open_group(str(self.path), mode="w", attributes=dict(attributes))}
+        self._files.delete_all()
+        metadata: dict[str, Buffer] = {}  # zarr would write a parent's file twice, which not every bucket can undo
+        groups = {"": zarr.open_group(MemoryStore(metadata), mode="w", attributes=dict(attributes))}
         for array in arrays:
             *parents, name = array.name.split("/")
             for depth, parent in enumerate(parents):
@@ -84,11 +87,12 @@ class ArrayFiles:
                 compressors=[compressor, Crc32cCodec()] if array.compressed else [Crc32cCodec()],
                 config=_ALL_CHUNKS,
             )
+        for name, content in metadata.items():
+            self._files.write(name, content.to_bytes())
 
     def size(self, array: StoredArray, shard: int) -> int | None:
         """Bytes of a file; None where there is none."""
-        path = self.path / array.file(shard)
-        return path.stat().st_size if path.exists() else None
+        return self._files.size(array.file(shard))
 
     def write(self, array: StoredArray, shard: int, rows: np.ndarray) -> Written:
         """Write a shard of rows durably.
@@ -98,32 +102,29 @@ class ArrayFiles:
         if rows.shape != (array.shard_rows, *array.chunk_shape[1:]):
             raise ValueError(f"{array.name}: rows of shape {rows.shape} for a shard of {array.shard_rows}")
         rows = np.ascontiguousarray(rows.astype(np.dtype(array.dtype).newbyteorder("<"), casting="safe", copy=False))
-        path = self.path / array.file(shard)
+        name = array.file(shard)
         if self._by_zarr(array):
-            try:
+            with self._files.named(name):
                 self._zarr_array(array)[shard * array.shard_rows : (shard + 1) * array.shard_rows] = rows
-            except OSError as error:
-                error.filename = str(path)
-                raise
-            for written in (path, path.parent, path.parent.parent):
-                fsync_path(written)
-            return Written(path.stat().st_size, self.verify(array, shard))
-        return write_file(path, rows, array.chunk_rows, sharded=array.columns is not None)
+            self._files.settle(name)
+            return Written(self._files.size(name) or 0, self.verify(array, shard))
+        return self._files.write_chunks(name, Packed(rows, array.chunk_rows, sharded=array.columns is not None))
 
     def read(self, array: StoredArray, shard: int, chunk: int, checksum: bytes, out: np.ndarray) -> None:
         """Read a chunk of a file, whose crc32c is `checksum`, into contiguous `out`.
 
         Raises UserError that names the file when it is damaged or absent.
         """
-        path = self.path / array.file(shard)
+        name = array.file(shard)
         if self._by_zarr(array):
             first = shard * array.shard_rows + chunk * array.chunk_rows
             try:
-                out[...] = self._zarr_array(array)[first : first + array.chunk_rows]
+                with self._files.named(name):
+                    out[...] = self._zarr_array(array)[first : first + array.chunk_rows]
             except (ValueError, OSError, RuntimeError) as error:
-                raise damaged(path, f"damaged ({error})") from None
+                raise damaged(self._files.place(name), f"damaged ({error})") from None
             return
-        with open_chunks(path) as file:
+        with self._files.open_chunks(name) as file:
             file.read(chunk * (array.chunk_bytes + CRC_BYTES), out, checksum)
 
     def checksums(self, array: StoredArray, shard: int) -> bytes:
@@ -131,7 +132,7 @@ class ArrayFiles:
 
         Raises UserError that names the file when it is damaged or absent.
         """
-        with open_chunks(self.path / array.file(shard)) as file:
+        with self._files.open_chunks(array.file(shard)) as file:
             return file.checksums(self._index(array, file))
 
     def verify(self, array: StoredArray, shard: int) -> int:
@@ -140,7 +141,7 @@ class ArrayFiles:
         Not of the file's bytes: data followed by its crc32c has one and the same crc32c, whatever the data,
         so two shards could trade places unseen. Raises UserError as `read` does.
         """
-        with open_chunks(self.path / array.file(shard)) as file:
+        with self._files.open_chunks(array.file(shard)) as file:
             return google_crc32c.value(file.verify(self._index(array, file)))
 
     def _index(self, array: StoredArray, file: ChunkFile) -> np.ndarray:
@@ -157,6 +158,7 @@ class ArrayFiles:
 
     def _zarr_array(self, array: StoredArray) -> zarr.Array:
         if array.name not in self._zarr_arrays:
-            found = cast(zarr.Array, zarr.open_array(str(self.path / array.name), mode="r+"))
+            store = self._files.zarr_store()
+            found = cast(zarr.Array, zarr.open_array(store, path=array.name, mode="r+"))
             self._zarr_arrays[array.name] = found.with_config(_ALL_CHUNKS)
         return self._zarr_arrays[array.name]

@@ -3,7 +3,7 @@
 `runtime` sections hold what never changes a result and stay out of every fingerprint; all else is hashed.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -102,9 +102,20 @@ class HarvestRuntime(Settings):
     """auto takes a GPU where there is one."""
     offline: bool = False
     """Use only what the hub's local cache holds."""
+    store: str | None = Field(default=None, pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[A-Za-z0-9._-]+)*/?$")
+    """Where the store lies, `s3://bucket/prefix`; below it in a folder named by the fingerprint. null: in the run's
+    folder. Credentials, endpoint and region come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)."""
+    allow_http: bool = False
+    """Let AWS_ENDPOINT_URL be plain http to another machine: credentials and data are then readable on the way."""
     wait_seconds: float = Field(default=600, ge=0)
     """How long one of several workers waits without anything new: the others for the first files of worker 0,
     worker 0 in the end for their shards. More than a shard takes; with a job array, more than the last job queues."""
+
+    def store_at(self, fingerprint: str) -> dict[str, Any] | None:
+        """What begun.json and the manifest keep of where a store lies; None where it is in the run's folder."""
+        if self.store is None:
+            return None
+        return {"url": f"{self.store.rstrip('/')}/{fingerprint}", "allow_http": self.allow_http}
 
 
 class HarvestConfig(Settings):

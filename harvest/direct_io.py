@@ -36,7 +36,7 @@ def crc32c(data: bytes | np.ndarray) -> bytes:
     return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")  # pyright: ignore[reportArgumentType]
 
 
-def damaged(path: Path, what: str) -> UserError:
+def damaged(path: Path | str, what: str) -> UserError:
     return UserError(f"{path}: {what}; {REDO}")
 
 
@@ -46,27 +46,42 @@ def layout(chunks: int, chunk_bytes: int) -> np.ndarray:
     return np.stack([np.arange(chunks) * size, np.full(chunks, size)], 1).astype("<u8")
 
 
-def write_file(path: Path, rows: np.ndarray, chunk_rows: int, sharded: bool) -> Written:
-    """Write rows as chunks of `chunk_rows` durably, with an index where the file is of the sharding codec.
+class Packed:
+    """Rows as chunks of `chunk_rows`, with an index where the file is of the sharding codec."""
+
+    def __init__(self, rows: np.ndarray, chunk_rows: int, sharded: bool) -> None:
+        self._chunks = [rows[start : start + chunk_rows] for start in range(0, len(rows), chunk_rows)]
+        self._checksums: list[bytes] = []
+        self._tail = b""
+        if sharded:
+            index = layout(len(self._chunks), self._chunks[0].nbytes).tobytes()
+            self._tail = index + crc32c(index)
+        self.size = rows.nbytes + CRC_BYTES * len(self._chunks) + len(self._tail)
+
+    def parts(self) -> Iterator[memoryview | bytes]:
+        """The file's bytes, one part after another; a chunk's checksum is computed just before it is taken."""
+        for chunk in self._chunks:
+            self._checksums.append(crc32c(chunk))
+            yield chunk.data
+            yield self._checksums[-1]
+        yield self._tail
+
+    def written(self) -> Written:
+        """What the record keeps, once all parts were taken."""
+        return Written(self.size, google_crc32c.value(b"".join(self._checksums)))
+
+
+def write_file(path: Path, packed: Packed) -> Written:
+    """Write rows durably.
 
     Raises OSError, which names the file, when the disk is full; the old file, if any, is then still there.
     """
-    chunks = [rows[start : start + chunk_rows] for start in range(0, len(rows), chunk_rows)]
-    tail = b""
-    if sharded:
-        index = layout(len(chunks), chunks[0].nbytes).tobytes()
-        tail = index + crc32c(index)
-    size = rows.nbytes + CRC_BYTES * len(chunks) + len(tail)
-    checksums = []
     make_folder(path.parent)
     with replacing(path) as partial, partial.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, size)  # a full disk is known at once; and it is half again as fast
-        for chunk in chunks:
-            checksums.append(crc32c(chunk))
-            file.write(chunk.data)
-            file.write(checksums[-1])
-        file.write(tail)
-    return Written(size, google_crc32c.value(b"".join(checksums)))
+        os.posix_fallocate(file.fileno(), 0, packed.size)  # a full disk is known at once; and half again as fast
+        for part in packed.parts():
+            file.write(part)
+    return packed.written()
 
 
 def make_folder(path: Path) -> None:
@@ -83,8 +98,12 @@ class ChunkFile:
     Its methods raise UserError, which names the file, where bytes are missing or not what they were.
     """
 
-    def __init__(self, path: Path, descriptor: int) -> None:
+    def __init__(self, path: Path | str, descriptor: int) -> None:
         self.path, self._descriptor = path, descriptor
+
+    def length(self) -> int:
+        """Bytes of the file."""
+        return os.fstat(self._descriptor).st_size
 
     def _fill(self, out: memoryview, offset: int) -> None:
         while out:
@@ -101,7 +120,7 @@ class ChunkFile:
     def index(self, chunks: int) -> np.ndarray:
         """Index at the end of a file of the sharding codec, u64 (chunks, 2)."""
         size = 16 * chunks + CRC_BYTES
-        length = os.fstat(self._descriptor).st_size
+        length = self.length()
         if length < size:
             raise damaged(self.path, "truncated")
         data = bytes(self._read(length - size, size))

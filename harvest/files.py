@@ -72,7 +72,12 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, keys sorted, so that equal values give equal bytes."""
     with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """A JSON file as we write it."""
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -83,13 +88,24 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path}: larger than {MAX_JSON_BYTES} bytes; this is not a file of ours")
-        value = json.loads(path.read_bytes())
+        return parse_json(path.read_bytes(), path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def parse_json(data: bytes, place: Path | str) -> dict[str, Any]:
+    """A JSON object from a file's bytes; `place` is the file's name in errors.
+
+    Raises UserError when it is too large, or not a JSON object.
+    """
+    if len(data) > MAX_JSON_BYTES:
+        raise UserError(f"{place}: larger than {MAX_JSON_BYTES} bytes; this is not a file of ours")
+    try:
+        value = json.loads(data)
     except (ValueError, RecursionError):
-        raise UserError(f"{path}: not valid JSON; it was damaged or half copied") from None
+        raise UserError(f"{place}: not valid JSON; it was damaged or half copied") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object; it was damaged or half copied")
+        raise UserError(f"{place}: not a JSON object; it was damaged or half copied")
     return value
 
 

@@ -24,6 +24,7 @@ from harvest.language_model import HookedModel, load_model
 from harvest.progress import Progress
 from harvest.sampling import Contexts
 from harvest.shard_buffer import ShardBuffer
+from harvest.store_files import LocalFiles, files_of
 from harvest.workers import Others, Shard, Workers, wait_until
 
 
@@ -36,7 +37,7 @@ def run(
     directory: Path,
     begin: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Write this worker's missing shards into `directory/store`; worker 0 waits for the rest and has the summary.
+    """Write this worker's missing shards into the store; worker 0 waits for the rest and has the summary.
 
     The others return an empty one. Raises UserError for a model or hook that cannot be had, for a NaN or
     infinity in an activation, and on worker 0 when shards of others do not come.
@@ -62,18 +63,20 @@ def run(
         holdout_shards=contexts.count("holdout") // sample.shard_contexts,
         stored=config.stored,
     )
+    files = files_of(directory, config.runtime)
     if workers.rank:
-        missing = f"{directory / 'store'}: worker 0 has not made it"
-        wait_until((directory / "store" / "created.json").exists, config.runtime.wait_seconds, missing)
+        missing = f"{files.place()}: worker 0 has not made it"
+        wait_until(lambda: files.size("created.json") is not None, config.runtime.wait_seconds, missing)
     begun = read_json(directory / "begun.json")
     attributes = {"seed": sample.seed, "model": begun["inputs"]["model"], "fingerprint": directory.name}
-    store = ActivationStore.create(directory / "store", geometry, {**attributes, "numerics": begun["numerics"]})
+    store = ActivationStore.create(files, geometry, {**attributes, "numerics": begun["numerics"]})
     every = [Shard(split, number) for split in ("holdout", "train") for number in range(geometry.shards(split))]
     if workers.rank == 0:
         _sweep(store, workers.alone(directory))
     others = Others(workers, directory, every, lambda: _complete(store))
     done = len(_complete(store))
-    check_room(directory, len(every) - done, geometry)
+    if isinstance(files, LocalFiles):
+        check_room(directory, len(every) - done, geometry)
     with Progress(
         "harvest",
         len(every) * geometry.shard_rows,
@@ -122,7 +125,7 @@ def write_shards(
     writing: list[Future[None]] = []
     with ThreadPoolExecutor(1, "store-writer") as writer:
         for shard in shards:
-            if store.record_path(*shard).exists():
+            if store.is_complete(*shard):
                 continue
             if len(writing) == len(buffers):
                 writing.pop(0).result()
@@ -185,7 +188,7 @@ def _width(model: HookedModel, hooks: tuple[str, ...]) -> int:
 def store_summary(store: ActivationStore) -> dict[str, Any]:
     geometry = store.geometry
     summary: dict[str, Any] = {f"{split}_rows": geometry.shards(split) * geometry.shard_rows for split in SPLITS}
-    records = {split: [store.record(split, s) for s in range(geometry.shards(split))] for split in SPLITS}
+    records = {split: store.records(split) for split in SPLITS}
     summary["d_in"] = geometry.d_in
     summary["gigabytes"] = (
         sum(file["bytes"] for split in SPLITS for record in records[split] for file in record["files"].values()) / 1e9

@@ -6,15 +6,16 @@ from pathlib import Path
 from harvest.activation_store import SPLITS, ActivationStore
 from harvest.files import UserError
 from harvest.progress import Progress
+from harvest.store_files import Files, local_or
 
 
-def verify(path: Path) -> list[str]:
+def verify(place: Path | Files) -> list[str]:
     """Read every shard of a store; one line for each that is bad.
 
     A bad shard loses its record, so that the next harvest makes it anew. Raises UserError when there is
     no store.
     """
-    store = ActivationStore.open(path)
+    store = ActivationStore.open(place)
     shards = [(split, shard) for split in SPLITS for shard in range(store.geometry.shards(split))]
     bad = []
     with Progress("verify", len(shards), "shards") as progress:
@@ -23,21 +24,21 @@ def verify(path: Path) -> list[str]:
                 store.verify_shard(split, shard)
             except UserError as error:
                 bad.append(f"{split} shard {shard}: {error}")
-                store.record_path(split, shard).unlink(missing_ok=True)
+                store.forget(split, shard)
             progress.advance(1)
     return bad
 
 
-def digest(path: Path) -> str:
+def digest(place: Path | Files) -> str:
     """sha256 of the relative names and contents of all files of a store.
 
     Raises UserError when there is none.
     """
-    if not path.is_dir():
-        raise UserError(f"{path}: no activation store there; `make harvest` makes it")
+    files = local_or(place)
+    names = sorted(files.names(), key=lambda name: name.split("/"))
+    if not names:
+        raise UserError(f"{files.place()}: no activation store there; `make harvest` makes it")
     whole = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()):
-        with file.open("rb") as opened:
-            content = hashlib.file_digest(opened, "sha256").hexdigest()
-        whole.update(f"{file.relative_to(path)}\0{content}\n".encode())
+    for name in names:
+        whole.update(f"{name}\0{hashlib.sha256(files.read(name)).hexdigest()}\n".encode())
     return whole.hexdigest()

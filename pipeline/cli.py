@@ -307,13 +307,14 @@ def verify(
     """Read every byte of the activation store; what is bad is named, and made anew by the next harvest."""
     with _errors():
         from harvest import verify as verification
+        from harvest.store_files import files_of
 
         directory = _find_any(config_file, overrides, runs)[0].directory("harvest")
         if digest:
-            print(verification.digest(directory / "store"))
+            print(verification.digest(files_of(directory)))
             return
         with locked(directory, "harvest"):
-            bad = verification.verify(directory / "store")
+            bad = verification.verify(files_of(directory))
             if bad:
                 (directory / MANIFEST).unlink(missing_ok=True)
                 raise UserError(

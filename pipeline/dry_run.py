@@ -84,10 +84,12 @@ def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig
         "holdout_tokens": sample.shard_rows,
         "holdout_fraction": max(sample.holdout_fraction, HOLDOUT_FRACTION),
     }
+    at_home = config.harvest.runtime.model_copy(update={"store": None})
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": str(folder / "model"), "revision": None}),
             "sample": sample.model_copy(update=budget),
+            "harvest": config.harvest.model_copy(update={"runtime": at_home}),
             "train": train.model_copy(update={"sae": sae, "sweep": sweep, "runtime": runtime, **length}),
             "evaluate": config.evaluate.model_copy(update={"downstream": downstream}),
         }

@@ -59,7 +59,11 @@ class Runs(NamedTuple, Generic[Config]):
     def identity(self, stage: str) -> dict[str, Any]:
         """What begun.json and the manifest say of a directory, but for times and numerics."""
         upstream = self.upstream(stage)
+        store = None
+        if isinstance(self.config, PipelineConfig) and stage == "harvest":
+            store = self.config.harvest.runtime.store_at(self.fingerprints[stage])
         return {
+            **({"store": store} if store else {}),
             "stage": stage,
             "version": VERSIONS[stage],
             "fingerprint": self.fingerprints[stage],
@@ -249,8 +253,12 @@ def _clear(directory: Path, confirm: Callable[[str], bool]) -> None:
     """Empty a run directory for --force, after asking where it is complete."""
     if is_complete(directory) and not confirm(f"{directory} is complete. Delete it and run anew?"):
         raise UserError(f"{directory}: left as it was")
-    for name in (MANIFEST, BEGUN):  # first: what is half deleted must not pass for complete
-        (directory / name).unlink(missing_ok=True)
+    (directory / MANIFEST).unlink(missing_ok=True)  # first: what is half deleted must not pass for complete
+    if read_json(directory / BEGUN).get("store"):
+        from harvest.store_files import files_of
+
+        files_of(directory).delete_all()  # before begun.json goes, which alone knows where it lies
+    (directory / BEGUN).unlink(missing_ok=True)
     for path in list(directory.iterdir()):
         if path.is_dir() and not path.is_symlink() and not path.name.startswith(TRASH):
             path.rename(directory / f"{TRASH}{path.name}")  # at once, as deleting terabytes can be interrupted

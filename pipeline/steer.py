@@ -48,6 +48,7 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     from harvest.device import resolve_device, resolve_dtype, set_threads
     from harvest.language_model import load_model
     from harvest.progress import Progress
+    from harvest.store_files import files_of
     from harvest.tokenizer import load_whole_tokenizer
     from train.checkpoint import load_sae
 
@@ -64,7 +65,7 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     features = tuple(dict.fromkeys(request.features))
     steering.check_features(features, saved.sae.d_sae, "--feature")
     if request.max_activation is None:
-        store = ActivationStore.open(runs.directory("harvest") / "store")
+        store = ActivationStore.open(files_of(runs.directory("harvest")))
         store.check_complete(("holdout",))
         maxima = steering.max_activations(store, saved, config.train.exclude, features)
     else:

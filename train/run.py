@@ -15,6 +15,7 @@ import torch
 from harvest.activation_store import ActivationStore, slug
 from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
 from harvest.progress import Progress
+from harvest.store_files import files_of
 from train.config import TrainConfig
 from train.dataloader import ActivationLoader, heldout_rows
 from train.metrics import last_figures
@@ -37,7 +38,7 @@ def run(tasks: Sequence[Task], harvest_directory: Path) -> list[dict[str, Any]]:
     UserError for an incomplete or damaged store, a loss that is no number, or a checkpoint that does not
     fit.
     """
-    store = ActivationStore.open(harvest_directory / "store")
+    store = ActivationStore.open(files_of(harvest_directory))
     store.check_complete()
     config = tasks[0].config
     ranks = FeatureRanks.from_environment(resolve_device(config.runtime.device))
