@@ -66,7 +66,8 @@ def plan(
     """The lines, from sizes and measurements."""
     g, train = s.geometry, config.train
     kept = s.trained(train.runtime.keep_last, s.saes)
-    total = 2 * s.contexts + s.store + kept
+    remote = config.harvest.runtime.store
+    total = 2 * s.contexts + (0 if remote else s.store) + kept
     rows = g.train_shards * g.shard_rows
     yield f"model    {config.model.name}: {s.layers} decoder layers are run, d_in {g.d_in:,} ({shape.origin})"
     yield (
@@ -82,11 +83,13 @@ def plan(
         ("store, held out", size_text(s.holdout)),
         ("SAEs, checkpoints", f"{size_text(kept)}, {size_text(s.checkpoint)} a checkpoint"),
         ("in all", f"{size_text(total)}; free in {root}: {size_text(free)}"),
+        *([("not counted", f"the store, which lies in {remote}; rates below are of the disk")] if remote else []),
         ("write, read", f"{_rate(measured.disk_write.value)}, {_rate(measured.disk_read.value)}"),
         ("", measured.disk_read.how),
     )
     if total > free:
-        yield f"warning: the disk of {root} lacks {size_text(total - free)}; harvest will refuse to start"
+        end = "" if remote else "; harvest will refuse to start"
+        yield f"warning: the disk of {root} lacks {size_text(total - free)}{end}"
     for speed in speeds(config, s, measured):
         yield ""
         yield from _machine(config, s, measured, speed)

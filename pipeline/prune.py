@@ -138,8 +138,11 @@ def prune(
     for path in rest:
         shutil.rmtree(path)
     for run in sorted(chosen, key=lambda run: -STAGES.index(run.stage)):
+        store = _remote_store(run.path)
         delete(run)
         say(f"deleted  {run.path}")
+        if store:
+            say(f"left      {store}: its store; delete it with the tools of your bucket")
 
 
 def delete(run: Found) -> None:
@@ -208,6 +211,13 @@ def _running(path: Path) -> bool:
 def _uses(user: Found, run: Found) -> bool:
     index = STAGES.index(user.stage)
     return index > 0 and STAGES[index - 1] == run.stage and user.upstream == run.path.name
+
+
+def _remote_store(path: Path) -> str | None:
+    """Where a harvest's store lies, if not in its directory."""
+    marker = path / BEGUN
+    store = read_json(marker).get("store") if _is_file(marker) else None
+    return store["url"] if store else None
 
 
 def _count(number: int, noun: str) -> str:
