@@ -114,6 +114,9 @@ def test_stopped_and_started_again_makes_only_what_is_missing(finished, sampled,
     written = {key for method, key in server.requests if method == "PUT"}
     assert not before & written
     assert {key.split("/c/")[1][0] for key in written if "/c/" in key} == {"1", "2", "3", "4", "5"}
+    ran = pipeline("prune", "harvest.chunk_rows=32", "--yes")
+    assert f"left      {URL}/" in ran.out
+    assert stored(server)["created.json"]
 
 
 def test_another_place_and_starting_anew(sampled, server):
