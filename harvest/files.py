@@ -21,6 +21,10 @@ class UserError(Exception):
     """Something that the user can mend: one clear sentence with the file or setting, the value, the way out."""
 
 
+class UnreachableError(UserError):
+    """A file that cannot be had now, which says nothing of its bytes."""
+
+
 def fsync_path(path: Path) -> None:
     """Make a file's bytes, or a folder's entries, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from harvest.direct_io import ChunkFile, Packed, Written, damaged
-from harvest.files import UserError
+from harvest.files import UnreachableError, UserError
 
 PART_BYTES = 16 << 20  # of an upload; the client gives a request 30 seconds
 RETRIES: dict[str, Any] = {}  # obstore's: ten, over three minutes at most
@@ -74,7 +74,7 @@ class RemoteFiles:
                 why = f"the object store does not answer as it should{code}; look at the network, AWS_ENDPOINT_URL, "
                 why += "AWS_REGION and the credentials"
             again = "What was complete is untouched; the same command goes on from there"
-            raise UserError(f"{self.place(name)}: {why}. {again}") from None
+            raise UnreachableError(f"{self.place(name)}: {why}. {again}") from None
 
     def settle(self, name: str) -> None:
         """An object that was put is durable."""

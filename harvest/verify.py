@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from harvest.activation_store import SPLITS, ActivationStore
-from harvest.files import UserError
+from harvest.files import UnreachableError, UserError
 from harvest.progress import Progress
 from harvest.store_files import Files, local_or
 
@@ -13,7 +13,7 @@ def verify(place: Path | Files) -> list[str]:
     """Read every shard of a store; one line for each that is bad.
 
     A bad shard loses its record, so that the next harvest makes it anew. Raises UserError when there is
-    no store.
+    no store, or it cannot be reached.
     """
     store = ActivationStore.open(place)
     shards = [(split, shard) for split in SPLITS for shard in range(store.geometry.shards(split))]
@@ -22,6 +22,8 @@ def verify(place: Path | Files) -> list[str]:
         for split, shard in shards:
             try:
                 store.verify_shard(split, shard)
+            except UnreachableError:
+                raise
             except UserError as error:
                 bad.append(f"{split} shard {shard}: {error}")
                 store.forget(split, shard)

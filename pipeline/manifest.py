@@ -26,6 +26,14 @@ def is_complete(directory: Path) -> bool:
     return (directory / MANIFEST).exists()
 
 
+def remote_store(directory: Path) -> str | None:
+    """URL of a harvest's store, where it is not in the directory."""
+    try:
+        return (read_json(directory / BEGUN).get("store") or {}).get("url")
+    except UserError:
+        return None  # not begun, or damaged: then nothing says where it is
+
+
 def begin(directory: Path, identity: dict[str, Any], numerics: dict[str, Any], allow_mixed: bool) -> None:
     """Mark a directory as begun, or check that it can be resumed here.
 

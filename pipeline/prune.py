@@ -17,7 +17,7 @@ from typing import NamedTuple
 from harvest.files import UserError, is_locked, read_json
 from harvest.progress import duration, size_text
 from pipeline.fingerprint import STAGES
-from pipeline.manifest import BEGUN, MANIFEST, is_complete
+from pipeline.manifest import BEGUN, MANIFEST, is_complete, remote_store
 from pipeline.stages import TRASH
 
 FINGERPRINT = re.compile(r"[0-9a-f]{12}")
@@ -138,7 +138,7 @@ def prune(
     for path in rest:
         shutil.rmtree(path)
     for run in sorted(chosen, key=lambda run: -STAGES.index(run.stage)):
-        store = _remote_store(run.path)
+        store = remote_store(run.path)
         delete(run)
         say(f"deleted  {run.path}")
         if store:
@@ -211,13 +211,6 @@ def _running(path: Path) -> bool:
 def _uses(user: Found, run: Found) -> bool:
     index = STAGES.index(user.stage)
     return index > 0 and STAGES[index - 1] == run.stage and user.upstream == run.path.name
-
-
-def _remote_store(path: Path) -> str | None:
-    """Where a harvest's store lies, if not in its directory."""
-    marker = path / BEGUN
-    store = read_json(marker).get("store") if _is_file(marker) else None
-    return store["url"] if store else None
 
 
 def _count(number: int, noun: str) -> str:

@@ -26,7 +26,7 @@ from pipeline.fingerprint import (
     hashed_settings,
     resolved_commit,
 )
-from pipeline.manifest import BEGUN, MANIFEST, begin, finish, is_complete, join
+from pipeline.manifest import BEGUN, MANIFEST, begin, finish, is_complete, join, remote_store
 
 TRASH = ".trash-"
 Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
@@ -254,7 +254,7 @@ def _clear(directory: Path, confirm: Callable[[str], bool]) -> None:
     if is_complete(directory) and not confirm(f"{directory} is complete. Delete it and run anew?"):
         raise UserError(f"{directory}: left as it was")
     (directory / MANIFEST).unlink(missing_ok=True)  # first: what is half deleted must not pass for complete
-    if read_json(directory / BEGUN).get("store"):
+    if remote_store(directory):
         from harvest.store_files import files_of
 
         files_of(directory).delete_all()  # before begun.json goes, which alone knows where it lies

@@ -24,6 +24,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.objects: dict[str, bytes] = {}
         self.uploads: dict[str, dict[int, bytes]] = {}
+        self.failing = "-"  # end of the key of an object that cannot be had
         self.requests: list[tuple[str, str]] = []  # method and key, in order
 
     @property
@@ -61,6 +62,8 @@ class Handler(BaseHTTPRequestHandler):
         who = re.search(r"Credential=(\w+)/", self.headers.get("Authorization", ""))
         if not who or who[1] == "nobody" or (who[1] == "reader" and self.command in ("PUT", "POST", "DELETE")):
             self.refuse(403, "AccessDenied")
+        elif key.endswith(self.server.failing):
+            self.refuse(503, "SlowDown")
         elif bucket != BUCKET:
             self.refuse(404, "NoSuchBucket")
         elif self.command in ("GET", "HEAD"):

@@ -70,6 +70,12 @@ def test_what_does_not_fit_is_said_and_nothing_is_refused():
     assert "in all             8.3 TB; free in runs: 1 TB" in text
 
 
+def test_a_store_in_a_bucket_takes_no_disk():
+    text = lines(CPU, "harvest.runtime.store=s3://bucket/prefix", free=10**12)
+    assert "the store, which lies in s3://bucket/prefix" in text
+    assert "warning: the disk" not in text
+
+
 def test_a_bounded_disk_serves_one_epoch_alone():
     text = lines(GPU, "train.training_tokens=3_000_000_000")
     assert "one epoch only" in next(line for line in text.splitlines() if line.startswith("  stream"))

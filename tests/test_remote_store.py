@@ -16,7 +16,7 @@ from harvest import remote_files
 from harvest.activation_store import ActivationStore
 from harvest.files import UserError, read_json
 from harvest.remote_files import RemoteFiles
-from harvest.verify import digest
+from harvest.verify import digest, verify
 from train.config import ExcludeConfig
 from train.dataloader import ActivationLoader, Position
 
@@ -209,6 +209,15 @@ def test_plain_http_stays_on_this_machine(server, monkeypatch, endpoint):
     RemoteFiles(URL, True)
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint.replace("http:", "https:"))
     RemoteFiles(URL, False)
+
+
+def test_what_cannot_be_reached_is_not_called_bad(server):
+    write(RemoteFiles(URL, False), G)
+    before = dict(server.objects)
+    server.failing = "acts/c/1/0"
+    with pytest.raises(UserError, match=r"train/h/acts/c/1/0: the object store does not answer as it should \(503"):
+        verify(RemoteFiles(URL, False))
+    assert server.objects == before
 
 
 def test_without_obstore(server, monkeypatch):
