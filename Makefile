@@ -20,6 +20,8 @@ LAUNCH = $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-n
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
 	@echo 'CONFIG=file chooses the settings, SET="section.key=value ..." changes some of them'
+	@echo 'PROCS=N on a CPU is what GPUS=N is with GPUs'
+	@echo 'without a target: .venv/bin/python -m pipeline ingest, steer, compare, push, path (COMMAND --help)'
 
 setup: .venv/.dependencies assets/.complete ## virtual environment, dependencies, embedded model and text
 
@@ -46,10 +48,10 @@ harvest: setup ## sample the text and write the model's activations into a store
 	@$(RUN) sample --config $(CONFIG) $(SET)
 	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) harvest --config $(CONFIG) $(SET)
 
-train: setup ## train the SAE from the store; GPUS=N splits its features over N GPUs
+train: setup ## train an SAE for each hook from the store; GPUS=N splits its features over N GPUs
 	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) train --config $(CONFIG) $(SET)
 
-eval: setup ## measure the SAE and write the report
+eval: setup ## measure the SAE on held-out text; write the report and the pages of features
 	@$(RUN) evaluate --config $(CONFIG) $(SET)
 
 status: setup ## which stage is complete, which would run, and why
