@@ -217,10 +217,12 @@ def steer(
     word: Annotated[
         list[str] | None, typer.Option(help="Word to count, `a|b` for alternatives; may be repeated.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 1.0,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Sample from the likeliest tokens of this probability together.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampling.")] = 0,
     chat: Annotated[bool | None, typer.Option(help="Use the model's chat template; default: if it has one.")] = None,
     hook: Annotated[str | None, typer.Option(help="Which SAE, where several hooks were trained.")] = None,
     max_activation: Annotated[
@@ -277,7 +279,9 @@ def compare(
         ),
     ],
     runs: Root = DEFAULT_RUNS,
-    to: Annotated[Path | None, typer.Option(help="Folder of compare.html and compare.json; runs/compare.")] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder of compare.html and compare.json; runs/compare by default.")
+    ] = None,
 ) -> None:
     """Lay evaluated runs, or those of a sweep, side by side: a table, and L0 against fidelity as a plot."""
     with _errors(runs):
