@@ -51,8 +51,11 @@ def run_to_end(stage: str, cwd: Path) -> float:
     return time.monotonic() - began
 
 
-def result(stage: str, cwd: Path) -> dict[str, str]:
-    """sha256 of everything that the stage promises to be the same, by name; metrics without their timings."""
+def result(stage: str, cwd: Path, stopped_by: str = "KILL") -> dict[str, str]:
+    """sha256 of everything that the stage promises to be the same, by name; metrics without their timings.
+
+    Ctrl-C adds checkpoints of its own, so after one they are not compared.
+    """
     (directory,) = (cwd / "runs" / stage).iterdir()
     out = {}
     for path in sorted(p for p in directory.rglob("*") if p.is_file()):
@@ -60,6 +63,8 @@ def result(stage: str, cwd: Path) -> dict[str, str]:
         if stage == "harvest" and not name.startswith("store/"):
             continue
         if stage == "train" and not name.endswith((".safetensors", "sae.json", "metrics.jsonl")):
+            continue
+        if stage == "train" and stopped_by != "KILL" and "/checkpoints/" in name:
             continue
         data = path.read_bytes()
         if name.endswith("metrics.jsonl"):
@@ -75,7 +80,7 @@ def work_done(stage: str, cwd: Path) -> int:
     return len(found) if stage == "harvest" else sum(path.stat().st_size for path in found)
 
 
-def prepared(stage: str, base: Path, undisturbed: Path) -> tuple[float, dict[str, str]]:
+def prepared(stage: str, base: Path, undisturbed: Path, stopped_by: str = "KILL") -> tuple[float, dict[str, str]]:
     """Make what the stage starts from, and an undisturbed run beside it; its seconds and its result."""
     import tiny
 
@@ -83,7 +88,7 @@ def prepared(stage: str, base: Path, undisturbed: Path) -> tuple[float, dict[str
     for before in ("sample", "harvest")[: 1 if stage == "harvest" else 2]:
         run_to_end(before, base)
     shutil.copytree(base, undisturbed)
-    return run_to_end(stage, undisturbed), result(stage, undisturbed)
+    return run_to_end(stage, undisturbed), result(stage, undisturbed, stopped_by)
 
 
 def killed_once(
@@ -115,7 +120,7 @@ def killed_once(
 
 def kills(options: argparse.Namespace, temporary: Path) -> dict:
     stage, rng = options.stage, random.Random(options.seed)
-    seconds, expected = prepared(stage, temporary / "base", temporary / "undisturbed")
+    seconds, expected = prepared(stage, temporary / "base", temporary / "undisturbed", options.signal)
     count, finished, equal, moments, said = 0, 0, 0, [], Counter()
     while count < options.kills:
         folder = temporary / f"killed-{finished}"
@@ -126,7 +131,7 @@ def kills(options: argparse.Namespace, temporary: Path) -> dict:
             print(f"kill {count} of {options.kills}, run {finished + 1}", file=sys.stderr, flush=True)
         run_to_end(stage, folder)
         finished += 1
-        equal += result(stage, folder) == expected
+        equal += result(stage, folder, options.signal) == expected
         print(f"{equal} of {finished} runs equal the undisturbed one", file=sys.stderr, flush=True)
         shutil.rmtree(folder)
     settings = {name: getattr(options, name) for name in ("stage", "signal", "workers", "seed")}

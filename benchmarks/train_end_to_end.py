@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from datetime import date
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -92,17 +92,19 @@ def main() -> None:
             )
             sae = initial_sae(options.d_in, options.d_sae, 0, device)
             trainers.append(Trainer(sae, found.scale, config, 100_000, 10**6, dtype))
-        loader = ActivationLoader(store, "h", exclude, found.norm_limit, options.batch, 4, 65_536, 0)
+        loader = ActivationLoader(
+            store, "h", exclude, found.norm_limit, options.batch, 4, 65_536, 0, device.type == "cuda"
+        )
         stream = loader.batches(Position())
         for batch in islice(stream, 150):  # until few features are active, as in most of a run
             for trainer in trainers:
                 trainer.step(batch.rows_BD)
-        held = next(stream)
         walls: dict[str, list[float]] = {"store": [], "memory": []}
         cpus: dict[str, list[float]] = {"store": [], "memory": []}
         before = loader.reading
         for _ in range(options.pairs):
-            for name, batches in (("memory", repeat(held)), ("store", stream)):
+            held = list(islice(stream, options.steps))  # fresh rows: on repeated ones ever fewer features are active
+            for name, batches in (("memory", iter(held)), ("store", stream)):
                 wall, cpu = measure(trainers, batches, options.steps, device)
                 walls[name].append(wall)
                 cpus[name].append(cpu)

@@ -34,6 +34,9 @@ DEFINITIONS = {
     "rows_a, rows_b": "held-out rows counted on each side; those that training leaves out are not, and for two models "
     "those that it would leave out under either",
     "rate": "part of the counted rows in which a feature fires; rates of all features are in diff-<hook>.npz",
+    "fire_on_both": "features with a rate above 0 on both sides [features]",
+    "present, absent": "the thresholds of only_a and only_b [part of the rows]",
+    "cells": "column, row and number of features of each cell of the chart",
     "correlation": "Pearson's, of log10 of the rates of the features that fire on both sides",
     "only_a": "features with a rate of at least `present` in a and below `absent` in b; only_b the other way round",
     "only_a_features": f"of these the {LISTED} with the highest rates",

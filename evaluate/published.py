@@ -8,6 +8,7 @@ Shape suffixes: B rows of a batch, D d_in, F d_sae.
 """
 
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,7 @@ def _tensors(path: Path, config: _Config) -> dict[str, Tensor]:
             found = set(file.keys())
             for name, shape in config.shapes().items():
                 if name not in found:
-                    raise UserError(f"{path}: holds no {name}; found: {', '.join(sorted(found))[:200]}")
+                    raise UserError(f"{path}: holds no {name}; found: {', '.join(map(repr, sorted(found)))[:200]}")
                 has = tuple(file.get_slice(name).get_shape())
                 if has != shape:
                     raise UserError(f"{path}: {name} is {has}; cfg.json says {shape}")
@@ -253,10 +254,13 @@ def _linear(path: Path) -> SAE:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path}: damaged, or a pickle that holds more than tensors; it was not run") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged, or no file of torch.save ({str(error)[:200]})") from None
+    except (  # what the unpickler lets through on mutated files
+        *(OSError, RuntimeError, EOFError, ValueError, LookupError),
+        *(AssertionError, TypeError, AttributeError, struct.error),
+    ) as error:
+        raise UserError(f"{path}: damaged, or no file of torch.save ({str(error)[:200]!r})") from None
     if not isinstance(state, dict) or not all(isinstance(state.get(name), Tensor) for name in LINEAR):
-        found = ", ".join(map(str, state))[:200] if isinstance(state, dict) else type(state).__name__
+        found = ", ".join(map(repr, state))[:200] if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{path}: holds {found}; expected {', '.join(LINEAR)}")
     encoder, b_enc, decoder, b_dec = (state[name].float() for name in LINEAR)
     shapes = [tuple(t.shape) for t in (encoder, b_enc, decoder, b_dec)]

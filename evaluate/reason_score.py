@@ -35,6 +35,12 @@ CONTEXTS_AT_ONCE = 8  # of a forward pass of the model
 TEXT_CONTEXTS = 1000  # that suggested words are counted in
 
 DEFINITIONS = {
+    "contexts": "contexts of the chosen sources that were read, held-out ones first [contexts]",
+    "contexts_of_training": "of these, contexts that the SAE was trained on [contexts]",
+    "rows_inside, rows_outside": "rows counted in the window of any word, and all others [rows]",
+    "threshold": "the settings' quantile of all features' scores",
+    "selected_features": "features above it [features]",
+    "curve": "rank and score, for the chart",
     "score": "ReasonScore: mean_inside_i / sum_j mean_inside_j * entropy_i^alpha - mean_outside_i / sum_j "
     "mean_outside_j (arXiv 2503.18878) [no unit]",
     "rank": "place by score; 1 is the highest",
@@ -139,8 +145,13 @@ def analyse(subject: Subject, _heldout: Fidelity) -> dict[str, Any] | None:
                     progress.advance(len(batch.acts_BD))
 
         sums = accumulate(subject.saved, counted(), len(groups))
+    counts = {
+        split: int(np.isin(subject.contexts.read(split, "source", 0, count), chosen).sum()) if count else 0
+        for split, count in wanted.items()
+    }
     section: dict[str, Any] = {
-        "contexts": sum(wanted.values()),
+        "contexts": sum(counts.values()),
+        "contexts_of_training": counts["train"],
         "sources": [subject.contexts.sources[number] for number in chosen],
         "rows_from": "store" if from_store else "model",
         "model_passes": 0 if from_store else 1,

@@ -37,6 +37,12 @@ ANALYSES: dict[str, Callable[[Subject, Fidelity], dict[str, Any] | None]] = {
 OF_ROWS = ("fidelity", "features", "statistics")  # those that need neither model nor text
 OF_OTHERS = (*OF_ROWS, "downstream")  # of the SAEs in evaluate.also
 DEFINITIONS = {
+    "statistics": {
+        "scale": "input scale s = sqrt(d_in) / mean norm of the kept rows of the first window of training "
+        "[1 / unit of the stored activations]",
+        "median_norm": "median norm of all rows of that window [unit of the stored activations]",
+        "norm_limit": "training leaves out rows of a larger norm; null: none [unit of the stored activations]",
+    },
     "fidelity": fidelity.DEFINITIONS,
     "features": fidelity.DENSITY_DEFINITIONS,
     "downstream": downstream.DEFINITIONS,

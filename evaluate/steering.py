@@ -60,7 +60,7 @@ class Steered(NamedTuple):
     completions: list[list[Completion]]  # [prompt][strength]
 
 
-def analyse(subject: Subject, _heldout: Fidelity) -> dict[str, Any] | None:
+def analyse(subject: Subject, heldout: Fidelity) -> dict[str, Any] | None:
     """Completions and figures under the features of the highest ReasonScore, or those of the setting; None where the
     setting is null or no feature is chosen.
 
@@ -72,6 +72,10 @@ def analyse(subject: Subject, _heldout: Fidelity) -> dict[str, Any] | None:
     check_strengths(config.strengths, "evaluate.steering.strengths")
     check_features(config.feature_ids, subject.saved.sae.d_sae, "evaluate.steering.feature_ids")
     wanted = config.feature_ids or _best_by_reason_score(subject, config.features)
+    silent = [feature for feature in wanted if not heldout.density_F[feature]]
+    if silent:
+        print(f"evaluate.steering: left out, as they fire on no held-out row: {silent}", flush=True)
+    wanted = tuple(feature for feature in wanted if feature not in silent)
     if not wanted:
         return None
     maxima = max_activations(subject.store, subject.saved, subject.exclude, wanted)

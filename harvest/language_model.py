@@ -92,7 +92,7 @@ class HookedModel:
 
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], device: torch.device) -> None:
         self.model, self.modules, self.device = model, modules, device
-        self._in_tuples = False  # whether modules return tuples, as Falcon's and GPT-J's layers do
+        self._in_tuples: dict[str, bool] = {}  # whether modules return tuples, as Falcon's and GPT-J's layers do
 
     @torch.inference_mode()
     def activations(self, tokens_BS: Tensor) -> dict[str, Tensor]:
@@ -106,7 +106,7 @@ class HookedModel:
 
         def reader(name: str) -> Callable[..., None]:
             def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                self._in_tuples = isinstance(output, tuple)
+                self._in_tuples[name] = isinstance(output, tuple)
                 out[name] = first_tensor(output)
 
             return read
@@ -135,7 +135,7 @@ class HookedModel:
 
         handle = module.register_forward_hook(splice)
         for layer in skipped:
-            layer.forward = _same_hidden_states_in_a_tuple if self._in_tuples else _same_hidden_states
+            layer.forward = _same_hidden_states_in_a_tuple if self._in_tuples.get(hook) else _same_hidden_states
         try:
             yield
         finally:

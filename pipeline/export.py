@@ -103,7 +103,8 @@ def swept(runs: Runs, sweep: Sequence[Runs]) -> str:
 
 
 def _about(sae: Exported) -> dict[str, Any]:
-    return {"folder": sae.folder, "train": sae.runs.fingerprints["train"], "hook": sae.hook}
+    which = sae.runs.config.evaluate.sae
+    return {"folder": sae.folder, "train": sae.runs.fingerprints["train"], "hook": sae.hook, "which_sae": which}
 
 
 def _metadata(sae: Exported, model: str) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def _metadata(sae: Exported, model: str) -> dict[str, Any]:
 
 def _public_name(name: str) -> str:
     """A hub id as it is; of a local path its last part alone, as paths tell of the machine."""
-    return Path(name).name if looks_local(name) else name
+    return Path(name).name if looks_local(name) or Path(name).exists() else name
 
 
 def _card(saes: list[Exported], rows: list[dict[str, Any]], model: str, terms: list[Terms]) -> str:

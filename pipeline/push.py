@@ -36,7 +36,11 @@ def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Pu
     folder = folder or sweep[0].root / "export" / export_name(sweep)
     if not folder.is_dir():
         raise UserError(f"push: {folder}: there is no export; run `make export` with the same CONFIG and SET first")
-    files = {name: folder / name for name in sorted([*map(str, read_marker(folder)["files"]), MARKER])}
+    marker = read_marker(folder)
+    exported = {(sae.get("train"), sae.get("which_sae")) for sae in marker.get("saes", [])}
+    if exported != {(runs.fingerprints["train"], runs.config.evaluate.sae) for runs in sweep}:
+        raise UserError(f"push: {folder}: was exported from other settings; export anew, or give those settings")
+    files = {name: folder / name for name in sorted([*map(str, marker["files"]), MARKER])}
     for name, path in files.items():
         if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"push: {path}: not a file of the export ({name}); export anew with --force")

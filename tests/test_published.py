@@ -245,7 +245,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, store, zipped):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"W": torch.zeros(3)}, "holds W; expected encoder.weight"),
+        ({"W": torch.zeros(3)}, "holds 'W'; expected encoder.weight"),
         (torch.zeros(3), "holds Tensor; expected"),
         (linear_state() | {"encoder.bias": torch.zeros(F + 1)}, "do not fit each other"),
         (linear_state() | {"encoder.bias": torch.tensor(1.0)}, "do not fit each other"),

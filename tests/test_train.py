@@ -181,6 +181,24 @@ def test_a_bad_step_is_named_with_its_rows_and_keeps_the_weights(run_folder, mon
     assert found[0].step == 60
 
 
+def test_a_checkpoint_that_is_there_is_not_written_again(run_folder, monkeypatch):
+    folder = only(run_folder, "runs/train/*/model.layers.1/checkpoints")
+    found = newest_checkpoint(folder)
+    assert found
+    (folder / "00000777").mkdir()  # of a process that was killed
+
+    def full(*_args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "_save_tensors", full)
+        checkpoints.save_checkpoint(folder, *found, keep_last=1)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save_checkpoint(folder, found[0]._replace(step=99), found[1], keep_last=1)
+    assert sorted(path.name for path in folder.iterdir()) == ["00000060", "00000080"]
+    assert newest_checkpoint(folder)
+
+
 def test_a_spike_stops_unless_told_otherwise(run_folder, monkeypatch):
     drop_training(run_folder)
     original = Trainer.step
@@ -193,6 +211,9 @@ def test_a_spike_stops_unless_told_otherwise(run_folder, monkeypatch):
     ran = pipeline("train", *settings)
     assert ran.status == 1
     assert re.search(r"the loss rose to \S+ at step 95, from \S+;", ran.out)
+    again = pipeline("train", *settings)  # from step 80: the losses before it are remembered
+    assert again.status == 1
+    assert "at step 95, from" in again.out
     assert pipeline("train", *settings, "train.runtime.spike_factor=null").status == 0
 
 

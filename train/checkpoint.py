@@ -8,6 +8,7 @@ sae_weights.safetensors, sae.json          an SAE: its weights speak of scaled r
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ class Checkpoint(NamedTuple):
     metrics_bytes: int
     kernel: dict[str, Any]
     statistics: InputStatistics
+    losses: Sequence[float] = ()  # the last logged ones, that a spike is measured against
 
 
 class SavedSae(NamedTuple):
@@ -48,7 +50,11 @@ class SavedSae(NamedTuple):
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, tensors: dict[str, Tensor], keep_last: int) -> None:
     """Write a checkpoint, then drop all but the newest `keep_last`."""
     new = folder / f"{checkpoint.step:08d}"
-    shutil.rmtree(new, ignore_errors=True)
+    if (new / MARKER).exists():  # Ctrl-C right after it was due, or before this SAE's turn in a sweep: the same bytes
+        return
+    for path in folder.glob("[0-9]*"):  # half written, or half deleted, when a process was killed
+        if not (path / MARKER).exists():
+            shutil.rmtree(path, ignore_errors=True)
     new.mkdir(parents=True)
     try:
         _save_tensors(new / TENSORS, tensors)
@@ -81,6 +87,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | No
             metrics_bytes=about["metrics_bytes"],
             kernel=about["kernel"],
             statistics=InputStatistics(**about["statistics"]),
+            losses=about.get("losses", ()),
         )
     except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
         before = f"the one before it, {complete[-2].name}" if len(complete) > 1 else "the start"

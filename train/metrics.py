@@ -2,9 +2,11 @@
 
 import json
 import math
+import os
 import statistics
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,10 +56,16 @@ class Metrics:
     """Appends to metrics.jsonl, cut at a resume to what the checkpoint had seen; `path` None writes nothing."""
 
     def __init__(
-        self, path: Path | None, keep_bytes: int, spike_factor: float | None, tracker: GeneralTracker | None = None
+        self,
+        path: Path | None,
+        keep_bytes: int,
+        spike_factor: float | None,
+        tracker: GeneralTracker | None = None,
+        losses: Sequence[float] = (),
     ) -> None:
+        """`losses`: the last ones that were logged before a resume."""
         self._file, self._tracker, self._spike_factor = None, tracker, spike_factor
-        self._losses: deque[float] = deque(maxlen=SPIKE_LINES)
+        self.losses: deque[float] = deque(losses, maxlen=SPIKE_LINES)
         self._last: _Mark | None = None
         if path is None:
             return
@@ -98,12 +106,12 @@ class Metrics:
             raise DivergedError(bad_step + 1, f"the loss is no number at step {bad_step + 1}")
         if not all(map(math.isfinite, figures.values())):
             raise DivergedError(step, f"the loss is no number at step {step} (loss {loss:g})")
-        if self._spike_factor and len(self._losses) == SPIKE_LINES:
-            usual = statistics.median(self._losses)
+        if self._spike_factor and len(self.losses) == SPIKE_LINES:
+            usual = statistics.median(self.losses)
             if loss > self._spike_factor * usual:
                 raise DivergedError(step, f"the loss rose to {loss:g} at step {step}, from {usual:g}")
         if warmed:
-            self._losses.append(loss)
+            self.losses.append(loss)
         now = _Mark(time.monotonic(), step, reading)
         timings = now.since(self._last, batch_size) if self._last else {}
         self._last = now
@@ -117,11 +125,18 @@ class Metrics:
     def log_validation(self, step: int, validation: Validation) -> None:
         self._write({"kind": "validation", "step": step, **validation._asdict()})
 
-    def close(self) -> None:
+    def sync(self) -> None:
+        """Make what was written survive a power cut."""
         if self._file:
-            self._file.close()
-        if self._tracker:
-            self._tracker.finish()
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        try:
+            if self._file:
+                self._file.close()
+        finally:
+            if self._tracker:
+                self._tracker.finish()
 
 
 class _Mark(NamedTuple):

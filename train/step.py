@@ -112,7 +112,7 @@ def result(
 ) -> StepResult:
     """The metrics that every kernel reports, from the residual x̂ − x and the rows each feature fired in."""
     error_B = error_BD.square().sum(1)
-    spread_B = (x_BD - x_BD.mean(0)).square().sum(1)
+    spread_B = (x_BD - x_BD.mean(0)).square().sum(1).clamp_min(1e-30)  # rows that are all equal have none
     mse = error_B.mean()
     return StepResult(
         gradients=gradients,

@@ -72,20 +72,20 @@ class Training:
         self._writes = ranks.rank == 0
         self.position = Position()
         self.best_loss: float | None = None
-        metrics_bytes = 0
+        metrics_bytes, losses = 0, ()
         if found:
             checkpoint, tensors = found
             if tensors["W_enc"].shape != shape:
                 raise UserError(f"{folder}: its checkpoint is of an SAE of shape {tuple(tensors['W_enc'].shape)}")
             self.trainer.restore(tensors, checkpoint.step, checkpoint.kernel)
             self.position, self.best_loss = checkpoint.position, checkpoint.best_loss
-            metrics_bytes = checkpoint.metrics_bytes
+            metrics_bytes, losses = checkpoint.metrics_bytes, checkpoint.losses
         runtime, tracker = config.runtime, None
         if runtime.tracker and self._writes:
             settings = config.model_dump(exclude={"runtime", "sweep"}) | {"hook": hook}
             tracker = open_tracker(runtime.tracker, folder, f"{folder.parent.name} {hook}", settings)
         path = folder / "metrics.jsonl" if self._writes else None
-        self.metrics = Metrics(path, metrics_bytes, runtime.spike_factor, tracker)
+        self.metrics = Metrics(path, metrics_bytes, runtime.spike_factor, tracker, losses)
         self.note = ""
         self._writer = BackgroundWriter()
         self._recent: deque[_Fed] = deque(maxlen=runtime.log_every)
@@ -145,10 +145,13 @@ class Training:
 
     def close(self) -> None:
         """Finish what is being written."""
-        self.metrics.close()
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            self.metrics.close()
 
     def _save_sae(self, folder: Path) -> None:
+        self._writer.wait()  # before the copy, so that one is held in memory
         sae = self.trainer.whole_sae()
         if sae:
             about = self._about | {"step": self.step}
@@ -159,6 +162,9 @@ class Training:
 
         Collective; rank 0 writes.
         """
+        if int(self.trainer.bad_step) >= 0:
+            return  # not yet told: a resume from before it finds it again
+        self._writer.wait()  # before the copy, so that one is held in memory
         tensors = self.trainer.tensors()
         if not self._writes:
             return
@@ -169,6 +175,12 @@ class Training:
             self.metrics.bytes(),
             self.trainer.kernel.state(),
             self.statistics,
+            list(self.metrics.losses),
         )
         folder, keep_last = self.folder / "checkpoints", self.config.runtime.keep_last
-        self._writer.submit(lambda: save_checkpoint(folder, checkpoint, tensors, keep_last))
+
+        def write() -> None:
+            self.metrics.sync()  # before a checkpoint that counts on its length
+            save_checkpoint(folder, checkpoint, tensors, keep_last)
+
+        self._writer.submit(write)
