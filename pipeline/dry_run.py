@@ -74,6 +74,16 @@ def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig
     runtime = train.runtime.model_copy(update={"checkpoint_every": max(1, rows // train.batch_size // 2)})
     if downstream:
         downstream = downstream.model_copy(update={"contexts": min(2, downstream.contexts), "batch_contexts": 1})
+    score, diff, steering = config.evaluate.reason_score, config.evaluate.diff, config.evaluate.steering
+    if score and score.contexts:
+        score = score.model_copy(update={"contexts": min(score.contexts, (shards + 1) * sample.shard_contexts)})
+    evaluate = {
+        "downstream": downstream,
+        "reason_score": score,
+        "diff": diff and diff.model_copy(update={"model": None}),
+        "steering": steering and steering.model_copy(update={"max_new_tokens": min(4, steering.max_new_tokens)}),
+        "also": (),
+    }
     sources = tuple(
         source.model_copy(update={"path": str(folder / f"{source.name}.jsonl"), "revision": None, "subset": None})
         for source in sample.sources
@@ -91,7 +101,7 @@ def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig
             "sample": sample.model_copy(update=budget),
             "harvest": config.harvest.model_copy(update={"runtime": at_home}),
             "train": train.model_copy(update={"sae": sae, "sweep": sweep, "runtime": runtime, **length}),
-            "evaluate": config.evaluate.model_copy(update={"downstream": downstream}),
+            "evaluate": config.evaluate.model_copy(update=evaluate),
         }
     )
 
