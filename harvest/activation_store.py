@@ -11,6 +11,9 @@ zarr 3.1 refuses bfloat16, hence the bits. A missing chunk reads as fill value w
 shard records decide which shards exist, sizes are checked when a store is opened, crc32c on every read,
 and the fill value, a NaN, is the last guard: harvest never writes one. Chunks are compared with the
 checksums of the shard's record, so files that traded places are found as well.
+
+Training beside the harvest deletes shards that it has read (harvest/stream.py), from the first one on: their
+records stay, with `consumed`, so that they are done for the harvest and absent for who reads.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +33,10 @@ from harvest.store_layout import PROVENANCE, SPLITS, Geometry, slug, stored_arra
 from harvest.stored_forms import FILL, FORMS, dequantize, quantized, row_arrays
 
 SCHEMA = 1
+CONSUMED = (
+    "training beside the harvest (`make stream`) has read its training rows and deleted them, so nothing else can "
+    "train on them; `python -m pipeline harvest --force` makes the whole store"
+)
 
 
 class ShardRows(NamedTuple):
@@ -58,6 +65,7 @@ class ActivationStore:
         self._array_files = ArrayFiles(self.files, direct)
         self._arrays = {split: stored_arrays(geometry, split) for split in SPLITS}
         self._checksums: dict[str, bytes] = {}  # of files that were found to be those of the records
+        self._consumed = 0  # training shards that were found to be consumed; there may be more by now
 
     @classmethod
     def create(
@@ -120,22 +128,51 @@ class ActivationStore:
         return read_store_json(self.files, _record_name(split, shard))
 
     def records(self, split: str) -> list[dict[str, Any]]:
-        """Those of all shards of a split, in order."""
+        """Those of all shards of a split that were written, in order."""
         with ThreadPoolExecutor(self.files.readers, "store-reader") as readers:
-            return list(readers.map(partial(self.record, split), range(self.geometry.shards(split))))
+            return list(readers.map(partial(self.record, split), sorted(self.recorded_shards(split))))
 
-    def is_complete(self, split: str, shard: int) -> bool:
-        """Whether a shard is wholly written."""
+    def is_recorded(self, split: str, shard: int) -> bool:
+        """Whether a shard was wholly written; it may be consumed since."""
         return self.files.size(_record_name(split, shard)) is not None
 
     def forget(self, split: str, shard: int) -> None:
         """Delete a shard's record, so that the shard does not count and is made anew."""
         self.files.delete(_record_name(split, shard))
 
-    def complete_shards(self, split: str) -> set[int]:
-        """Shards that are wholly written."""
+    def recorded_shards(self, split: str) -> set[int]:
+        """Shards that were wholly written; some may be consumed since."""
         names = set(self.files.names(f"{split}/shards"))
         return {s for s in range(self.geometry.shards(split)) if _record_name(split, s) in names}
+
+    def complete_shards(self, split: str) -> set[int]:
+        """Shards that are wholly written and still there."""
+        recorded = self.recorded_shards(split)
+        if split != "train" or not self.consumed():
+            return recorded
+        return {
+            shard for shard in recorded if shard >= self._consumed and not self.record(split, shard).get("consumed")
+        }
+
+    def consumed(self) -> int:
+        """Training shards, from the first on, that were read and deleted."""
+        while self._consumed < self.geometry.train_shards and self.is_recorded("train", self._consumed):
+            if not self.record("train", self._consumed).get("consumed"):
+                break
+            self._consumed += 1
+        return self._consumed
+
+    def shard_files(self, split: str, shard: int) -> list[str]:
+        """Names of the files with a shard's rows, in the order in which they are written, and deleted."""
+        return [array.file(shard) for array in self._arrays[split].values()]
+
+    def consume(self, shard: int) -> None:
+        """Note that a training shard was read, then delete its rows; done already, look for leftovers of a kill."""
+        record = self.record("train", shard)
+        if not record.get("consumed"):
+            write_store_json(self.files, _record_name("train", shard), {**record, "consumed": True})
+        for name in self.shard_files("train", shard):
+            self.files.delete(name)
 
     def write_shard(self, split: str, shard: int, rows: ShardRows) -> None:
         """Write a shard's rows durably, then its record.
@@ -165,8 +202,10 @@ class ActivationStore:
 
     def check_complete(self, splits: Sequence[str] = SPLITS) -> None:
         """Raise UserError unless every shard has its record and files of the recorded sizes."""
+        if "train" in splits and self.consumed():
+            raise UserError(f"{self.path}: {CONSUMED}")
         for split in splits:
-            missing = sorted(set(range(self.geometry.shards(split))) - self.complete_shards(split))
+            missing = sorted(set(range(self.geometry.shards(split))) - self.recorded_shards(split))
             if missing:
                 raise UserError(
                     f"{self.path}: incomplete: {len(missing)} of {self.geometry.shards(split)} {split} shards are "

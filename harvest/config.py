@@ -107,6 +107,13 @@ class HarvestRuntime(Settings):
     folder. Credentials, endpoint and region come from the environment (AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, ...)."""
     allow_http: bool = False
     """Let AWS_ENDPOINT_URL be plain http to another machine: credentials and data are then readable on the way."""
+    disk_limit: str | None = Field(
+        default=None,
+        coerce_numbers_to_str=True,
+        pattern=r"(?i)^[0-9]+([.][0-9]+)? ?(shards?|windows?|b|[kmgt]i?b)?$",
+    )
+    """Of `make stream` only: how much of the training rows is on the disk at once, as bytes, `500GB`, `1.5 TB`,
+    `12 shards` or `3 windows` (of train.window_shards). At least two windows and one shard a worker."""
     wait_seconds: float = Field(default=600, ge=0)
     """How long one of several workers waits without anything new: the others for the first files of worker 0,
     worker 0 in the end for their shards. More than a shard takes; with a job array, more than the last job queues."""

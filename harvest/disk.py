@@ -1,5 +1,6 @@
 """What a store takes on the disk, and whether there is room for it: said before the first shard, not hours later."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,18 @@ from harvest.progress import size_text
 from harvest.store_layout import Geometry, stored_arrays
 
 BLOCK = 4096  # a file takes whole blocks of the file system
+UNITS = {
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+LIMIT = re.compile(r"(\d+(?:\.\d+)?) ?(shards?|windows?|[kmgt]?i?b)?", re.IGNORECASE)
 
 
 def shard_bytes(geometry: Geometry) -> int:
@@ -26,3 +39,16 @@ def check_room(directory: Path, shards: int, geometry: Geometry) -> None:
             f"{size_text(free)} free. Make room (`make prune` lists old runs), choose another disk with --runs, "
             "or lower sample.train_tokens"
         )
+
+
+def limit_in_shards(limit: str, shard: int, window_shards: int, train_shards: int) -> int:
+    """Training shards that `harvest.runtime.disk_limit` has room for, of `shard` bytes each.
+
+    What else the training split has on the disk is taken off first: a block for every record.
+    """
+    found = LIMIT.fullmatch(limit)
+    assert found, limit  # checked with the settings
+    number, unit = float(found[1]), (found[2] or "b").lower().rstrip("s")
+    if unit in ("shard", "window"):
+        return int(number * (window_shards if unit == "window" else 1))
+    return int((number * UNITS[unit] - BLOCK * train_shards) // shard)

@@ -37,12 +37,21 @@ class Progress:
     """Counts units of work and says how fast they go and how long the rest takes.
 
     `start` is what an earlier run had done already; it does not count for the speed. With a `path`,
-    {done, total, unit, seconds_left} is kept there for `status`. `quiet` counts in silence.
+    {done, total, unit, seconds_left} is kept there for `status`. `quiet` counts in silence; without
+    `closing_line` the end of the work is not told.
     """
 
     def __init__(
-        self, title: str, total: int, unit: str, start: int = 0, path: Path | None = None, quiet: bool = False
+        self,
+        title: str,
+        total: int,
+        unit: str,
+        start: int = 0,
+        path: Path | None = None,
+        quiet: bool = False,
+        closing_line: bool = True,
     ) -> None:
+        self._closing_line = closing_line
         self.title, self.total, self.unit, self.done = title, total, unit, start
         self.path, self.quiet = None if quiet else path, quiet
         self._start, self._began = start, time.monotonic()
@@ -63,7 +72,7 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        elif kind is None:
+        elif kind is None and self._closing_line:
             self._line()
 
     def advance(self, amount: int, note: str = "") -> None:
@@ -79,6 +88,15 @@ class Progress:
             self._last_file = now
             left = round(self._seconds_left(now))
             write_json(self.path, {"done": self.done, "total": self.total, "unit": self.unit, "seconds_left": left})
+
+    def say(self, text: str) -> None:
+        """Show what is waited for, in place of the figures."""
+        now = time.monotonic()
+        if self._bar:
+            self._bar.update(self._task, text=text)
+        elif not self.quiet and now - self._last_line >= PLAIN_SECONDS:
+            self._last_line = now
+            print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
     def _rate(self, now: float) -> float:
         return (self.done - self._start) / max(now - self._began, 1e-9)

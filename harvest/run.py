@@ -25,6 +25,7 @@ from harvest.progress import Progress
 from harvest.sampling import Contexts
 from harvest.shard_buffer import ShardBuffer
 from harvest.store_files import LocalFiles, files_of
+from harvest.stream import Room, finish, is_done, load_stream
 from harvest.workers import Others, Shard, Workers, wait_until
 
 
@@ -73,10 +74,16 @@ def run(
     every = [Shard(split, number) for split in ("holdout", "train") for number in range(geometry.shards(split))]
     if workers.rank == 0:
         _sweep(store, workers.alone(directory))
-    others = Others(workers, directory, every, lambda: _complete(store))
-    done = len(_complete(store))
+    stream = load_stream(directory)
+
+    def complete() -> set[Shard]:
+        return set(every) if stream and is_done(directory) else _recorded(store)
+
+    others = Others(workers, directory, every, complete)
+    done = len(complete())
     if isinstance(files, LocalFiles):
-        check_room(directory, len(every) - done, geometry)
+        at_once = stream.capacity_shards + geometry.holdout_shards if stream else len(every)
+        check_room(directory, min(len(every) - done, at_once), geometry)
     with Progress(
         "harvest",
         len(every) * geometry.shard_rows,
@@ -89,16 +96,21 @@ def run(
         def advance(tokens: int) -> None:
             progress.advance(tokens + (others.newly_complete() * geometry.shard_rows if workers.rank == 0 else 0))
 
-        write_shards(model, contexts, store, workers.share(every), config.batch_contexts, sample.seed, advance)
+        room = Room(directory, store, stream, progress.say) if stream else None
+        mine = workers.share(every)
+        admitted = room.admitted(mine) if room else mine
+        write_shards(model, contexts, store, admitted, config.batch_contexts, sample.seed, advance)
+        if stream and is_done(directory):
+            finish(directory, store)  # shards that were in hand when training ended
         if workers.rank:
             return {}
         others.wait(config.runtime.wait_seconds, lambda count: progress.advance(count * geometry.shard_rows))
     _sweep(store, workers.alone(directory))
-    return store_summary(store)
+    return store_summary(store) | (room.summary() if room else {})
 
 
-def _complete(store: ActivationStore) -> set[Shard]:
-    return {Shard(split, number) for split in SPLITS for number in store.complete_shards(split)}
+def _recorded(store: ActivationStore) -> set[Shard]:
+    return {Shard(split, number) for split in SPLITS for number in store.recorded_shards(split)}
 
 
 def _sweep(store: ActivationStore, alone: bool) -> None:
@@ -109,15 +121,16 @@ def write_shards(
     model: HookedModel,
     contexts: Contexts,
     store: ActivationStore,
-    shards: Iterable[Shard],
+    shards: Iterable[Shard | None],
     batch_contexts: int,
     seed: int,
     advance: Callable[[int], None],
 ) -> None:
     """Make and write those of the shards that are missing; `advance` is called with the tokens of every batch.
 
-    One shard is copied and written while the next is made. No third waits: the forward pass stops for a slow
-    disk, and for a failed write. Raises UserError for a NaN or infinity, and when memory is too small.
+    Where `shards` gives None, what was made is written before the next is asked for. One shard is copied and written
+    while the next is made. No third waits: the forward pass stops for a slow disk, and for a failed write. Raises
+    UserError for a NaN or infinity, and when memory is too small.
     """
     g = store.geometry
     with _memory_for("sample.shard_contexts", g.shard_contexts, model.device):
@@ -125,7 +138,10 @@ def write_shards(
     writing: list[Future[None]] = []
     with ThreadPoolExecutor(1, "store-writer") as writer:
         for shard in shards:
-            if store.is_complete(*shard):
+            if shard is None:
+                while writing:
+                    writing.pop(0).result()
+            if shard is None or store.is_recorded(*shard):
                 continue
             if len(writing) == len(buffers):
                 writing.pop(0).result()
@@ -187,8 +203,8 @@ def _width(model: HookedModel, hooks: tuple[str, ...]) -> int:
 
 def store_summary(store: ActivationStore) -> dict[str, Any]:
     geometry = store.geometry
-    summary: dict[str, Any] = {f"{split}_rows": geometry.shards(split) * geometry.shard_rows for split in SPLITS}
     records = {split: store.records(split) for split in SPLITS}
+    summary: dict[str, Any] = {f"{split}_rows": len(records[split]) * geometry.shard_rows for split in SPLITS}
     summary["d_in"] = geometry.d_in
     summary["gigabytes"] = (
         sum(file["bytes"] for split in SPLITS for record in records[split] for file in record["files"].values()) / 1e9

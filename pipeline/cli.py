@@ -13,6 +13,7 @@ import typer
 
 from harvest.files import UserError, locked
 from pipeline import config, stages
+from pipeline import status as status_of
 from pipeline.fingerprint import STAGES
 from pipeline.manifest import MANIFEST
 
@@ -96,13 +97,14 @@ def _run(
     allow_mixed: bool,
     force: bool,
     yes: bool,
+    follow: bool = False,
 ) -> None:
     with _errors(root):
         sweep = _find_any(file, overrides, root)
 
         confirm = _asker(yes)
         for name in names:
-            stages.run_stage(sweep, name, allow_mixed=allow_mixed, force=force, confirm=confirm)
+            stages.run_stage(sweep, name, allow_mixed=allow_mixed, force=force, confirm=confirm, follow=follow)
         if names[-1] == "evaluate":
             for runs in sweep:
                 print(runs.directory("evaluate") / "report.html")
@@ -130,7 +132,21 @@ def _add_stage(stage: str) -> None:
 
 
 for _stage in STAGES:
-    _add_stage(_stage)
+    if _stage != "train":
+        _add_stage(_stage)
+
+
+@app.command(help=STAGE_HELP["train"])
+def train(
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    runs: Root = DEFAULT_RUNS,
+    follow: Annotated[bool, typer.Option("--follow", help="Start beside the harvest; wait for each window.")] = False,
+    allow_mixed: AllowMixed = False,
+    force: Force = False,
+    yes: Yes = False,
+) -> None:
+    _run(("train",), config_file, overrides, runs, allow_mixed, force, yes, follow)
 
 
 @app.command()
@@ -161,10 +177,29 @@ def run(
 
 
 @app.command()
+def stream(
+    overrides: Overrides = None,
+    config_file: ConfigFile = DEFAULT_CONFIG,
+    runs: Root = DEFAULT_RUNS,
+    processes: Annotated[int, typer.Option(min=1, help="GPUs, or processes on a CPU; 1: both sides take turns.")] = 1,
+    harvest_processes: Annotated[
+        int | None, typer.Option(min=1, help="How many of them harvest; default: by measured rates.")
+    ] = None,
+    allow_mixed: AllowMixed = False,
+) -> None:
+    """Harvest and train side by side on a bounded disk (harvest.runtime.disk_limit): the same SAE, byte for byte."""
+    with _errors(runs):
+        from pipeline import stream as streaming
+
+        request = streaming.Request(config_file, overrides or [], runs, processes, harvest_processes, allow_mixed)
+        streaming.stream(_find(config_file, overrides, runs), request, _asker(yes=False))
+
+
+@app.command()
 def status(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFIG, runs: Root = DEFAULT_RUNS) -> None:
     """Say which stages are complete, which would run, and why."""
     with _errors():
-        for line in stages.status_lines(_find_any(config_file, overrides, runs)):
+        for line in status_of.status_lines(_find_any(config_file, overrides, runs)):
             print(line)
 
 

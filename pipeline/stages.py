@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple
 from typing_extensions import TypeVar
 
 from evaluate.config import EvaluateConfig
-from harvest.files import UserError, is_locked, locked, read_json
+from harvest.files import UserError, locked, read_json
 from harvest.workers import Workers
 from pipeline.config import IngestedConfig, PipelineConfig
 from pipeline.fingerprint import (
@@ -95,12 +95,18 @@ def find_runs(config: Config, root: Path) -> list[Runs[Config]]:
 
 
 def run_stage(
-    sweep: Sequence[AnyRuns], stage: str, *, allow_mixed: bool, force: bool, confirm: Callable[[str], bool]
+    sweep: Sequence[AnyRuns],
+    stage: str,
+    *,
+    allow_mixed: bool,
+    force: bool,
+    confirm: Callable[[str], bool],
+    follow: bool = False,
 ) -> None:
     """Run a stage for every setting of a sweep unless it is complete; resume it where it was left.
 
-    Raises UserError when the stage before is not complete, another process runs this one, or the
-    numerics have changed.
+    With `follow`, training starts beside the harvest. Raises UserError when the stage before is not complete, another
+    process runs this one, or the numerics have changed.
     """
     if stage not in sweep[0].stages:
         print(f"{stage:9} not needed: these settings take activations that are there (ingest)", flush=True)
@@ -111,12 +117,12 @@ def run_stage(
             if not _is_follower():
                 print(f"{stage:9} complete  {directory}", flush=True)
             continue
-        _check_upstream(runs, stage)
+        _check_upstream(runs, stage, follow)
         todo[directory] = runs
     if todo:
         _check_processes(sweep[0].config, stage, force)
     if _is_follower():
-        _follow(todo, stage, allow_mixed)
+        _beside_rank_0(todo, stage, allow_mixed, follow)
         return
     with ExitStack() as stack:
         begins = []
@@ -128,13 +134,14 @@ def run_stage(
             verb = "resumes" if (directory / BEGUN).exists() else "runs"
             print(f"{stage:9} {verb}  {directory}", flush=True)
             begins.append(partial(begin, directory, runs.identity(stage), allow_mixed=allow_mixed))
-        for (directory, _), summary in zip(todo.items(), _run(stage, list(todo.values()), begins), strict=True):
+        summaries = _run(stage, list(todo.values()), begins, follow)
+        for (directory, _), summary in zip(todo.items(), summaries, strict=True):
             finish(directory, summary)
             print(summary_table(stage, summary), flush=True)
             print(f"{stage:9} complete  {directory}", flush=True)
 
 
-def _follow(todo: dict[Path, AnyRuns], stage: str, allow_mixed: bool) -> None:
+def _beside_rank_0(todo: dict[Path, AnyRuns], stage: str, allow_mixed: bool, follow: bool) -> None:
     """This process's part of a stage, beside rank 0, which begins and finishes it and speaks."""
     begins: list[Begin] = [_ignore] * len(todo)  # in training, rank 0 compares the numerics
     with ExitStack() as stack:
@@ -146,7 +153,7 @@ def _follow(todo: dict[Path, AnyRuns], stage: str, allow_mixed: bool) -> None:
                 for directory, runs in todo.items()
                 if isinstance(runs.config, PipelineConfig)
             ]
-        for _ in _run(stage, list(todo.values()), begins):
+        for _ in _run(stage, list(todo.values()), begins, follow):
             pass
 
 
@@ -178,8 +185,12 @@ def _ignore(_numerics: dict[str, Any]) -> None:
     """What a follower does with its numerics where rank 0's are those that count."""
 
 
-def _check_upstream(runs: AnyRuns, stage: str) -> None:
+def _check_upstream(runs: AnyRuns, stage: str, follow: bool) -> None:
     upstream = runs.upstream(stage)
+    if stage == "train" and _is_streamed_to(runs):
+        return
+    if follow and upstream and not is_complete(runs.directory(upstream)):
+        upstream = runs.upstream(upstream)
     if upstream and not is_complete(runs.directory(upstream)):
         command = "harvest" if upstream == "sample" else upstream
         raise UserError(
@@ -188,13 +199,30 @@ def _check_upstream(runs: AnyRuns, stage: str) -> None:
         )
 
 
-def _run(stage: str, todo: list[AnyRuns], begins: list[Begin]) -> Iterator[dict[str, Any]]:
+def _is_streamed_to(runs: AnyRuns) -> bool:
+    """Whether the harvest is a stream for this training run.
+
+    Raises UserError when it is one for others alone.
+    """
+    from harvest.stream import load_stream
+
+    stream = load_stream(runs.directory("harvest"))
+    if stream and runs.fingerprints["train"] not in stream.readers:
+        raise UserError(
+            f"train: {runs.directory('harvest')} is a stream for {', '.join(stream.readers)}, which deletes its rows "
+            f"as it reads them; these settings are {runs.fingerprints['train']}. Go back to the settings that it was "
+            "begun with, or make a whole store with `python -m pipeline harvest --force`"
+        )
+    return stream is not None
+
+
+def _run(stage: str, todo: list[AnyRuns], begins: list[Begin], follow: bool) -> Iterator[dict[str, Any]]:
     """Summaries of a stage's runs, one by one; those of train together, as they share a reading of the store."""
     if stage == "train" and todo:
         from train import run as train
 
         tasks = [train.Task(r.config.train, r.directory(stage), b) for r, b in zip(todo, begins, strict=True)]
-        yield from train.run(tasks, todo[0].directory("harvest"))
+        yield from train.run(tasks, todo[0].directory("harvest"), follow)
         return
     for runs, begin_run in zip(todo, begins, strict=True):
         yield _run_one(stage, runs, begin_run)
@@ -270,84 +298,6 @@ def _clear(directory: Path, confirm: Callable[[str], bool]) -> None:
 def _empty_trash(directory: Path) -> None:
     for path in directory.glob(f"{TRASH}*"):
         shutil.rmtree(path)
-
-
-def status_lines(sweep: Sequence[AnyRuns]) -> list[str]:
-    """One line a stage (and setting of a sweep): complete, running, interrupted, or why it would run."""
-    lines = {line: STAGES.index(line.split()[0]) for runs in sweep for line in _status_lines(runs)}
-    return sorted(lines, key=lambda line: lines[line])
-
-
-def _status_lines(runs: AnyRuns) -> list[str]:
-    lines = []
-    stale: str | None = None
-    for stage in runs.stages:
-        directory = runs.directory(stage)
-        if is_complete(directory):
-            state = f"complete   {directory}"
-        elif is_locked(directory, stage):
-            state = f"running    {_progress(directory)}{directory}"
-        elif (directory / BEGUN).exists():
-            state = f"would resume  {_progress(directory)}{directory}"
-        else:
-            state = f"would run: {why(runs, stage, stale)}"
-        if not is_complete(directory):
-            stale = stale or stage
-        lines.append(f"{stage:9} {state}")
-    return lines
-
-
-def why(runs: AnyRuns, stage: str, stale: str | None) -> str:
-    """Why a stage has no directory yet, by comparison with the newest one of the same stage."""
-    siblings = sorted((runs.root / stage).glob(f"*/{BEGUN}"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for path in siblings:
-        try:
-            other = read_json(path)
-        except UserError:
-            continue
-        if ("ingest" in other.get("settings", {})) != ("ingest" in runs.settings(stage)):
-            continue
-        if other.get("version") != VERSIONS[stage]:
-            return f"{stage} version: {other.get('version')} -> {VERSIONS[stage]}"
-        changes = _differences(other.get("settings", {}), runs.settings(stage))
-        if stage in ("sample", "harvest") and not changes:
-            changes = _differences(other.get("inputs", {}), runs.inputs.known(stage))
-        if changes:
-            return "; ".join(changes)
-        break
-    if stale:
-        return f"{stale} would run before it"
-    upstream = runs.upstream(stage)
-    return f"its {upstream} is another one" if siblings else "it has not been run yet"
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in sorted({*old, *new})
-            for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
-        ]
-    if isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
-        return [
-            line for i, pair in enumerate(zip(old, new, strict=True)) for line in _differences(*pair, f"{prefix}.{i}")
-        ]
-    return [] if old == new else [f"{prefix}: {_short(old)} -> {_short(new)}"]
-
-
-def _short(value: Any) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _progress(directory: Path) -> str:
-    from harvest.progress import duration
-
-    try:
-        state = read_json(directory / "progress.json")
-        return f"{state['done']:,}/{state['total']:,} {state['unit']}, {duration(state['seconds_left'])} left  "
-    except (UserError, KeyError, TypeError, ValueError):
-        return ""
 
 
 def summary_table(stage: str, summary: dict[str, Any]) -> str:

@@ -9,16 +9,18 @@ window depends on no later shard. Costs two pools of memory: one is filled while
 """
 
 import time
-from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from harvest.activation_store import PROVENANCE, ActivationStore
-from harvest.files import UserError
+from harvest.files import UserError, replacing
 from train.config import ExcludeConfig
 from train.exclusion import kept_rows
 
@@ -30,6 +32,9 @@ class Position(NamedTuple):
     window: int = 0
     pool: int = 0
     row: int = 0
+
+
+FINISHED = Position(epoch=1 << 32)  # of an SAE that needs no more rows
 
 
 class Batch(NamedTuple):
@@ -59,13 +64,22 @@ class ReadingOrder(NamedTuple):
         return -(-self.shards // self.window_shards)
 
     def pools(self, window: int) -> int:
-        return -(-self._window_chunks(window) // self.pool_chunks)
+        return -(-len(self.chunks_of_window(window)) // self.pool_chunks)
+
+    def shards_of_window(self, window: int) -> tuple[int, int]:
+        """The first shard of a window, and the one after its last."""
+        first = window * self.window_shards
+        return first, min(first + self.window_shards, self.shards)
+
+    def chunks_of_window(self, window: int) -> np.ndarray:
+        """Numbers of the chunks of a window, in stored order."""
+        first, last = self.shards_of_window(window)
+        return np.arange(first * self.chunks_per_shard, last * self.chunks_per_shard)
 
     def chunks(self, at: Position) -> np.ndarray:
         """Numbers of the chunks in a pool, in the order they are read."""
-        first = at.window * self.window_shards * self.chunks_per_shard
         generator = np.random.default_rng([self.seed, at.epoch, at.window])
-        order = first + generator.permutation(self._window_chunks(at.window))
+        order = generator.permutation(self.chunks_of_window(at.window))
         return order[at.pool * self.pool_chunks : (at.pool + 1) * self.pool_chunks]
 
     def rows(self, at: Position, kept: int) -> np.ndarray:
@@ -78,10 +92,6 @@ class ReadingOrder(NamedTuple):
         if at.window + 1 < self.windows:
             return Position(at.epoch, at.window + 1)
         return Position(at.epoch + 1)
-
-    def _window_chunks(self, window: int) -> int:
-        shards = min(self.window_shards, self.shards - window * self.window_shards)
-        return shards * self.chunks_per_shard
 
 
 class _Pool(NamedTuple):
@@ -103,8 +113,15 @@ class ActivationLoader:
         pool_rows: int,
         seed: int,
         pin_memory: bool = False,
+        wait_for: Callable[[int, int], None] | None = None,
+        next_epoch: Path | None = None,
     ) -> None:
-        """`pin_memory` makes batches that a GPU copies while the host goes on."""
+        """`pin_memory` makes batches that a GPU copies while the host goes on.
+
+        Of a store that is still being written: `wait_for(first, last)` returns when these training shards are there.
+        Of one whose shards are deleted once they were read: `next_epoch` is the file in which `save_rows` left the rows
+        that are read a second time.
+        """
         g = store.geometry
         self.store, self.hook, self.exclude, self.norm_limit = store, hook, exclude, norm_limit
         self.batch_size = batch_size
@@ -113,7 +130,9 @@ class ActivationLoader:
             g.train_shards, g.chunks_per_shard, min(window_shards, g.train_shards), pool_chunks, seed
         )
         self.reading = Reading()
-        self._pin_memory = pin_memory
+        self._pin_memory, self._wait_for, self._next_epoch = pin_memory, wait_for, next_epoch
+        self._ahead: Future[_Pool] | None = None
+        self._rows_left = 0  # of the pool in use
         self._kept: dict[int, np.ndarray] = {}
 
     def batches(self, start: Position) -> Generator[Batch, None, None]:
@@ -124,7 +143,7 @@ class ActivationLoader:
         with ThreadPoolExecutor(1, "store-reader") as reader:
             at, row = start._replace(row=0), start.row
             this, other = self._empty_pool(), self._empty_pool()
-            ahead = reader.submit(self._load, at, this)
+            ahead = self._ahead = reader.submit(self._load, at, this)
             batch, filled = self._empty_batch(), 0
             while True:
                 began = time.monotonic()
@@ -132,7 +151,7 @@ class ActivationLoader:
                 waited = time.monotonic() - began
                 self.reading = Reading(self.reading.bytes + pool.rows.nbytes, self.reading.stall_seconds + waited)
                 this, other = other, this
-                ahead = reader.submit(self._load, self.order.next_pool(at), this)
+                ahead = self._ahead = reader.submit(self._load, self.order.next_pool(at), this)
                 while row < len(pool.order):
                     taken = pool.order[row : row + self.batch_size - filled]
                     torch.index_select(pool.rows, 0, taken, out=batch[filled : filled + len(taken)])
@@ -140,9 +159,51 @@ class ActivationLoader:
                     filled += len(taken)
                     if filled == self.batch_size:
                         self.reading = self.reading._replace(pool_fill=(ahead.done() + 1 - row / len(pool.order)) / 2)
+                        self._rows_left = len(pool.order) - row
                         yield Batch(batch, at._replace(row=row))
                         batch, filled = self._empty_batch(), 0
                 at, row = self.order.next_pool(at), 0
+
+    def is_ready(self) -> bool:
+        """Whether the next batch comes without waiting for rows to be read, or written."""
+        return self._ahead is None or self._ahead.done() or self._rows_left >= self.batch_size
+
+    def note_stall(self, seconds: float) -> None:
+        """Count time that the step waited for rows before it asked for them."""
+        self.reading = self.reading._replace(stall_seconds=self.reading.stall_seconds + seconds)
+
+    def kept_of_window(self, window: int) -> int:
+        """Kept rows of a window."""
+        chunks_of_window = self.order.chunks_of_window(window)
+        return sum(int(self._kept_of_chunk(chunk).sum()) for chunk in chunks_of_window.tolist())
+
+    def save_rows(self, start: Position, count: int, path: Path) -> None:
+        """Write the first rows from `start`, the begin of a window, on to a file, in the order of reading, as `rows`.
+
+        At most those of that window.
+        """
+        parts, at = [], start
+        while count and at.window == start.window:
+            pool = self._read(at, self._empty_pool())
+            parts.append(pool.rows[pool.order[:count]])
+            count -= len(parts[-1])
+            at = self.order.next_pool(at)
+        with replacing(path) as partial:
+            safetensors.torch.save_file({"rows": torch.cat(parts)}, partial)
+
+    def _load_saved(self, path: Path, at: Position) -> _Pool:
+        """The saved rows as one pool; they are in their order already."""
+        if at != Position(1) or not path.exists():
+            raise UserError(
+                f"{self.store.path}: training has used up the rows of the stream: train.exclude left out more than its "
+                "first window let expect. The last checkpoint is kept; train fewer steps (train.epochs or "
+                "train.training_tokens), or from a whole store"
+            )
+        try:
+            rows = safetensors.torch.load_file(path)["rows"]
+        except (safetensors.SafetensorError, OSError, KeyError) as error:
+            raise UserError(f"{path}: damaged ({error}); the rows that it held are deleted elsewhere") from None
+        return _Pool(rows, torch.arange(len(rows)))
 
     def _empty_pool(self) -> Tensor:
         g, order = self.store.geometry, self.order
@@ -154,6 +215,13 @@ class ActivationLoader:
         return torch.empty(shape, dtype=torch.bfloat16, pin_memory=self._pin_memory)
 
     def _load(self, at: Position, memory: Tensor) -> _Pool:
+        if at.epoch and self._next_epoch:
+            return self._load_saved(self._next_epoch, at)
+        if self._wait_for:
+            self._wait_for(*self.order.shards_of_window(at.window))
+        return self._read(at, memory)
+
+    def _read(self, at: Position, memory: Tensor) -> _Pool:
         chunks = self.order.chunks(at).tolist()
         rows = memory[: len(chunks) * self.store.geometry.chunk_rows]
         self.store.read_chunks("train", self.hook, chunks, rows.view(torch.uint16).numpy())

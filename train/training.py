@@ -4,6 +4,7 @@ Several of them can be fed from one reading of a store: each takes the batches t
 """
 
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from harvest.files import UserError
 from train.background import BackgroundWriter
 from train.checkpoint import ABOUT, Checkpoint, newest_checkpoint, save_checkpoint, save_sae
 from train.config import TrainConfig
-from train.dataloader import ActivationLoader, Batch, Position
+from train.dataloader import FINISHED, ActivationLoader, Batch, Position
 from train.exclusion import InputStatistics, input_statistics
 from train.metrics import DivergedError, Metrics, open_tracker
 from train.parallel import FeatureRanks
@@ -87,6 +88,8 @@ class Training:
         path = folder / "metrics.jsonl" if self._writes else None
         self.metrics = Metrics(path, metrics_bytes, runtime.spike_factor, tracker, losses)
         self.note = ""
+        self.on_durable: Callable[[Position], None] | None = None  # told of each position that a resume can start at
+        self._saved_window = self.position[:2]
         self._writer = BackgroundWriter()
         self._recent: deque[_Fed] = deque(maxlen=runtime.log_every)
         self._about = {
@@ -131,12 +134,21 @@ class Training:
         if self.done:
             self._save_sae(self.folder)
             self._writer.wait()
-        elif step % config.runtime.checkpoint_every == 0:
+            if self.on_durable:
+                self.on_durable(FINISHED)
+        elif step % config.runtime.checkpoint_every == 0 or self._left_window():
             self.save_checkpoint()
+
+    def _left_window(self) -> bool:
+        """Whether a checkpoint would let a window of a stream go."""
+        return self.on_durable is not None and self.position[:2] > self._saved_window
 
     def _explained(self, error: DivergedError, loader: ActivationLoader) -> UserError:
         config = self.config
-        rows = next((loader.describe(fed.start, fed.end) for fed in self._recent if fed.step == error.step), "unknown")
+        try:
+            rows = next(loader.describe(fed.start, fed.end) for fed in self._recent if fed.step == error.step)
+        except (StopIteration, UserError):  # a stream has deleted them
+            rows = "unknown"
         return UserError(
             f"{self.folder}: {error}; the last checkpoint is kept. Rows of its batch with the largest norms: {rows}. "
             f"Lower train.lr ({config.lr:g}) or train.clip_norm ({config.clip_norm:g}), or leave such rows out by "
@@ -166,6 +178,7 @@ class Training:
             return  # not yet told: a resume from before it finds it again
         self._writer.wait()  # before the copy, so that one is held in memory
         tensors = self.trainer.tensors()
+        self._saved_window = self.position[:2]
         if not self._writes:
             return
         checkpoint = Checkpoint(
@@ -182,5 +195,7 @@ class Training:
         def write() -> None:
             self.metrics.sync()  # before a checkpoint that counts on its length
             save_checkpoint(folder, checkpoint, tensors, keep_last)
+            if self.on_durable:
+                self.on_durable(checkpoint.position)
 
         self._writer.submit(write)

@@ -1,0 +1,91 @@
+"""What `status` says of each stage: complete, running, interrupted, or why it would run.
+
+Nothing here imports torch.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from harvest.files import UserError, is_locked, read_json
+from pipeline.fingerprint import STAGES, VERSIONS
+from pipeline.manifest import BEGUN, is_complete
+from pipeline.stages import AnyRuns
+
+
+def status_lines(sweep: Sequence[AnyRuns]) -> list[str]:
+    """One line a stage (and setting of a sweep): complete, running, interrupted, or why it would run."""
+    lines = {line: STAGES.index(line.split()[0]) for runs in sweep for line in _status_lines(runs)}
+    return sorted(lines, key=lambda line: lines[line])
+
+
+def _status_lines(runs: AnyRuns) -> list[str]:
+    lines = []
+    stale: str | None = None
+    for stage in runs.stages:
+        directory = runs.directory(stage)
+        if is_complete(directory):
+            state = f"complete   {directory}"
+        elif is_locked(directory, stage):
+            state = f"running    {_progress(directory)}{directory}"
+        elif (directory / BEGUN).exists():
+            state = f"would resume  {_progress(directory)}{directory}"
+        else:
+            state = f"would run: {why(runs, stage, stale)}"
+        if not is_complete(directory):
+            stale = stale or stage
+        lines.append(f"{stage:9} {state}")
+    return lines
+
+
+def why(runs: AnyRuns, stage: str, stale: str | None) -> str:
+    """Why a stage has no directory yet, by comparison with the newest one of the same stage."""
+    siblings = sorted((runs.root / stage).glob(f"*/{BEGUN}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in siblings:
+        try:
+            other = read_json(path)
+        except UserError:
+            continue
+        if ("ingest" in other.get("settings", {})) != ("ingest" in runs.settings(stage)):
+            continue
+        if other.get("version") != VERSIONS[stage]:
+            return f"{stage} version: {other.get('version')} -> {VERSIONS[stage]}"
+        changes = _differences(other.get("settings", {}), runs.settings(stage))
+        if stage in ("sample", "harvest") and not changes:
+            changes = _differences(other.get("inputs", {}), runs.inputs.known(stage))
+        if changes:
+            return "; ".join(changes)
+        break
+    if stale:
+        return f"{stale} would run before it"
+    upstream = runs.upstream(stage)
+    return f"its {upstream} is another one" if siblings else "it has not been run yet"
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted({*old, *new})
+            for line in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else key)
+        ]
+    if isinstance(old, list | tuple) and isinstance(new, list | tuple) and len(old) == len(new):
+        return [
+            line for i, pair in enumerate(zip(old, new, strict=True)) for line in _differences(*pair, f"{prefix}.{i}")
+        ]
+    return [] if old == new else [f"{prefix}: {_short(old)} -> {_short(new)}"]
+
+
+def _short(value: Any) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _progress(directory: Path) -> str:
+    from harvest.progress import duration
+
+    try:
+        state = read_json(directory / "progress.json")
+        return f"{state['done']:,}/{state['total']:,} {state['unit']}, {duration(state['seconds_left'])} left  "
+    except (UserError, KeyError, TypeError, ValueError):
+        return ""
