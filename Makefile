@@ -16,7 +16,7 @@ RUN = OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=10000000
 LAUNCH = TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-node $(PROCS) -m pipeline,$(RUN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all harvest train eval status verify prune estimate dry-run export test test-browser chromium check
+.PHONY: help setup all harvest stream train eval status verify prune estimate dry-run export test test-browser chromium check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,6 +48,9 @@ all: setup ## set up, then harvest, train and evaluate; ends with the path of re
 harvest: setup ## sample the text and write the model's activations into a store; GPUS=N takes N GPUs
 	@$(RUN) sample --config $(CONFIG) $(SET)
 	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) harvest --config $(CONFIG) $(SET)
+
+stream: setup ## harvest and train side by side within SET="harvest.runtime.disk_limit=..."; GPUS=N shares them out
+	@$(RUN) stream --processes $(PROCS) --config $(CONFIG) $(SET)
 
 train: setup ## train an SAE for each hook from the store; GPUS=N splits its features over N GPUs
 	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) train --config $(CONFIG) $(SET)

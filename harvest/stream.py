@@ -47,12 +47,10 @@ def load_stream(directory: Path) -> Stream | None:
         return None
     value = read_json(path)
     readers, capacity, turns = value.get("readers"), value.get("capacity_shards"), value.get("turns")
-    known = isinstance(readers, list) and all(isinstance(reader, str) for reader in readers)
-    if not (known and isinstance(capacity, int) and capacity > 0 and isinstance(turns, bool)):
-        raise UserError(
-            f"{path}: does not describe a stream; it was damaged. `make stream` writes it anew once deleted"
-        )
-    return Stream(tuple(readers), capacity, turns)
+    named = isinstance(readers, list) and all(isinstance(reader, str) for reader in readers)
+    if named and type(capacity) is int and capacity > 0 and isinstance(turns, bool):
+        return Stream(tuple(map(str, readers or ())), capacity, turns)
+    raise UserError(f"{path}: does not describe a stream; it was damaged. Delete it, and `make stream` writes it anew")
 
 
 def save_stream(directory: Path, stream: Stream) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harvest.activation_store import ActivationStore
+from harvest.activation_store import CONSUMED, ActivationStore
 from harvest.files import UserError
 from train.background import BackgroundWriter
 from train.checkpoint import ABOUT, Checkpoint, newest_checkpoint, save_checkpoint, save_sae
@@ -64,6 +64,8 @@ class Training:
         self.config, self.hook, self.folder = config, hook, folder
         self.steps = total_steps(config, rows)
         found = newest_checkpoint(folder / "checkpoints")
+        if not found and store.consumed():
+            raise UserError(f"{store.path}: {CONSUMED}")
         self.statistics: InputStatistics = (
             found[0].statistics if found else input_statistics(store, hook, config.exclude, config.window_shards)
         )

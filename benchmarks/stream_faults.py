@@ -1,0 +1,140 @@
+"""kill -9 of a stream's processes at random moments: the harvest, training, both, or the one that started them.
+
+    python benchmarks/stream_faults.py --kills 20
+
+Runs configs/tiny.yaml with one epoch and rows that are read twice; after each kill the stream is started again, until
+it is complete; then the next run begins. Prints JSON: kills by victim, finished runs, how many equal `harvest`, then
+`train`, byte for byte, and the most training shards that were ever on the disk.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+LIMIT = 6
+SETTINGS = ["train.epochs=1", "sample.train_tokens=12288", "train.exclude.positions=[0]", "train.batch_size=32"]
+SETTINGS += ["train.runtime.checkpoint_every=50"]
+PATIENCE = 300  # seconds for a stream to end
+
+
+def pipeline(command: str, cwd: Path, *more: str) -> subprocess.Popen:
+    arguments = [sys.executable, "-m", "pipeline", command, "--config", str(ROOT / "configs" / "tiny.yaml")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+    return subprocess.Popen(
+        [*arguments, *SETTINGS, *more],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def weights(cwd: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(cwd)): p.read_bytes() for p in sorted(cwd.glob("runs/train/*/*/*.safetensors"))}
+
+
+def on_disk(cwd: Path) -> int:
+    """Training shards whose rows are there, the one that is being written included."""
+    return sum(any(folder.iterdir()) for folder in cwd.glob("runs/harvest/*/store/train/*/acts/c/*") if folder.is_dir())
+
+
+def stages(parent: int) -> dict[str, int]:
+    """The processes that a stream started, by stage."""
+    out = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rpartition(")")[2].split()[1]) != parent:
+                continue
+            arguments = path.with_name("cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        out |= {stage: int(path.parent.name) for stage in ("harvest", "train") if stage in arguments}
+    return out
+
+
+def work_done(cwd: Path) -> int:
+    """A count that grows as either side works."""
+    records = len(list(cwd.glob("runs/harvest/*/store/*/shards/*.json")))
+    return records + sum(path.stat().st_size for path in cwd.glob("runs/train/*/*/metrics.jsonl"))
+
+
+def killed_once(cwd: Path, rng: random.Random, victims: Counter) -> int:
+    """Start the stream and kill part of it at a random moment of its work; the most shards that were seen."""
+    process = pipeline("stream", cwd, f"harvest.runtime.disk_limit={LIMIT} shards")
+    wanted = rng.choice(["harvest", "train", "both", "stream"])
+    before, most = work_done(cwd), 0
+    moment = float("inf")
+    while process.poll() is None and time.monotonic() < moment:
+        most = max(most, on_disk(cwd))
+        time.sleep(0.02)
+        if moment == float("inf") and work_done(cwd) != before:
+            moment = time.monotonic() + rng.uniform(0, 4)
+    found = stages(process.pid) | {"stream": process.pid}
+    named = ["harvest", "train"] if wanted == "both" else [wanted]
+    killed = False
+    for name in named:
+        if name in found and process.poll() is None:
+            try:
+                os.kill(found[name], signal.SIGKILL)
+                killed = True
+            except ProcessLookupError:
+                pass
+    if killed:
+        victims[wanted] += 1
+    process.wait(PATIENCE)
+    while any(Path(f"/proc/{pid}").exists() for pid in found.values()):  # a killed parent's children save their place
+        most = max(most, on_disk(cwd))
+        time.sleep(0.02)
+    return max(most, on_disk(cwd))
+
+
+def main() -> None:
+    import tiny
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng, victims, most, finished, equal = random.Random(options.seed), Counter(), 0, 0, 0
+    with tempfile.TemporaryDirectory() as name:
+        base, whole = Path(name, "base"), Path(name, "whole")
+        tiny.make_assets(base)
+        assert not pipeline("sample", base).wait()
+        shutil.copytree(base, whole)
+        for stage in ("harvest", "train"):
+            assert not pipeline(stage, whole).wait()
+        expected = weights(whole)
+        while victims.total() < options.kills:
+            folder = Path(name, f"run-{finished}")
+            shutil.copytree(base, folder)
+            while not list(folder.glob("runs/train/*/manifest.json")):
+                seen = killed_once(folder, rng, victims)
+                most = max(most, seen)
+                print(f"{victims.total()} kills, {seen} shards on the disk at most", file=sys.stderr, flush=True)
+                if victims.total() >= options.kills:
+                    break
+            assert not pipeline("stream", folder, f"harvest.runtime.disk_limit={LIMIT} shards").wait(PATIENCE)
+            finished += 1
+            equal += weights(folder) == expected
+            shutil.rmtree(folder)
+    figures = {"kills": victims.total(), "victims": dict(victims), "seed": options.seed, "runs": finished}
+    print(json.dumps(figures | {"byte_identical": equal, "most_shards": most, "limit": LIMIT}, indent=1))
+    sys.exit(equal != finished or most > LIMIT)
+
+
+if __name__ == "__main__":
+    main()
