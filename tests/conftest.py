@@ -1,4 +1,4 @@
-"""A complete run of configs/tiny.yaml, made once; tests that change one copy it."""
+"""A complete run of configs/tiny.yaml, made once, and one on real text; tests that change one copy it."""
 
 import os
 import shutil
@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub, whose library reads this when it is imported
 
+import real
 import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,11 +59,36 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def real_run(tmp_path_factory) -> Path:
+    """A folder with a trained SAE of real activations of SmolLM2 (tests/real.py); read only."""
+    folder = tmp_path_factory.mktemp("real")
+    real.make_assets(folder)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for stage in ("sample", "harvest", "train"):
+            ran = pipeline(stage, *real.SETTINGS, config=real.CONFIG)
+            assert ran.status == 0, ran.out
+    finally:
+        os.chdir(before)
+    return folder
+
+
 @pytest.fixture
 def run_folder(finished, tmp_path, monkeypatch) -> Path:
     """A copy of the finished run, as the current folder."""
     folder = tmp_path / "copy"
     shutil.copytree(finished, folder)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def real_folder(real_run, tmp_path, monkeypatch) -> Path:
+    """A copy of the run on real text, as the current folder."""
+    folder = tmp_path / "real"
+    shutil.copytree(real_run, folder, symlinks=True)
     monkeypatch.chdir(folder)
     return folder
 
