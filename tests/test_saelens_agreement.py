@@ -1,11 +1,13 @@
-"""Our figures against SAELens' own evals, on the same tokens and the same weights."""
+"""Our figures against SAELens' own evals of the exported SAE, on the same real tokens."""
 
+from contextlib import chdir
 from typing import Any, cast
 
 import numpy as np
 import pytest
+import real
 import torch
-from conftest import only
+from conftest import only, pipeline
 
 from evaluate.downstream import downstream
 from evaluate.fidelity import HeldoutBatch, fidelity
@@ -15,8 +17,7 @@ from harvest.sampling import Contexts
 from train.checkpoint import load_sae
 from train.config import ExcludeConfig
 
-HOOK = "model.layers.1"
-CONTEXTS = 16
+CONTEXTS = 2
 RELATIVE = 1e-3
 
 
@@ -37,23 +38,25 @@ class Tokens:
 
 
 @pytest.fixture(scope="module")
-def evaluated(finished):
-    """Ours and SAELens' figures of the tiny run's SAE on its first held-out contexts, every row through the SAE."""
-    from sae_lens import SAE, StandardSAEConfig
+def measured(real_run, tmp_path_factory):
+    """Ours, and SAELens' figures of the exported SAE and of one whose scale is not folded in: real tokens, all rows."""
+    from sae_lens import SAE
     from sae_lens.evals import EvalConfig, run_evals
     from sae_lens.load_model import HookedProxyLM
-    from sae_lens.saes.sae import SAEMetadata
     from sae_lens.training.activation_scaler import ActivationScaler
     from transformers import AutoTokenizer
 
-    saved = load_sae(only(finished, f"runs/train/*/{HOOK}"))
-    contexts = Contexts(only(finished, "runs/sample/*/contexts"))
+    folder = tmp_path_factory.mktemp("export") / "sae"
+    with chdir(real_run):
+        assert pipeline("export", *real.SETTINGS, "--to", str(folder), config=real.CONFIG).status == 0
+    saved = load_sae(only(real_run, f"runs/train/*/{real.HOOK}"))
+    contexts = Contexts(only(real_run, "runs/sample/*/contexts"))
     tokens = contexts.read("holdout", "tokens", 0, CONTEXTS)
     ids = torch.from_numpy(tokens.astype(np.int64))
-    name = str(finished / "assets/tiny-llama")
-    model = load_model(ModelConfig(name=name), None, [HOOK], torch.float32, torch.device("cpu"), with_head=True)
+    name = str(real_run / "assets/smollm2-135m")
+    model = load_model(ModelConfig(name=name), None, [real.HOOK], torch.float32, torch.device("cpu"), with_head=True)
     # Ours are rounded as the store holds them, SAELens' are not: well within the tolerance.
-    rows = model.activations(ids)[HOOK].bfloat16()
+    rows = model.activations(ids)[real.HOOK].bfloat16()
     sources = np.zeros(CONTEXTS, np.uint8)
     context = np.repeat(np.arange(CONTEXTS), tokens.shape[1])
     batch = HeldoutBatch(rows.flatten(0, 1), np.ones(len(context), bool), context)
@@ -61,31 +64,22 @@ def evaluated(finished):
     figures = dict(ours.figures["all_rows"]["all"])
     figures |= downstream(model, saved, ExcludeConfig(), ours.mean_D, tokens, sources, ["text"], CONTEXTS)["all"]
 
-    metadata = SAEMetadata(hook_name=HOOK, hook_head_index=None)
-    theirs = SAE.from_dict(
-        StandardSAEConfig(
-            d_in=saved.sae.d_in, d_sae=saved.sae.d_sae, apply_b_dec_to_input=False, metadata=metadata
-        ).to_dict()
-    )
-    scale = saved.statistics.scale
-    folded = {"W_enc": saved.sae.W_enc * scale, "b_enc": saved.sae.b_enc}
-    folded |= {"W_dec": saved.sae.W_dec / scale, "b_dec": saved.sae.b_dec / scale}
-    theirs.load_state_dict(folded)
-    proxy = HookedProxyLM(model.model, AutoTokenizer.from_pretrained(name), hook_names=[HOOK])
-    config = EvalConfig(
-        batch_size_prompts=CONTEXTS,
-        n_eval_reconstruction_batches=1,
-        n_eval_sparsity_variance_batches=1,
-        compute_kl=True,
-        compute_ce_loss=True,
-        compute_l2_norms=True,
-        compute_sparsity_metrics=True,
-        compute_variance_metrics=True,
-    )
-    metrics, _ = run_evals(
-        theirs, cast(Any, Tokens(ids)), proxy, ActivationScaler(), config, exclude_special_tokens=False
-    )
-    return figures, {name: value for group in metrics.values() for name, value in group.items()}
+    proxy = HookedProxyLM(model.model, AutoTokenizer.from_pretrained(name), hook_names=[real.HOOK])
+    theirs = SAE.load_from_disk(folder / "blocks.2.hook_resid_post")
+    theirs.cfg.metadata.hook_name = theirs.cfg.metadata.hf_hook_name  # the model is transformers' here
+
+    def theirs_measured(*parts: str) -> dict[str, float]:
+        config = EvalConfig(
+            CONTEXTS, n_eval_reconstruction_batches=1, n_eval_sparsity_variance_batches=1, **dict.fromkeys(parts, True)
+        )
+        scaler = ActivationScaler()
+        metrics, _ = run_evals(theirs, cast(Any, Tokens(ids)), proxy, scaler, config, exclude_special_tokens=False)
+        return {name: value for group in metrics.values() for name, value in group.items()}
+
+    of_rows = ("compute_l2_norms", "compute_sparsity_metrics", "compute_variance_metrics")
+    as_exported = theirs_measured(*of_rows, "compute_kl", "compute_ce_loss")
+    theirs.load_state_dict(saved.sae._asdict())
+    return figures, as_exported, theirs_measured(*of_rows)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +98,16 @@ def evaluated(finished):
         ("kl_sae_all_rows", "kl_div_with_sae"),
     ],
 )
-def test_figures_agree_with_saelens(evaluated, ours, saelens):
-    figures, theirs = evaluated
+def test_figures_agree_with_saelens(measured, ours, saelens):
+    figures, theirs, _ = measured
     assert figures[ours] == pytest.approx(theirs[saelens], rel=RELATIVE)
     assert figures[ours] != 0
+
+
+@pytest.mark.parametrize(
+    ("ours", "saelens"), [(n, n) for n in ("l0", "mse", "explained_variance_legacy")] + [("norm_ratio", "l2_ratio")]
+)
+def test_without_the_fold_figures_differ(measured, ours, saelens):
+    """By little: ReLU(s·x) = s·ReLU(x), so only the biases meet rows of another scale."""
+    figures, _, unfolded = measured
+    assert figures[ours] != pytest.approx(unfolded[saelens], rel=RELATIVE)
