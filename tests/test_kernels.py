@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from train.adam import Adam, Update, plain_update
+from train.nonzeros import PLAIN, ByFeature, ByRow, by_feature
 from train.sae import SAE, initial_sae
-from train.sparse_step import PLAIN, ByFeature, ByRow, active_features, by_feature, sparse_step
+from train.sparse_step import active_features, sparse_step
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has no build for this platform")
 from train import kernels  # noqa: E402

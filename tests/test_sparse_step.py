@@ -21,8 +21,9 @@ from train import step as dense_module
 from train.checkpoint import load_sae
 from train.config import ExcludeConfig
 from train.dataloader import heldout_rows
+from train.nonzeros import PLAIN
 from train.sae import SAE, initial_sae
-from train.sparse_step import PLAIN, active_features, sparse_step
+from train.sparse_step import active_features, sparse_step
 from train.step import StepResult, dense_step, product
 
 L1 = 5.0

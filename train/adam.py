@@ -13,8 +13,6 @@ from torch.optim.adam import adam
 
 from train.sae import SAE
 
-EPS = 1e-8
-
 
 class Update(NamedTuple):
     """Numbers of one update."""
@@ -23,6 +21,7 @@ class Update(NamedTuple):
     betas: tuple[float, float]
     step: int  # from 1
     divisor: Tensor  # 0-d float32 on the device; where it is not finite, nothing changes
+    eps: float = 1e-8
 
 
 class Adam:
@@ -53,13 +52,14 @@ def plain_update(sae: SAE, gradients: SAE, exp_avg: SAE, exp_avg_sq: SAE, operan
     adam(
         list(sae), list(gradients), list(exp_avg), list(exp_avg_sq), [], steps,
         fused=True, grad_scale=numbers.divisor, found_inf=torch.isfinite(numbers.divisor).logical_not().float(),
-        lr=numbers.lr, beta1=numbers.betas[0], beta2=numbers.betas[1], eps=EPS,
+        lr=numbers.lr, beta1=numbers.betas[0], beta2=numbers.betas[1], eps=numbers.eps,
         amsgrad=False, weight_decay=0.0, maximize=False,
     )  # fmt: skip
     copy_operands(sae, operands)
 
 
 def copy_operands(sae: SAE, operands: SAE) -> None:
+    """Write the weights into those operands that are tensors of their own."""
     for weight, operand in zip(sae, operands, strict=True):
         if operand is not weight:
             operand.copy_(weight)

@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA: the gathers of `train.sparse_step` (`PLAIN` there has their plain twins), and Adam.
+"""Triton kernels for CUDA: the gathers of `train.nonzeros` (`PLAIN` there has their plain twins), and Adam.
 
 Needs triton, so only the CUDA path imports this module. Configurations are fixed: autotuning would pick
 other summation orders in other runs. Sums are float32 and none is shared between programs, so there are
@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.adam import EPS, Update
+from train.nonzeros import ByFeature, ByRow, Operations
 from train.sae import SAE
-from train.sparse_step import ByFeature, ByRow, Operations
+
+AdamNumbers = tuple[float, tuple[float, float], int, Tensor, float]  # `train.adam.Update`, which imports this module
 
 EXTRACT_TILE = 2048  # pre-activations a program looks at together
 D_TILE = 512  # columns of a gathered row
@@ -86,15 +87,15 @@ def encoder_sums(by: ByFeature, df_N: Tensor, x_BD: Tensor) -> Tensor:
     return sum_DF
 
 
-def adam_update(sae: SAE, gradients: SAE, exp_avg: SAE, exp_avg_sq: SAE, operands: SAE, numbers: Update) -> None:
+def adam_update(sae: SAE, gradients: SAE, exp_avg: SAE, exp_avg_sq: SAE, operands: SAE, numbers: AdamNumbers) -> None:
     """`train.adam.plain_update` with one reading of every tensor; gradients stay as they are."""
-    beta1, beta2 = numbers.betas
-    corrections = 1 - beta1**numbers.step, (1 - beta2**numbers.step) ** 0.5
+    lr, (beta1, beta2), step, divisor, eps = numbers
+    corrections = 1 - beta1**step, (1 - beta2**step) ** 0.5
     for tensors in zip(sae, gradients, exp_avg, exp_avg_sq, operands, strict=True):
         weight, operand = tensors[0], tensors[-1]
         grid = (triton.cdiv(weight.numel(), ADAM_TILE),)
         adam_kernel[grid](
-            *tensors, numbers.divisor, weight.numel(), numbers.lr, beta1, beta2, *corrections, EPS,
+            *tensors, divisor, weight.numel(), lr, beta1, beta2, *corrections, eps,
             COPY=operand is not weight, TILE=ADAM_TILE,
         )  # fmt: skip
 
