@@ -1,7 +1,7 @@
 """The evaluate stage: every SAE of a training run on held-out text, into metrics.json and report.html."""
 
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,15 +11,15 @@ from evaluate.fidelity import Fidelity
 from evaluate.published import load_published
 from evaluate.report import write_report
 from evaluate.subject import NoText, Subject
-from evaluate.unembedding import Unembedding, load_unembedding
+from evaluate.unembedding import load_unembedding
 from harvest.activation_store import ActivationStore, slug
 from harvest.config import ModelConfig
 from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
 from harvest.files import UserError, write_json
-from harvest.language_model import HookedModel, load_model
+from harvest.language_model import load_model
 from harvest.sampling import Contexts
 from harvest.store_files import files_of
-from harvest.tokenizer import SegmentTokenizer, load_tokenizer, load_whole_tokenizer
+from harvest.tokenizer import load_tokenizer, load_whole_tokenizer
 from train.checkpoint import SavedSae, load_sae
 from train.config import ExcludeConfig
 
@@ -91,31 +91,17 @@ def run(
     if left_out:
         print(f"evaluate: left out, as ingested rows have no model and no text: {', '.join(left_out)}", flush=True)
     exclude = ExcludeConfig(**upstream.manifests["train"]["settings"]["exclude"])
-
-    @cache
-    def model() -> HookedModel:
-        assert model_config is not None  # the analyses that ask for it are left out
-        hooks, offline = store.geometry.hooks, config.runtime.offline
-        return load_model(model_config, model_commit, hooks, dtype, device, offline=offline, with_head=True)
-
-    @cache
-    def tokenizer() -> SegmentTokenizer:
-        assert model_config is not None
-        return load_tokenizer(model_config, model_commit, config.runtime.offline)
-
-    @cache
-    def unembedding() -> Unembedding:
-        assert model_config is not None
-        return load_unembedding(model_config, model_commit, config.runtime.offline)
-
-    @cache
-    def chat_tokenizer() -> Any:
-        assert model_config is not None
-        return load_whole_tokenizer(model_config, model_commit, config.runtime.offline)
+    given: Any = model_config  # None only where the analyses that load something of it are left out
+    hooks, offline = store.geometry.hooks, config.runtime.offline
+    once = (
+        cache(partial(load_model, given, model_commit, hooks, dtype, device, offline=offline, with_head=True)),
+        cache(partial(load_tokenizer, given, model_commit, offline)),
+        cache(partial(load_unembedding, given, model_commit, offline)),
+        cache(partial(load_whole_tokenizer, given, model_commit, offline)),
+    )
 
     def analysed(saved: SavedSae, analyses: Collection[str], name: str | None = None) -> dict[str, Any]:
         saved = saved._replace(sae=saved.sae.to(device))
-        once = (model, tokenizer, unembedding, chat_tokenizer)
         subject = Subject(saved, store, exclude, contexts, context_source, *once, config, device, directory, name)
         heldout = fidelity.measure(subject)
         sections = {name: ANALYSES[name](subject, heldout) for name in analyses if name not in left_out}
