@@ -260,7 +260,7 @@ class ActivationStore:
         return out
 
     def read_chunks(self, split: str, hook: str, chunks: Sequence[int], out: np.ndarray) -> None:
-        """Rows of chunks as `read_chunk` gives them, one chunk after another, into contiguous `out`."""
+        """Rows of chunks as `read_chunk` gives them, one chunk after another, into contiguous `out`, (rows, d_in)."""
         rows = self.geometry.chunk_rows
 
         def read(place: int) -> None:

@@ -4,6 +4,8 @@ A shard is a pure function of the settings: its contexts go through the model in
 order, and its rows are permuted by a generator seeded with (seed, split, shard). So neither kills nor
 the number of workers change a byte. Held-out shards come first; training can then be checked while
 the rest is being made.
+
+Shape suffixes: C contexts of a shard, B those of a batch, S positions, D d_in.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -202,6 +204,7 @@ def _width(model: HookedModel, hooks: tuple[str, ...]) -> int:
 
 
 def store_summary(store: ActivationStore) -> dict[str, Any]:
+    """Rows of both splits, width, size in gigabytes, and mean norm of the training rows at each hook."""
     geometry = store.geometry
     records = {split: store.records(split) for split in SPLITS}
     summary: dict[str, Any] = {f"{split}_rows": len(records[split]) * geometry.shard_rows for split in SPLITS}

@@ -23,6 +23,8 @@ ROLE = "harvest"
 
 
 class Shard(NamedTuple):
+    """A shard by split and number."""
+
     split: str
     number: int
 

@@ -408,4 +408,5 @@ def dry_run(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFI
 
 
 def main() -> None:
+    """Run one command; exit statuses as `_errors` gives them."""
     app(prog_name="python -m pipeline")

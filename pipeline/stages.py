@@ -45,6 +45,7 @@ class Runs(NamedTuple, Generic[Config]):
     root: Path
 
     def directory(self, stage: str) -> Path:
+        """Where a stage of these settings writes."""
         return self.root / stage / self.fingerprints[stage]
 
     @property
@@ -53,6 +54,7 @@ class Runs(NamedTuple, Generic[Config]):
         return tuple(self.fingerprints)
 
     def upstream(self, stage: str) -> str | None:
+        """The stage before, None for the first."""
         index = self.stages.index(stage)
         return self.stages[index - 1] if index else None
 
@@ -73,6 +75,7 @@ class Runs(NamedTuple, Generic[Config]):
         }
 
     def settings(self, stage: str) -> dict[str, Any]:
+        """What of the settings a stage's result depends on, as its fingerprint hashes them."""
         if isinstance(self.config, IngestedConfig) and stage == "harvest":
             return {"ingest": hashed_settings(self.config.ingest)}
         settings = hashed_settings(getattr(self.config, stage))

@@ -48,7 +48,10 @@ class SavedSae(NamedTuple):
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, tensors: dict[str, Tensor], keep_last: int) -> None:
-    """Write a checkpoint, then drop all but the newest `keep_last`."""
+    """Write a checkpoint, then drop all but the newest `keep_last`.
+
+    Shapes of `tensors` as in `Trainer.tensors`. Raises OSError, which names the file, when the disk is full.
+    """
     new = folder / f"{checkpoint.step:08d}"
     if (new / MARKER).exists():  # Ctrl-C right after it was due, or before this SAE's turn in a sweep: the same bytes
         return
@@ -69,7 +72,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, tensors: dict[str, Ten
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | None:
-    """The newest complete checkpoint; None when there is none.
+    """The newest complete checkpoint and its tensors (shapes as in `Trainer.tensors`); None when there is none.
 
     Raises UserError when it is damaged, and names the one before it.
     """

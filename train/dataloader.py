@@ -6,6 +6,8 @@ the kept rows of a pool in random order. Batches are cut from the endless stream
 straddle two pools, windows or epochs, none is short, no kept row is lost.
 The position yielded with a batch is all that a resume needs; the seed does the rest. The order of a
 window depends on no later shard. Costs two pools of memory: one is filled while the other is used.
+
+Shape suffixes: B rows of a batch, D d_in, N rows.
 """
 
 import time
@@ -38,6 +40,8 @@ FINISHED = Position(epoch=1 << 32)  # of an SAE that needs no more rows
 
 
 class Batch(NamedTuple):
+    """Rows of a step, and where the next batch starts."""
+
     rows_BD: Tensor  # bfloat16, as stored, on the host
     next: Position
 
@@ -61,9 +65,11 @@ class ReadingOrder(NamedTuple):
 
     @property
     def windows(self) -> int:
+        """Windows of an epoch, the last perhaps shorter."""
         return -(-self.shards // self.window_shards)
 
     def pools(self, window: int) -> int:
+        """Pools of a window."""
         return -(-len(self.chunks_of_window(window)) // self.pool_chunks)
 
     def shards_of_window(self, window: int) -> tuple[int, int]:
@@ -87,6 +93,7 @@ class ReadingOrder(NamedTuple):
         return np.random.default_rng([self.seed, at.epoch, at.window, at.pool]).permutation(kept)
 
     def next_pool(self, at: Position) -> Position:
+        """The first row of the pool after this one, for ever."""
         if at.pool + 1 < self.pools(at.window):
             return Position(at.epoch, at.window, at.pool + 1)
         if at.window + 1 < self.windows:
@@ -229,7 +236,7 @@ class ActivationLoader:
         return _Pool(rows, torch.from_numpy(kept[self.order.rows(at, len(kept))]))
 
     def rows_between(self, start: Position, end: Position) -> np.ndarray:
-        """Numbers in the training split of the rows that a batch from `start` to `end` has, in its order."""
+        """Numbers in the training split of the rows that a batch from `start` to `end` has, (rows,), in its order."""
         chunk_rows, rows, at = self.store.geometry.chunk_rows, [], start
         while True:
             pool = at._replace(row=0)

@@ -107,10 +107,11 @@ class Training:
 
     @property
     def done(self) -> bool:
+        """Whether the last step is made."""
         return self.step >= self.steps
 
     def take(self, batch: Batch, loader: ActivationLoader, validation_rows: Tensor) -> None:
-        """Train on the next batch, and log, validate and save when it is time to.
+        """Train on the next batch, and log, validate (on rows as stored, (rows, d_in)) and save when it is time to.
 
         Raises UserError when the loss is no number or spikes, and OSError when a write behind it failed.
         """
