@@ -10,6 +10,8 @@ EVALUATE_VERSION = 3
 
 
 class DownstreamConfig(Settings):
+    """Cross-entropy with the SAE spliced into the model."""
+
     contexts: int = Field(default=32, ge=1)
     """Held-out contexts that the whole model reads, in order; all if there are fewer."""
     batch_contexts: int = Field(default=4, ge=1)
@@ -19,6 +21,8 @@ class DownstreamConfig(Settings):
 
 
 class FeaturesConfig(Settings):
+    """Pages of single features."""
+
     count: int = Field(default=200, ge=1, le=2000)
     """Features that get a page: the best by ReasonScore (by density where there is none) and a random part."""
     random_share: float = Field(default=0.25, ge=0, le=1)
@@ -36,6 +40,8 @@ class FeaturesConfig(Settings):
 
 
 class ReasonScoreConfig(Settings):
+    """Which features fire at words of reasoning."""
+
     words: tuple[str, ...] = Field(
         default=(
             *("alternatively", "hmm", "maybe", "wait", "perhaps", "let me", "therefore", "however"),
@@ -63,6 +69,8 @@ class ReasonScoreConfig(Settings):
 
 
 class SteeringConfig(Settings):
+    """What amplified features do to what the model writes."""
+
     features: int = Field(default=3, ge=1)
     """How many features are amplified, those of the highest ReasonScore."""
     feature_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -86,6 +94,8 @@ class SteeringConfig(Settings):
 
 
 class DiffConfig(Settings):
+    """Firing rates on two sources, or under two models."""
+
     sources: tuple[str, str] | None = None
     """Two sources whose firing rates are compared; null takes the first two, if there are several."""
     model: ModelConfig | None = None
@@ -102,6 +112,8 @@ class DiffConfig(Settings):
 
 
 class EvaluateRuntime(Settings):
+    """What changes no figure."""
+
     device: Device = "auto"
     """auto takes a GPU where there is one."""
     threads: int = Field(default=0, ge=0)
@@ -111,6 +123,8 @@ class EvaluateRuntime(Settings):
 
 
 class PublishedSae(Settings):
+    """An SAE of others, to be measured on our rows."""
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """How reports call it."""
     path: str
@@ -141,6 +155,8 @@ class PublishedSae(Settings):
 
 
 class EvaluateConfig(Settings):
+    """Settings of the evaluate stage."""
+
     sae: Literal["last", "best"] = "last"
     """Which SAE of the training run: after the last step, or with the least held-out loss."""
     batch_rows: int = Field(default=4096, ge=2)

@@ -4,7 +4,7 @@ A feature that fires under one and not under the other is what has changed betwe
 reasoning features so). Two sources of text need one model, and their rates come from the stored rows. For
 two models both read the same held-out contexts here, and a row counts for neither where one would leave it out.
 
-Shape suffixes: C contexts, S positions, N rows, D d_in, F d_sae.
+Shape suffixes: C contexts, B those of a batch, S positions, N rows, D d_in, F d_sae.
 """
 
 from typing import Any, NamedTuple

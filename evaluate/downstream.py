@@ -11,7 +11,7 @@ and KL(clean ‖ SAE). ce_loss_score = (zero − sae) / (zero − clean), as in 
 denominator replace the same rows: where outlier rows pass, the attention sink stays in both. (With every
 row 0, a model without biases gives every token the same logit, and the cross-entropy is ln V.)
 
-Shape suffixes: B contexts, S positions, D d_in, V vocabulary.
+Shape suffixes: C contexts, B those of a batch, S positions, D d_in, V vocabulary, K resamplings.
 """
 
 from typing import Any

@@ -1,4 +1,7 @@
-"""What the page of a feature shows, and how: figures as text, tokens with nothing hidden in them."""
+"""What the page of a feature shows, and how: figures as text, tokens with nothing hidden in them.
+
+Shape suffixes: F d_sae, K features that have a page, N their tokens or excerpts, W words, G sources, B bins.
+"""
 
 import math
 import unicodedata
@@ -74,6 +77,7 @@ def thousandths(value: float) -> str:
 
 
 def percent(value: float) -> str:
+    """A share between 0 and 1 as text: 12.5%."""
     return f"{number(100 * value)}%"
 
 

@@ -5,7 +5,8 @@ contexts. Of each feature are kept: counts and sums by source, a histogram, the 
 excerpts around its highest peaks, and a random sample of the tokens that it fires on. Rows that training leaves out
 do not count. Memory: a shard's activations of the chosen features (shard_rows × K float32), and what is kept.
 
-Shape suffixes: C contexts of a shard, S positions, K chosen features, G sources, N excerpts, T tokens of one.
+Shape suffixes: C contexts of a shard, S positions, F d_sae, K chosen features, G sources, N excerpts, T tokens of one,
+B rows of a batch or bins of a histogram, D d_in.
 """
 
 from collections.abc import Iterator
@@ -49,12 +50,13 @@ class Excerpts(NamedTuple):
     acts_NT: np.ndarray
 
     def of(self, feature: int) -> "Excerpts":
+        """Those of one feature, an index into the chosen ones."""
         here = slice(*np.searchsorted(self.feature_N, [feature, feature + 1]))
         return Excerpts(*(values[here] for values in self))
 
     @property
     def value_N(self) -> np.ndarray:
-        """Activation at the active token."""
+        """Activation at the active token, float32 (N,)."""
         return np.take_along_axis(self.acts_NT, (self.position_N - self.start_N)[:, None], 1)[:, 0]
 
 
@@ -82,7 +84,7 @@ class Activity(NamedTuple):
 
 
 def choose_features(config: FeaturesConfig, density_F: np.ndarray, score_F: np.ndarray | None) -> np.ndarray:
-    """Numbers of the features that get a page: those asked for, the best ranked, and a random part of the living.
+    """Features that get a page, int64 (K,): those asked for, the best ranked, and a random part of the living.
 
     Ranked by ReasonScore, or by density where there is none. Raises UserError for a number out of range.
     """
@@ -108,7 +110,11 @@ def heldout_activity(
     context_source: np.ndarray,
     chosen_K: np.ndarray,
 ) -> Iterator[ShardActivity]:
-    """The chosen features on each held-out shard; the SAE may be on any device."""
+    """The chosen features on each held-out shard; the SAE may be on any device.
+
+    `context_source` is uint8 (held-out contexts,). Raises UserError where provenance does not make whole contexts,
+    and as the store does.
+    """
     g = store.geometry
     index = torch.from_numpy(chosen_K).to(saved.sae.W_enc.device)
     W_enc, b_enc = saved.sae.W_enc[:, index] * saved.statistics.scale, saved.sae.b_enc[index]

@@ -3,7 +3,7 @@
 All figures are in the units of the stored activations, except L0 and ratios. "outliers_excluded" leaves
 out the rows that training leaves out (their norms would decide every sum); "all_rows" does not.
 
-Shape suffixes: B rows of a batch, D d_in, F d_sae.
+Shape suffixes: B rows of a batch, D d_in, F d_sae, G groups of rows, C blocks of contexts, K resamplings.
 """
 
 from collections.abc import Iterator
@@ -41,6 +41,8 @@ WITH_INTERVAL = tuple(name for name in DEFINITIONS if name != "rows")
 
 
 class HeldoutBatch(NamedTuple):
+    """Consecutive held-out rows, in stored order."""
+
     rows_BD: Tensor  # bfloat16, as stored
     kept_B: np.ndarray  # bool: trained on, were it a training row
     context_B: np.ndarray  # int64: number of the held-out context

@@ -5,7 +5,7 @@ sample is the argmax of logits / temperature + Gumbel noise, which is a draw fro
 depends on the seed, the prompt and the step alone. So completions of one prompt under several interventions
 differ by the interventions only, and no batch changes a sample.
 
-Shape suffixes: B sequences, I interventions, D d_in, V vocabulary.
+Shape suffixes: B sequences, S tokens, I interventions, D d_in, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -28,6 +28,8 @@ from harvest.progress import Progress
 
 
 class Sampling(NamedTuple):
+    """How tokens are chosen."""
+
     max_new_tokens: int
     temperature: float = 0.0  # 0 takes the likeliest token
     top_p: float = 1.0
@@ -35,6 +37,8 @@ class Sampling(NamedTuple):
 
 
 class Completion(NamedTuple):
+    """What a model wrote after a prompt."""
+
     text: str
     token_ids: list[int]  # without the token that ends it
     ended: bool  # before max_new_tokens

@@ -57,12 +57,14 @@ class TopkSae(SAE):
 
 
 def jumprelu(sae: SAE, threshold_F: Tensor) -> JumpReluSae:
+    """An SAE with a threshold for each feature, (F,)."""
     out = JumpReluSae(*sae)
     out.threshold_F = threshold_F
     return out
 
 
 def topk(sae: SAE, k: int) -> TopkSae:
+    """An SAE of which k features fire in a row."""
     out = TopkSae(*sae)
     out.k = k
     return out

@@ -9,7 +9,7 @@ word's share p of the feature's per-word means, divided by log of the number of 
 All sums are masks times activations: one product of (words + 2, rows) by (rows, d_sae) a batch, accumulated in
 float64. The paper's code reads the text once for every 48 features, 1,365 passes of the model.
 
-Shape suffixes: B rows of a batch, F d_sae, W words, G = words + 2.
+Shape suffixes: B rows of a batch, C contexts, S positions, D d_in, F d_sae, W words, G = words + 2.
 """
 
 import math
@@ -76,6 +76,8 @@ class Sums(NamedTuple):
 
 
 class ReasonScore(NamedTuple):
+    """What `reason_score` gives for each of F features, and each of W words."""
+
     score_F: np.ndarray  # float64, as all
     entropy_F: np.ndarray
     mean_inside_F: np.ndarray

@@ -7,7 +7,7 @@ scale: the weights speak of s·x, so a unit of f_i moves x by W_dec,i / s. As ar
 thing: its code sets f_i to γ · max_activation_i where this adds to it. Where the feature is silent, the two are
 the same; adding has the advantage that strength 0 is the model as it is.
 
-Shape suffixes: P prompts, G strengths, K features, D d_in.
+Shape suffixes: P prompts, G strengths, K features, I interventions, D d_in, B rows of a batch, R resamplings.
 """
 
 import math
@@ -238,7 +238,10 @@ def steer(
 
 
 def word_pattern(words: Sequence[str]) -> re.Pattern[str]:
-    """Finds whole words: those in lower case also with a capital, others as they are; `a|b` are alternatives."""
+    """Finds whole words: those in lower case also with a capital, others as they are; `a|b` are alternatives.
+
+    Raises UserError where there is no word at all.
+    """
     parts = []
     for word in (part.strip() for entry in words for part in entry.split("|")):
         if word:

@@ -3,7 +3,7 @@
 Only these two weights are read from the model's files (57 of 269 MB of SmolLM2-135M). The layers between the hook
 and the end are left out, as in the logit lens; the later the hook, the truer it is.
 
-Shape suffixes: K directions, D d_in, V vocabulary.
+Shape suffixes: K directions, D d_in, V vocabulary, N tokens found.
 """
 
 import re

@@ -30,10 +30,12 @@ class Array(NamedTuple):
 
     @property
     def is_float(self) -> bool:
+        """Of a type that activations may have."""
         return self.dtype in FLOATS
 
     @property
     def is_integer(self) -> bool:
+        """Of whole numbers, as token ids are."""
         return isinstance(self.dtype, torch.dtype) and not (self.dtype.is_floating_point or self.dtype.is_complex)
 
 

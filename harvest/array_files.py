@@ -40,6 +40,7 @@ class StoredArray(NamedTuple):
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
+        """(chunk_rows, columns), or (chunk_rows,) for one value a row."""
         return (self.chunk_rows,) if self.columns is None else (self.chunk_rows, self.columns)
 
     @property
@@ -111,7 +112,7 @@ class ArrayFiles:
         return self._files.write_chunks(name, Packed(rows, array.chunk_rows, sharded=array.columns is not None))
 
     def read(self, array: StoredArray, shard: int, chunk: int, checksum: bytes, out: np.ndarray) -> None:
-        """Read a chunk of a file, whose crc32c is `checksum`, into contiguous `out`.
+        """Read a chunk of a file, whose crc32c is `checksum`, into contiguous `out` of the chunk's shape.
 
         Raises UserError that names the file when it is damaged or absent.
         """

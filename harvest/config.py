@@ -23,6 +23,8 @@ class Settings(BaseModel):
 
 
 class ModelConfig(Settings):
+    """The language model."""
+
     name: str
     """Hub id, or a folder with config.json, safetensors and the tokenizer. Enters the fingerprint by
     commit or by content hash, never by path."""
@@ -31,6 +33,8 @@ class ModelConfig(Settings):
 
 
 class Source(Settings):
+    """One source of text."""
+
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
     """How reports call it."""
     path: str
@@ -49,11 +53,15 @@ class Source(Settings):
 
 
 class SampleRuntime(Settings):
+    """What changes no context."""
+
     offline: bool = False
     """Use only what the hub's local cache holds."""
 
 
 class SampleConfig(Settings):
+    """Settings of the sample stage."""
+
     sources: tuple[Source, ...] = Field(min_length=1, max_length=255)
     """Where text comes from; the shares sum to 1."""
     template: Literal["chatml", "deepseek-r1"]
@@ -74,6 +82,7 @@ class SampleConfig(Settings):
 
     @property
     def shard_rows(self) -> int:
+        """Tokens, and so rows, of a shard."""
         return self.shard_contexts * self.context_size
 
     def shards(self, split: str) -> int:
@@ -98,6 +107,8 @@ class SampleConfig(Settings):
 
 
 class HarvestRuntime(Settings):
+    """What changes no byte of the store."""
+
     device: Device = "auto"
     """auto takes a GPU where there is one."""
     offline: bool = False
@@ -126,6 +137,8 @@ class HarvestRuntime(Settings):
 
 
 class HarvestConfig(Settings):
+    """Settings of the harvest stage."""
+
     hooks: tuple[str, ...] = Field(min_length=1)
     """Where activations are taken: module paths (`model.layers.19`) or SAELens names
     (`blocks.19.hook_resid_post`). Several are taken in one pass; each gets its own array and its own SAE."""
@@ -151,6 +164,8 @@ class HarvestConfig(Settings):
 
 
 class IngestConfig(Settings):
+    """Settings of a harvest stage that takes activations which are there already."""
+
     path: str
     """Activations that are there already: a `.npy`, `.safetensors`, `.pt` or `.pth` file, a folder of them (taken
     in order of their names), or a folder of `datasets` as SAELens' cache_activations_runner leaves it. Arrays

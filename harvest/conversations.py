@@ -31,12 +31,16 @@ THOUGHT = re.compile(
 
 
 class Turn(NamedTuple):
+    """What one side says."""
+
     role: str  # user, assistant or system; "" for plain text
     content: str
     reasoning: str | None = None
 
 
 class Segment(NamedTuple):
+    """A piece of a document: a marker that the template writes, or content."""
+
     text: str
     is_marker: bool
 

@@ -32,11 +32,12 @@ class Written(NamedTuple):
 
 
 def crc32c(data: bytes | np.ndarray) -> bytes:
-    """The four bytes that follow `data`, which is contiguous, in a file."""
+    """The four bytes that follow `data`, which is contiguous and of any shape, in a file."""
     return google_crc32c.value(data).to_bytes(CRC_BYTES, "little")  # pyright: ignore[reportArgumentType]
 
 
 def damaged(path: Path | str, what: str) -> UserError:
+    """The error of a file that is not as it was written, with the way out."""
     return UserError(f"{path}: {what}; {REDO}")
 
 
@@ -47,7 +48,7 @@ def layout(chunks: int, chunk_bytes: int) -> np.ndarray:
 
 
 class Packed:
-    """Rows as chunks of `chunk_rows`, with an index where the file is of the sharding codec."""
+    """Rows, (rows, ...), as chunks of `chunk_rows`, with an index where the file is of the sharding codec."""
 
     def __init__(self, rows: np.ndarray, chunk_rows: int, sharded: bool) -> None:
         self._chunks = [rows[start : start + chunk_rows] for start in range(0, len(rows), chunk_rows)]
@@ -131,17 +132,17 @@ class ChunkFile:
         return found
 
     def checksums(self, index: np.ndarray) -> bytes:
-        """The crc32c after each chunk, as the file has it, one after another."""
+        """The crc32c after each chunk of an index (chunks, 2), as the file has it, one after another."""
         return b"".join(self._read(end - CRC_BYTES, CRC_BYTES) for end in index.sum(1).tolist())
 
     def read(self, offset: int, out: np.ndarray, checksum: bytes) -> None:
-        """Read the chunk at `offset` into `out`, contiguous and of the chunk's size, and compare its crc32c."""
+        """Read the chunk at `offset` into `out`, contiguous and of the chunk's shape, and compare its crc32c."""
         self._fill(out.data.cast("B"), offset)
         if crc32c(out) != checksum:
             raise damaged(self.path, f"damaged: the chunk at byte {offset:,} does not match its crc32c")
 
     def verify(self, index: np.ndarray) -> bytes:
-        """Read every chunk, compare each with the crc32c after it, and return those, one after another."""
+        """Read every chunk of an index (chunks, 2), compare it with the crc32c after it, and return those in order."""
         checksums = []
         for offset, size in index.tolist():
             chunk = self._read(offset, size)

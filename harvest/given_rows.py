@@ -63,7 +63,7 @@ class LaidRows:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def slices(self, name: str) -> Iterator[np.ndarray]:
-        """All rows of a column of numbers, int64, some at a time."""
+        """All rows of a column of numbers, int64 (rows,), some at a time."""
         for start in range(0, len(self), ROWS_AT_ONCE):
             yield self.read(name, start, min(len(self), start + ROWS_AT_ONCE)).to(torch.int64).numpy()
 
@@ -78,6 +78,7 @@ class Column(NamedTuple):
     name: str
 
     def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows from `start` to `stop`, int64 (rows,)."""
         return self.rows.read(self.name, start, stop).to(torch.int64).numpy()
 
 

@@ -2,6 +2,8 @@
 
 Hooks are named by module path as the causal model has it (`model.layers.19`), or as SAELens and
 TransformerLens do (`blocks.19.hook_resid_post`, the output of decoder layer 19).
+
+Shape suffixes: B sequences, S positions, D d_in.
 """
 
 import difflib
@@ -101,7 +103,7 @@ class HookedModel:
 
     @torch.inference_mode()
     def read(self, tokens_BS: Tensor) -> tuple[dict[str, Tensor], Any]:
-        """The activations, and the model's own output."""
+        """The activations (B, S, d_in) at every hook, and the model's own output."""
         out: dict[str, Tensor] = {}
 
         def reader(name: str) -> Callable[..., None]:
@@ -170,7 +172,7 @@ def _same_hidden_states(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> T
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The hidden states of a module's output; some architectures return a tuple."""
+    """The hidden states (B, S, d_in) of a module's output; some architectures return a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 

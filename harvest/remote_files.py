@@ -19,13 +19,14 @@ import numpy as np
 
 from harvest.direct_io import ChunkFile, Packed, Written, damaged
 from harvest.files import UnreachableError, UserError
+from harvest.store_files import Files
 
 PART_BYTES = 16 << 20  # of an upload; the client gives a request 30 seconds
 RETRIES: dict[str, Any] = {}  # obstore's: ten, over three minutes at most
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
-class RemoteFiles:
+class RemoteFiles(Files):
     """Files below `url`, s3://bucket/prefix."""
 
     readers = 16  # each waits for the network most of the time
@@ -54,7 +55,7 @@ class RemoteFiles:
 
     @contextmanager
     def named(self, name: str) -> Iterator[None]:
-        """Errors inside as one sentence with the object's name; "not found" is said of the bucket.
+        """Raises errors inside anew, as one sentence with the object's name; "not found" is said of the bucket.
 
         Of the client's own text only status and code are shown: it holds the endpoint.
         """

@@ -196,6 +196,7 @@ class Packing(NamedTuple):
 
     @classmethod
     def at(cls, path: Path) -> "Packing":
+        """What was recorded in a file; the start where there is none."""
         return cls(**read_json(path)) if path.exists() else cls(0, dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0))
 
 
@@ -207,6 +208,8 @@ def _scratch(path: Path, size: int) -> np.memmap:
 
 
 class Document(NamedTuple):
+    """Tokens of one row of a source's data set, uint32."""
+
     split: str
     row: int  # of the source's data set
     tokens: np.ndarray

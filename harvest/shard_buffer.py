@@ -5,6 +5,8 @@ is copied to pinned host memory on a stream of its own, beside the next forward 
 device once a shard, in the thread that writes. A CPU has no copy: the rows lie where the writer reads them.
 
 Costs shard_rows × d_in × 2 bytes a hook on the device and, with a GPU, as much again in pinned host memory.
+
+Shape suffixes: R rows of a shard, N those of a batch, C contexts of a shard, B those of a batch, S positions, D d_in.
 """
 
 from typing import NamedTuple
@@ -19,7 +21,7 @@ from harvest.workers import Shard
 
 
 class HookRows(NamedTuple):
-    """A shard's rows at one hook, in stored order; R rows, D = d_in."""
+    """A shard's rows at one hook, in stored order."""
 
     acts_RD: Tensor  # bfloat16
     norms_R: Tensor  # float32, of the stored rows

@@ -28,9 +28,13 @@ class Files(Protocol):
         """Bytes of a file; None where there is none."""
         ...
 
-    def read(self, name: str) -> bytes: ...
+    def read(self, name: str) -> bytes:
+        """All bytes of a file."""
+        ...
 
-    def write(self, name: str, data: bytes) -> None: ...
+    def write(self, name: str, data: bytes) -> None:
+        """Write a file whole."""
+        ...
 
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""
@@ -40,9 +44,13 @@ class Files(Protocol):
         """All files below a folder; none where there is no such folder."""
         ...
 
-    def open_chunks(self, name: str) -> AbstractContextManager[ChunkFile]: ...
+    def open_chunks(self, name: str) -> AbstractContextManager[ChunkFile]:
+        """A file of chunks, to be read in parts."""
+        ...
 
-    def write_chunks(self, name: str, packed: Packed) -> Written: ...
+    def write_chunks(self, name: str, packed: Packed) -> Written:
+        """Write a file of chunks whole."""
+        ...
 
     def zarr_store(self) -> Any:
         """What the zarr API takes as a store."""
@@ -65,7 +73,7 @@ class Files(Protocol):
         ...
 
 
-class LocalFiles:
+class LocalFiles(Files):
     """Files in a folder."""
 
     readers = 4  # one alone does not fill a disk's queue

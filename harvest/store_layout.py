@@ -24,18 +24,24 @@ class Geometry(NamedTuple):
 
     @property
     def shard_rows(self) -> int:
+        """Rows of a shard."""
         return self.shard_contexts * self.context_size
 
     @property
     def chunks_per_shard(self) -> int:
+        """Chunks of a shard."""
         return self.shard_rows // self.chunk_rows
 
     def shards(self, split: str) -> int:
+        """Shards of a split, "train" or "holdout"."""
         return self.train_shards if split == "train" else self.holdout_shards
 
 
 def slug(hook: str) -> str:
-    """Folder name of a hook: its letters, digits, dots and dashes; never one that leaves its folder."""
+    """Folder name of a hook: its letters, digits, dots and dashes; never one that leaves its folder.
+
+    Raises UserError for a hook of which no name is left, or one that the store needs itself.
+    """
     name = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in hook).strip(".")
     if not name or name.startswith("__") or name in ("row", "shards") or len(name) > 200:
         raise UserError(f"harvest.hooks: {hook!r} cannot be a folder's name")
@@ -43,7 +49,10 @@ def slug(hook: str) -> str:
 
 
 def stored_arrays(g: Geometry, split: str) -> dict[str, StoredArray]:
-    """All arrays of a split by their path in it, in the order in which a shard's files are written."""
+    """All arrays of a split by their path in it, in the order in which a shard's files are written.
+
+    Raises UserError for hooks that would share a folder.
+    """
     rows = g.shards(split) * g.shard_rows
     out = {}
 

@@ -36,7 +36,7 @@ class SegmentTokenizer:
         self._markers: dict[str, list[int]] = {}
 
     def encode(self, documents: Sequence[Sequence[Segment]]) -> list[np.ndarray]:
-        """Token ids, uint32, of each document; no token is added that no segment asks for.
+        """Token ids, uint32 (tokens,), of each document; no token is added that no segment asks for.
 
         Raises UserError when a marker holds no token of this tokenizer: the template is another model's.
         """

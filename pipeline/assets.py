@@ -166,6 +166,7 @@ def write_chat(source: Path, folder: Path) -> None:
 
 
 def write_rows(path: Path, rows: Iterator[dict[str, Any]]) -> None:
+    """Write rows as JSON Lines."""
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")

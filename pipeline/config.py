@@ -23,6 +23,8 @@ class SettingsError(ValueError):
 
 
 class PipelineConfig(Settings):
+    """A settings file with a model and text."""
+
     model: ModelConfig
     sample: SampleConfig
     harvest: HarvestConfig

@@ -23,6 +23,7 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "zarr", "numpy",
 
 
 def is_complete(directory: Path) -> bool:
+    """Whether the stage of a run directory was finished."""
     return (directory / MANIFEST).exists()
 
 

@@ -37,6 +37,7 @@ class Found(NamedTuple):
 
     @property
     def name(self) -> str:
+        """As people call it: "train 0123456789ab"."""
         return f"{self.stage} {self.path.name}"
 
 

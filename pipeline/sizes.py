@@ -28,10 +28,12 @@ class Sizes(NamedTuple):
 
     @property
     def holdout(self) -> int:
+        """Bytes of the held-out split."""
         return self.shard * self.geometry.holdout_shards
 
     @property
     def store(self) -> int:
+        """Bytes of both splits."""
         return self.shard * self.geometry.train_shards + self.holdout
 
     def trained(self, keep_last: int, saes: int) -> int:

@@ -9,6 +9,8 @@ SHIPPED = {"assets/smollm2-135m": "apache-2.0", "assets/champ": "mit", "assets/c
 
 
 class Terms(NamedTuple):
+    """Under which terms something may be passed on."""
+
     licence: str | None  # as the hub writes it; None where it is not known
     free: bool  # known to be open: on the hub, neither gated nor private, or shipped with the set-up
     note: str  # for people

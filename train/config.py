@@ -11,6 +11,8 @@ TRAIN_VERSION = 2
 
 
 class SaeConfig(Settings):
+    """Shape and sparsity of an SAE."""
+
     d_sae: int | None = Field(default=None, ge=1)
     """Number of features. Exactly one of d_sae and expansion_factor."""
     expansion_factor: int | None = Field(default=None, ge=1)
@@ -30,6 +32,8 @@ class SaeConfig(Settings):
 
 
 class ExcludeConfig(Settings):
+    """Rows that are not trained on."""
+
     token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Rows of these tokens are not trained on (the paper: 128000 and 128001, BOS and EOS)."""
     positions: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -40,6 +44,8 @@ class ExcludeConfig(Settings):
 
 
 class SweepConfig(Settings):
+    """Several values of a setting: an SAE for each combination, from one reading of the store."""
+
     l1_coefficient: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Values of train.sae.l1_coefficient."""
     lr: tuple[Annotated[float, Field(gt=0)], ...] = ()
@@ -57,6 +63,8 @@ class SweepConfig(Settings):
 
 
 class TrainRuntime(Settings):
+    """What changes no result."""
+
     device: Device = "auto"
     """auto takes a GPU where there is one."""
     threads: int = Field(default=0, ge=0)
@@ -74,6 +82,8 @@ class TrainRuntime(Settings):
 
 
 class TrainConfig(Settings):
+    """Settings of the train stage."""
+
     sae: SaeConfig
     training_tokens: int | None = Field(default=None, ge=1)
     """Rows that the SAE sees, whole batches. Exactly one of training_tokens and epochs."""

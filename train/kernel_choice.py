@@ -28,10 +28,11 @@ class KernelChoice:
 
     @property
     def sparse(self) -> bool:
+        """Whether the next step takes the sparse kernel."""
         return self._sparse if self._fixed == "auto" else self._fixed == "sparse"
 
     def note(self, l0: Tensor) -> None:
-        """Take the L0 of the step just made; decide by the one of LAG steps before."""
+        """Take the L0 (0-d) of the step just made; decide by the one of LAG steps before."""
         event = None
         if l0.is_cuda:
             value = torch.empty((), dtype=l0.dtype, pin_memory=True).copy_(l0, non_blocking=True)

@@ -115,6 +115,7 @@ def activations(pre, bias, row, column, F):
 
 @triton.jit
 def count_kernel(pre, bias, count, F, TILE: tl.constexpr):
+    """A program a row: its active features."""
     row = tl.program_id(0)
     total = tl.zeros([TILE], tl.int32)
     for start in range(0, F, TILE):
@@ -125,6 +126,7 @@ def count_kernel(pre, bias, count, F, TILE: tl.constexpr):
 
 @triton.jit
 def extract_kernel(pre, bias, begin, feature, value, F, TILE: tl.constexpr):
+    """A program a row: its active features and their values, from `begin` on."""
     row = tl.program_id(0)
     place = tl.load(begin + row)
     for start in range(0, F, TILE):
@@ -152,6 +154,7 @@ def gathered(index, weight, table, begin, end, d, D, D_TILE: tl.constexpr, N_TIL
 
 @triton.jit
 def residual_kernel(offset, feature, value, W_dec, b_dec, x, error, D, D_TILE: tl.constexpr, N_TILE: tl.constexpr):
+    """A program a row and tile of columns: x̂ − x."""
     row = tl.program_id(0)
     d = tl.program_id(1) * D_TILE + tl.arange(0, D_TILE)
     begin, end = tl.load(offset + row), tl.load(offset + row + 1)
@@ -163,6 +166,7 @@ def residual_kernel(offset, feature, value, W_dec, b_dec, x, error, D, D_TILE: t
 
 @triton.jit
 def row_dots_kernel(offset, feature, error, W_dec, dot, D, D_TILE: tl.constexpr, N_TILE: tl.constexpr):
+    """A program a row: error · W_dec,i for its entries."""
     row = tl.program_id(0)
     begin, end = tl.load(offset + row), tl.load(offset + row + 1)
     for start in range(begin, end, N_TILE):
@@ -180,6 +184,7 @@ def row_dots_kernel(offset, feature, error, W_dec, dot, D, D_TILE: tl.constexpr,
 
 @triton.jit
 def decoder_sums_kernel(offset, index, weight, error, W_dec, scale, out, D, D_TILE: tl.constexpr, N_TILE: tl.constexpr):
+    """A program a feature and tile of columns: Σ_b f_bi e_b + scale_i W_dec,i."""
     feature = tl.program_id(0)
     d = tl.program_id(1) * D_TILE + tl.arange(0, D_TILE)
     begin, end = tl.load(offset + feature), tl.load(offset + feature + 1)
@@ -214,6 +219,7 @@ def adam_kernel(
     weight, gradient, exp_avg, exp_avg_sq, operand, divisor, size,
     lr, beta1, beta2, correction1, correction2, eps, COPY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
+    """A program a tile of one tensor: its moments, weights and, with COPY, the operand."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     by = tl.load(divisor)
     inside = at < tl.where(tl.abs(by) < float("inf"), size, 0)  # nothing is written where it is a NaN or infinite

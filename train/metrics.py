@@ -63,7 +63,10 @@ class Metrics:
         tracker: GeneralTracker | None = None,
         losses: Sequence[float] = (),
     ) -> None:
-        """`losses`: the last ones that were logged before a resume."""
+        """`losses`: the last ones that were logged before a resume.
+
+        Raises UserError for a file that is shorter than `keep_bytes`.
+        """
         self._file, self._tracker, self._spike_factor = None, tracker, spike_factor
         self.losses: deque[float] = deque(losses, maxlen=SPIKE_LINES)
         self._last: _Mark | None = None
@@ -78,6 +81,7 @@ class Metrics:
         self._file.seek(keep_bytes)
 
     def bytes(self) -> int:
+        """Length of the file so far."""
         return self._file.tell() if self._file else 0
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -123,6 +127,7 @@ class Metrics:
         return f"{note}  waits for the disk {timings['stall_fraction']:.0%} of the time" if waits else note
 
     def log_validation(self, step: int, validation: Validation) -> None:
+        """Write the figures of held-out rows."""
         self._write({"kind": "validation", "step": step, **validation._asdict()})
 
     def sync(self) -> None:
@@ -131,6 +136,7 @@ class Metrics:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
+        """Close file and tracker."""
         try:
             if self._file:
                 self._file.close()

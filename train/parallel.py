@@ -5,6 +5,8 @@ moments. A step exchanges the ranks' parts of x̂ in float32 (64 MB at 4096 × 4
 splitting rows instead would exchange all gradients (2.1 GB at 4096 × 65,536).
 Results equal those of one process up to the order of sums; the same number of ranks gives the same bytes.
 b_dec is updated by each rank from the same summed numbers, and so stays equal without an exchange.
+
+Shape suffixes: R ranks, K numbers of each.
 """
 
 import os
@@ -71,7 +73,7 @@ class FeatureRanks:
         return range(d_sae * rank // self.size, d_sae * (rank + 1) // self.size)
 
     def sum(self, part: Tensor) -> Tensor:
-        """The sum of the ranks' tensors, in place: the same bytes on all of them."""
+        """The sum of the ranks' tensors, all of one shape, in place: the same bytes on all of them."""
         if self.size > 1:
             dist.all_reduce(part)
         return part
@@ -100,7 +102,7 @@ class FeatureRanks:
         return SAE(**self.shard_tensors(sae._asdict()))
 
     def shard_tensors(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """This rank's part of whole tensors named as in `Trainer.tensors`: the inverse of `gather`."""
+        """This rank's part of whole tensors, names and shapes as in `Trainer.tensors`: the inverse of `gather`."""
         if self.size == 1:
             return dict(whole)
         out = {}
@@ -114,7 +116,7 @@ class FeatureRanks:
         return out
 
     def gather(self, tensors: Mapping[str, Tensor], d_sae: int) -> dict[str, Tensor]:
-        """Whole tensors on the host of rank 0, of d_sae features, copies all; other ranks get none.
+        """Whole tensors on the host of rank 0, shapes of d_sae features, copies all; other ranks get none.
 
         On a device it takes memory for one other rank's largest tensor, not for a whole one.
         """

@@ -31,10 +31,12 @@ class SAE(NamedTuple):
 
     @property
     def d_in(self) -> int:
+        """Width of a row."""
         return self.W_enc.shape[0]
 
     @property
     def d_sae(self) -> int:
+        """Number of features."""
         return self.W_enc.shape[1]
 
     def encode(self, x_BD: Tensor) -> Tensor:
@@ -46,6 +48,7 @@ class SAE(NamedTuple):
         return torch.addmm(self.b_dec, f_BF, self.W_dec)
 
     def to(self, device: torch.device | str) -> "SAE":
+        """The same on a device."""
         return SAE(*(w.to(device) for w in self))
 
 

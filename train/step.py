@@ -55,7 +55,7 @@ class StepResult(NamedTuple):
 
 
 def product(a: Tensor, b: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """a @ b with operands in compute_dtype, result float32."""
+    """a (M, K) @ b (K, N) with operands in compute_dtype, result float32 (M, N)."""
     a, b = a.to(compute_dtype), b.to(compute_dtype)
     if a.is_cuda and compute_dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
@@ -110,7 +110,7 @@ def dense_step(
 def result(
     x_BD: Tensor, error_BD: Tensor, gradients: SAE, l1: Tensor, count_F: Tensor, l1_coefficient: float
 ) -> StepResult:
-    """The metrics that every kernel reports, from the residual x̂ − x and the rows each feature fired in."""
+    """The metrics that every kernel reports, from the residual x̂ − x and the rows each feature fired in; l1 is 0-d."""
     error_B = error_BD.square().sum(1)
     spread_B = (x_BD - x_BD.mean(0)).square().sum(1).clamp_min(1e-30)  # rows that are all equal have none
     mse = error_B.mean()

@@ -2,6 +2,8 @@
 
 Knows nothing of stores: it takes batches of rows, wherever they come from. Where the features are split
 over ranks, each rank has a trainer, and all of them make the same calls with the same rows.
+
+Shape suffixes: B rows of a batch, D d_in, F d_sae.
 """
 
 from typing import Any, NamedTuple
@@ -70,7 +72,7 @@ class Trainer:
         self.adam = Adam(sae, compute_dtype)
 
     def scaled(self, rows_BD: Tensor) -> Tensor:
-        """Rows as stored -> float32 rows as the SAE sees them, on its device."""
+        """Rows as stored -> float32 rows (B, D) as the SAE sees them, on its device."""
         return rows_BD.to(self.sae.W_enc.device, non_blocking=True).float().mul_(self.scale)
 
     @torch.no_grad()
@@ -108,7 +110,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, rows: Tensor) -> Validation:
-        """Figures of held-out rows as stored, in batches of the training size."""
+        """Figures of held-out rows as stored (rows, D), in batches of the training size."""
         sums = torch.zeros(4, dtype=torch.float64)
         batches = rows.split(self.config.batch_size)
         # b_dec counts once in the sum over ranks.
@@ -136,7 +138,11 @@ class Trainer:
         return SAE(**weights) if weights else None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors that a resume needs, by name, whole, on the host of rank 0; {} on other ranks."""
+        """All tensors that a resume needs, by name, whole, on the host of rank 0; {} on other ranks.
+
+        `W_enc`, ..., `b_dec` and Adam's `adam.exp_avg.W_enc`, ... with the shapes of `SAE`, all float32;
+        `rows_since_fired` int64 (F,).
+        """
         out = dict(self.sae._asdict())
         for name in SAE._fields:
             out |= {f"adam.{key}.{name}": getattr(getattr(self.adam, key), name) for key in MOMENTS}
@@ -146,7 +152,7 @@ class Trainer:
     def restore(self, tensors: dict[str, Tensor], step_number: int, kernel: dict[str, Any]) -> None:
         """Take up the state that `tensors` and `kernel.state` gave, of any number of ranks.
 
-        Every rank is given the whole tensors.
+        Every rank is given the whole tensors, shapes as in `tensors`.
         """
         tensors = self.ranks.shard_tensors(tensors)
         self.kernel.restore(kernel)
