@@ -88,8 +88,9 @@ chromium:
 	  DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium chromium-driver fonts-dejavu-core >/dev/null; } || { \
 	  echo 'test-browser needs chromium and chromedriver; on Debian, as root: apt-get install chromium chromium-driver' >&2; exit 1; }
 
-check: setup .venv/.dev ## style, types, and the direction of imports
+check: setup .venv/.dev ## style, types, the direction of imports, and the rules of the house
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/basedpyright
 	.venv/bin/lint-imports
+	.venv/bin/python -m pytest --noconftest tests/test_house.py
