@@ -149,3 +149,25 @@ def cells(
     )
     head = f'<svg viewBox="0 -8 {left + side + 8} {side + bottom + 8}" role="img" aria-label="{escape(title)}">'
     return Markup(f"{head}<title>{escape(title)}</title>{''.join(parts)}</svg>")
+
+
+def heat(title: str, rows: Mapping[str, Sequence[float]], columns: Sequence[str]) -> Markup:
+    """A line of shaded cells for each named row of values, one a column, none negative; a row's largest is darkest."""
+    side, left, top = 18, 150, 90
+    width, height = left + side * len(columns) + 70, top + side * len(rows) + 6
+    parts = []
+    for i, name in enumerate(columns):
+        x = left + side * (i + 0.7)
+        parts.append(f'<text x="{x:.1f}" y="{top - 6}" transform="rotate(-60 {x:.1f} {top - 6})">{escape(name)}</text>')
+    for k, (name, values) in enumerate(rows.items()):
+        y, most = top + side * k, max([*values, 0])
+        parts.append(f'<text x="{left - 6}" y="{y + 13}" text-anchor="end">{escape(name)}</text>')
+        parts.append(f'<text x="{left + side * len(values) + 6}" y="{y + 13}">{most:.3g}</text>')
+        parts += [
+            f'<rect x="{left + side * i}" y="{y}" width="{side - 1}" height="{side - 1}" fill="{COLOURS[0]}" '
+            f'fill-opacity="{value / most:.2f}"/>'
+            for i, value in enumerate(values)
+            if value > 0
+        ]
+    head = f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" aria-label="{escape(title)}">'
+    return Markup(f"{head}<title>{escape(title)}</title>{''.join(parts)}</svg>")
