@@ -125,12 +125,12 @@ class HookedModel:
     def replaced(self, hook: str, value_BSD: Tensor) -> Iterator[None]:
         """Within this, the activation at a hook is `value_BSD`, whatever the model reads. `read` comes first.
 
-        Where the hook is the output of a decoder layer, the layers before it are not computed: nothing of
-        theirs is used.
+        Where the hook is the output of a decoder layer, this layer and those before it are not computed: nothing
+        of theirs is used.
         """
         module = self.modules[hook]
         layers = next((m for m in self.model.modules() if isinstance(m, nn.ModuleList) and module in list(m)), None)
-        skipped = list(layers)[: list(layers).index(module)] if layers is not None else []
+        skipped = list(layers)[: list(layers).index(module) + 1] if layers is not None else []
 
         def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             return _with_first_tensor(output, value_BSD.to(first_tensor(output).dtype))
