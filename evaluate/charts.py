@@ -15,6 +15,7 @@ class _Frame:
 
     def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str) -> None:
         self.x, self.y = x, y if y[1] > y[0] else (y[0] - 0.5, y[0] + 0.5)
+        self.height = HEIGHT  # of the picture; a legend may stand below the frame
         self.parts = [
             f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">'
             f"{escape(x_label)}</text>"
@@ -39,7 +40,7 @@ class _Frame:
 
     def svg(self, title: str) -> Markup:
         body = "".join(self.parts)
-        head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        head = f'<svg viewBox="0 0 {WIDTH} {self.height}" role="img" aria-label="{escape(title)}">'
         return Markup(f"{head}<title>{escape(title)}</title>{body}</svg>")
 
 
@@ -95,7 +96,7 @@ def bars(title: str, counts: Sequence[float], edges: Sequence[float], x_label: s
 
 
 def points(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_label: str) -> Markup:
-    """Points (x, y), those of a name joined in order of x; empty without any."""
+    """Points (x, y), those of a name joined in order of x, the names below; empty without any."""
     flat = [point for values in series.values() for point in values]
     if not flat:
         return Markup("")
@@ -108,10 +109,8 @@ def points(title: str, series: Mapping[str, Sequence[tuple[float, float]]], x_la
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         frame.parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="1.2" points="{path}"/>')
         frame.parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>' for x, y in places]
-        frame.parts.append(
-            f'<text x="{WIDTH - RIGHT - 4}" y="{HEIGHT - BOTTOM - 8 - 14 * i}" fill="{colour}" text-anchor="end">'
-            f"{escape(name)}</text>"
-        )
+        frame.parts.append(f'<text x="{LEFT}" y="{HEIGHT + 14 * (i + 1) - 2}" fill="{colour}">{escape(name)}</text>')
+    frame.height = HEIGHT + 14 * len(series) + 4
     return frame.svg(title)
 
 

@@ -22,6 +22,7 @@ FIGURES: dict[str, tuple[str, tuple[str, ...]]] = {
     "kl_sae": ("KL", ("downstream", "all", "kl_sae")),
 }
 FRONTIER = ("explained_variance", "ce_loss_score")
+SPARSITY = "train.sae.l1_coefficient"  # what moves an SAE along its frontier
 
 
 class Evaluated(NamedTuple):
@@ -86,11 +87,32 @@ def _figures(sae: dict[str, Any]) -> dict[str, float | None]:
     return out
 
 
-def _frontier(rows: list[dict[str, Any]], name: str) -> Any:
-    """L0 against a figure, for each hook the SAEs of ours as a line; those of others as single points."""
+def short_name(setting: str) -> str:
+    """A setting's name as tables and charts write it."""
+    return setting.removeprefix("train.").removeprefix("sae.")
+
+
+def frontier_lines(rows: Sequence[dict[str, Any]], name: str) -> dict[str, list[tuple[float, float]]]:
+    """(L0, figure) by line: ours of one hook that differ in one setting alone; an SAE of others is a line of its own.
+
+    The setting is l1_coefficient where it differs, else the one of most values.
+    """
+    own = [row for row in rows if not row["sae"]]
+    values: dict[str, set[str]] = {}
+    for row in own:
+        for setting, value in row["settings"].items():
+            values.setdefault(setting, set()).add(repr(value))
+    walked = max(values, key=lambda setting: (setting == SPARSITY, len(values[setting])), default="")
+    several_hooks = len({row["hook"] for row in own}) > 1
     series: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         at = row["figures"]["l0"], row["figures"][name]
+        fixed = [f"{short_name(n)} {v}" for n, v in sorted(row["settings"].items()) if n != walked]
+        hook = [row["hook"]] if several_hooks or not fixed else []
         if None not in at:
-            series.setdefault(row["sae"] or row["hook"], []).append(at)
-    return points(f"{FIGURES[name][0]} by L0", series, "L0")
+            series.setdefault(row["sae"] or ", ".join(hook + fixed), []).append(at)
+    return series
+
+
+def _frontier(rows: list[dict[str, Any]], name: str) -> Any:
+    return points(f"{FIGURES[name][0]} by L0", frontier_lines(rows, name), "L0")

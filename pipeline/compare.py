@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.compare import FIGURES, Evaluated, compare, write_comparison
+from evaluate.compare import FIGURES, Evaluated, compare, short_name, write_comparison
 from evaluate.report import figure
 from harvest.files import UserError, read_json
 from pipeline.fingerprint import STAGES
@@ -77,8 +77,7 @@ def _flat(value: Any, prefix: str) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     differing = sorted({name for row in rows for name in row["settings"]})
-    short = [name.removeprefix("train.").removeprefix("sae.") for name in differing]
-    cells = [["run", "hook", *short, *(title for title, _ in FIGURES.values())]]
+    cells = [["run", "hook", *map(short_name, differing), *(title for title, _ in FIGURES.values())]]
     for row in rows:
         settings = [_plain(row["settings"].get(name, "")) for name in differing]
         figures = [figure(row["figures"][name], name) for name in FIGURES]

@@ -7,7 +7,7 @@ import pytest
 from conftest import Ran, only
 from typer.testing import CliRunner
 
-from evaluate.compare import Evaluated, compare
+from evaluate.compare import Evaluated, compare, frontier_lines
 from pipeline.cli import app
 
 SWEEP = ("train.sweep.l1_coefficient=[0.5,2]", "train.epochs=0.5", "evaluate.features=null")
@@ -33,6 +33,30 @@ def test_rows_are_sorted_and_name_what_differs():
     assert [row["run"] for row in rows] == ["c", "a", "b"]
     assert [row["settings"] for row in rows] == [{"λ": 8}, {"λ": 5}, {"λ": 7}]
     assert rows[0]["figures"]["ce_loss_score"] is None
+
+
+def test_a_line_joins_what_differs_in_one_setting():
+    """λ where it is swept; a wider SAE is on a frontier of its own."""
+    λ, width, seed = "train.sae.l1_coefficient", "train.sae.d_sae", "train.seed"
+    grid = [
+        evaluated(f"{w}{x}", 10 * w / x, **{λ: x, width: w, "train.lr": 1}) for w in (8, 16) for x in (2.0, 4.0, 8.0)
+    ]
+    lines = frontier_lines(compare(grid), "explained_variance")
+    assert {name: [x for x, _ in points] for name, points in lines.items()} == {
+        "d_sae 8": [10, 20, 40],
+        "d_sae 16": [20, 40, 80],
+    }
+    swept = [evaluated(f"{x}", 10 / x, **{λ: x}) for x in (2.0, 4.0)]
+    assert list(frontier_lines(compare(swept), "explained_variance")) == ["h"]
+    of_lr = [evaluated(f"{r}{s}", r, **{"train.lr": r, seed: s}) for r in (1, 2, 3) for s in (0, 1)]
+    assert {n: len(p) for n, p in frontier_lines(compare(of_lr), "explained_variance").items()} == {
+        "seed 0": 3,
+        "seed 1": 3,
+    }
+    two_hooks = [run._replace(metrics={"saes": dict.fromkeys("ab", run.metrics["saes"]["h"])}) for run in swept]
+    two_hooks[0].metrics["also"] = {"paper": {"hook": "a", **two_hooks[0].metrics["saes"]["a"]}}
+    lines = frontier_lines(compare(two_hooks), "explained_variance")
+    assert {name: len(points) for name, points in lines.items()} == {"a": 2, "b": 2, "paper": 1}
 
 
 def test_a_sweep_of_a_settings_file(run_folder):
