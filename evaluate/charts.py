@@ -7,7 +7,8 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 36
-COLOURS = ("#1d5fa8", "#c2571a", "#2a7a3b", "#8a3ea8", "#8a6d1a", "#5a5f66")
+RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+COLOURS = ("#1d5fa8", "#b54e14", "#2a7a3b", "#8a3ea8", "#8a6d1a", "#5a5f66")
 
 
 class _Frame:
@@ -130,7 +131,7 @@ def cells(
 
     parts = [f'<line class="grid" x1="{left + step:.1f}" y1="{side - step:.1f}" x2="{left + side}" y2="0"/>']
     for exponent in range(ceil(floor), 1):
-        x, y, text = left + at(exponent), side - at(exponent), f"10^{exponent}" if exponent else "1"
+        x, y, text = left + at(exponent), side - at(exponent), f"10⁻{RAISED[-exponent]}" if exponent else "1"
         parts.append(f'<text x="{min(x, left + side - 6):.1f}" y="{side + 16}" text-anchor="middle">{text}</text>')
         parts.append(f'<text x="{left - 6}" y="{max(y, 6) + 4:.1f}" text-anchor="end">{text}</text>')
     for column, row, count in counts:

@@ -7,7 +7,7 @@ word's share p of the feature's per-word means, divided by log of the number of 
 ‖W_dec,i‖ and given in units of the stored activations.
 
 All sums are masks times activations: one product of (words + 2, rows) by (rows, d_sae) a batch, accumulated in
-float64. The paper's code reads the text once for every 48 features, 1,365 passes of the model.
+float64. The paper's code reads the text once for every 48 features, 1,366 passes of the model.
 
 Shape suffixes: B rows of a batch, C contexts, S positions, D d_in, F d_sae, W words, G = words + 2.
 """
@@ -52,7 +52,7 @@ DEFINITIONS = {
     "word_means": "the same on rows in the windows of one word",
     "matches": "how often a word stands in the text read",
     "rows_from": "store: stored activations; model: one forward pass",
-    "model_passes": "forward passes of the text, for all features (the paper's code: 1,365)",
+    "model_passes": "forward passes of the text, for all features (the paper's code: 1,366)",
     "suggested_words": "words that are typical of the chosen sources against the others: z-score of log-odds with a "
     "Dirichlet prior (Monroe et al. 2008), and their number in a million words",
 }

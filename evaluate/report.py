@@ -72,7 +72,9 @@ def figure(value: Any, name: str = "") -> str:
         return f"{value:,}"
     if name in ("explained_variance", "explained_variance_legacy", "cosine", "norm_ratio") or "score" in name:
         return f"{value:.3f}"
-    return f"{value:,.1f}" if name in ("l0", "mse") else f"{value:.3f}"
+    if name in ("l0", "mse"):
+        return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+    return f"{value:.3f}"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

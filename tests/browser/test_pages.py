@@ -240,7 +240,7 @@ def test_hostile_tokens_are_text(browser):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_text_stands_out(browser, theme):
-    for page in (browser.index, *sorted(browser.folder.glob("[0-9]*.html"))[:4]):
+    for page in (browser.report, browser.index, *sorted(browser.folder.glob("[0-9]*.html"))[:4]):
         browser.open(page, theme=theme)
         assert browser.js("return matchMedia('(prefers-color-scheme: dark)').matches") == (theme == "dark")
         ratio, where = browser.js(CONTRAST)
