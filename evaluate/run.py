@@ -107,7 +107,7 @@ def run(
         sections = {name: ANALYSES[name](subject, heldout) for name in analyses if name not in left_out}
         return {name: section for name, section in sections.items() if section is not None}
 
-    own = {hook: _load(upstream.train / slug(hook), config.sae, store) for hook in store.geometry.hooks}
+    own = {hook: _load(upstream.train / slug(hook), hook, config, store) for hook in store.geometry.hooks}
     statistics = {hook: saved.statistics for hook, saved in own.items()}
     others = [  # all of them before the first is measured, so that what does not fit is said at once
         (published.name, load_published(published, commit, store, statistics, config.runtime.offline))
@@ -139,13 +139,20 @@ def run(
     return {name: _main_figures(figures) for name, figures in (saes | also).items()}
 
 
-def _load(folder: Path, which: str, store: ActivationStore) -> SavedSae:
-    path = folder / "best" if which == "best" else folder
-    if which == "best" and not path.exists():
+def _load(folder: Path, hook: str, config: EvaluateConfig, store: ActivationStore) -> SavedSae:
+    """The SAE of a hook; the features that the settings name are checked now, before minutes of work."""
+    path = folder / "best" if config.sae == "best" else folder
+    if config.sae == "best" and not path.exists():
         raise UserError(f"evaluate.sae: 'best': {path} does not exist: no look at held-out rows after the warm-up")
     saved = load_sae(path)
     if saved.sae.d_in != store.geometry.d_in:
         raise UserError(f"{path}: an SAE of d_in {saved.sae.d_in}; the store {store.path} has {store.geometry.d_in}")
+    if saved.hook != hook:
+        raise UserError(f"{path}: an SAE of {saved.hook}, in the place of that of {hook}; train it anew")
+    if config.features:
+        steering.check_features(config.features.include, saved.sae.d_sae, "evaluate.features.include")
+    if config.steering:
+        steering.check_features(config.steering.feature_ids, saved.sae.d_sae, "evaluate.steering.feature_ids")
     return saved
 
 

@@ -1,11 +1,13 @@
 import json
+import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import only, pipeline
+from conftest import contents, only, pipeline
 
 from evaluate.charts import ticks
 from evaluate.downstream import downstream
@@ -148,14 +150,61 @@ def test_the_report_opens_offline_and_escapes(run_folder):
     assert "86.0" in html
 
 
-def test_an_sae_of_another_width_is_refused(run_folder):
-    folder = only(run_folder, f"runs/train/*/{HOOK}")
-    saved = load_sae(folder)
-    save_sae(folder, initial_sae(16, 8, 0), HOOK, saved.statistics, {})
-    shutil.rmtree(run_folder / "runs" / "evaluate")
-    ran = pipeline("evaluate")
-    assert ran.status == 1
-    assert "an SAE of d_in 16; the store" in ran.out
+def empty_split(run: Path) -> None:
+    for record in run.glob("runs/harvest/*/store/holdout/shards/*"):
+        record.unlink()
+
+
+def other_width(run: Path) -> None:
+    folder = only(run, f"runs/train/*/{HOOK}")
+    save_sae(folder, initial_sae(16, 8, 0), HOOK, load_sae(folder).statistics, {})
+
+
+def other_hook(run: Path) -> None:
+    path = only(run, f"runs/train/*/{HOOK}/sae.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hook_name": "model.layers.0"}))
+
+
+def cut_weights(run: Path) -> None:
+    path = only(run, f"runs/train/*/{HOOK}/sae_weights.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+class Code:
+    def __reduce__(self):
+        return os.system, ("touch was-run",)
+
+
+def pickled_code(run: Path) -> None:
+    torch.save({"encoder.weight": Code()}, run / "sae.pt")
+
+
+@pytest.mark.parametrize(
+    ("damage", "setting", "says"),
+    [
+        (None, "evaluate.features.include=[128]", "evaluate.features.include: 128: the SAE has 128 features, 0 to 127"),
+        (None, "evaluate.steering.feature_ids=[3,128]", "evaluate.steering.feature_ids: 128: the SAE has 128 features"),
+        (None, "sample.holdout_tokens=0", "sample.holdout_tokens: 0: input should be greater than or equal to 1"),
+        (None, "sample.holdout_tokens=255", "holdout_tokens is less than one shard"),
+        (empty_split, "evaluate.batch_rows=64", "holdout"),
+        (other_width, "evaluate.batch_rows=64", "an SAE of d_in 16; the store"),
+        (other_hook, "evaluate.batch_rows=64", "an SAE of model.layers.0, in the place of that of model.layers.1"),
+        (cut_weights, "evaluate.batch_rows=64", "sae_weights.safetensors"),
+        (pickled_code, f"evaluate.also=[{{name: x, path: sae.pt, format: linear, hook: {HOOK}}}]", "it was not run"),
+    ],
+)
+def test_bad_input_is_named_before_any_work_and_overwrites_nothing(run_folder, damage, setting, says):
+    if damage:
+        damage(run_folder)
+    kept = {name: data for name, data in contents(run_folder).items() if Path(name).name != ".inputs.json"}
+    ran = pipeline("evaluate", setting)
+    assert ran.status in (1, 2), ran.out
+    assert says in ran.out
+    assert "rows/s" not in ran.out
+    after = contents(run_folder)
+    assert kept.items() <= after.items()
+    assert {Path(name).name for name in after.keys() - kept} <= {".inputs.json", ".lock-evaluate", "begun.json"}
+    assert not Path("was-run").exists()
 
 
 def test_without_downstream_and_with_the_best_sae(run_folder):
