@@ -3,8 +3,6 @@
 Each becomes a `SavedSae` for rows as the model gives them (scale 1), with our limit for outlier rows, so that the
 same rows are counted. A field of cfg.json that changes the mathematics is applied or refused by name, never
 passed over. Weights are read as tensors alone: a pickle that would run code is refused.
-
-Shape suffixes: B rows of a batch, D d_in, F d_sae.
 """
 
 import pickle
@@ -23,51 +21,10 @@ from harvest.language_model import saelens_hook
 from harvest.sources import hub_errors
 from train.checkpoint import SavedSae
 from train.exclusion import InputStatistics
-from train.sae import SAE
+from train.sae import SAE, jumprelu, topk
 
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
-
-
-class JumpReluSae(SAE):
-    """f = z where z = x W_enc + b_enc is positive and above the feature's threshold, else 0 (arXiv 2407.14435)."""
-
-    threshold_F: Tensor
-
-    def encode(self, x_BD: Tensor) -> Tensor:
-        z_BF = torch.addmm(self.b_enc, x_BD, self.W_enc)
-        return torch.relu(z_BF) * (z_BF > self.threshold_F)
-
-    def to(self, device: torch.device | str) -> "JumpReluSae":
-        return jumprelu(super().to(device), self.threshold_F.to(device))
-
-
-class TopkSae(SAE):
-    """f = ReLU of the k largest z = x W_enc + b_enc of a row, else 0 (arXiv 2406.04093)."""
-
-    k: int
-
-    def encode(self, x_BD: Tensor) -> Tensor:
-        z_BF = torch.addmm(self.b_enc, x_BD, self.W_enc)
-        top = z_BF.topk(self.k, dim=1, sorted=False)
-        return torch.zeros_like(z_BF).scatter_(1, top.indices, top.values.relu())
-
-    def to(self, device: torch.device | str) -> "TopkSae":
-        return topk(super().to(device), self.k)
-
-
-def jumprelu(sae: SAE, threshold_F: Tensor) -> JumpReluSae:
-    """An SAE with a threshold for each feature, (F,)."""
-    out = JumpReluSae(*sae)
-    out.threshold_F = threshold_F
-    return out
-
-
-def topk(sae: SAE, k: int) -> TopkSae:
-    """An SAE of which k features fire in a row."""
-    out = TopkSae(*sae)
-    out.k = k
-    return out
 
 
 def load_published(

@@ -30,7 +30,7 @@ from harvest.direct_io import CRC_BYTES, REDO, damaged
 from harvest.files import UserError
 from harvest.store_files import Files, local_or, read_store_json, write_store_json
 from harvest.store_layout import PROVENANCE, SPLITS, Geometry, slug, stored_arrays
-from harvest.stored_forms import FILL, FORMS, dequantize, quantized, row_arrays
+from harvest.stored_forms import FILL, FORMS, as_stored, from_stored, room, row_arrays
 
 SCHEMA = 1
 CONSUMED = (
@@ -192,8 +192,7 @@ class ActivationStore:
     def _as_stored(self, rows: ShardRows) -> Iterator[tuple[str, np.ndarray]]:
         """The values of each array of a split, one after another."""
         for hook in self.geometry.hooks:
-            acts = rows.acts[hook]
-            parts = quantized(acts) if self.geometry.stored == "int8" else (acts,)
+            parts = as_stored(self.geometry.stored, rows.acts[hook])
             for name, part in zip(row_arrays(self.geometry.stored, self.geometry.d_in), parts, strict=True):
                 yield f"{slug(hook)}/{name}", part
             yield f"{slug(hook)}/norm", rows.norms[hook]
@@ -274,13 +273,10 @@ class ActivationStore:
         g = self.geometry
         shard, inside = divmod(chunk, g.chunks_per_shard)
         arrays = [self._arrays[split][f"{slug(hook)}/{name}"] for name in row_arrays(g.stored, g.d_in)]
-        if g.stored == "int8":
-            q, scale = (np.empty(array.chunk_shape, array.dtype) for array in arrays)
-            for array, part in zip(arrays, (q, scale), strict=True):
-                self._read(array, split, shard, inside, part)
-            dequantize(q, scale, out)
-        else:
-            self._read(arrays[0], split, shard, inside, out)
+        parts = room(g.stored, out)
+        for array, part in zip(arrays, parts, strict=True):
+            self._read(array, split, shard, inside, part)
+        from_stored(g.stored, parts, out)
         if (out[:, 0] == FILL).any():
             raise damaged(self.files.place(arrays[-1].file(shard)), "rows are missing from it")
 

@@ -26,7 +26,8 @@ from harvest.language_model import HookedModel, load_model
 from harvest.progress import Progress
 from harvest.sampling import Contexts
 from harvest.shard_buffer import ShardBuffer
-from harvest.store_files import LocalFiles, files_of
+from harvest.store_files import LocalFiles
+from harvest.store_place import files_of
 from harvest.stream import Room, finish, is_done, load_stream
 from harvest.workers import Others, Shard, Workers, wait_until
 

@@ -10,9 +10,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from harvest.config import HarvestRuntime
 from harvest.direct_io import ChunkFile, Packed, Written, make_folder, open_chunks, write_file
-from harvest.files import UserError, fsync_path, json_bytes, parse_json, read_json, replacing
+from harvest.files import UserError, fsync_path, json_bytes, parse_json, replacing
 
 
 class Files(Protocol):
@@ -147,27 +146,6 @@ def write_store_json(files: Files, name: str, value: Any) -> None:
 def read_store_json(files: Files, name: str) -> dict[str, Any]:
     """A JSON object. Raises UserError as `harvest.files.read_json` does."""
     return parse_json(files.read(name), files.place(name))
-
-
-def files_of(directory: Path, runtime: HarvestRuntime | None = None) -> Files:
-    """The store's files of a harvest's run directory, in the place where it was begun.
-
-    Raises UserError when settings name another place, and for what `remote_files` refuses.
-    """
-    begun = directory / "begun.json"
-    place = read_json(begun).get("store") if begun.exists() else None
-    wanted = runtime.store_at(directory.name) if runtime else None
-    if wanted and wanted["url"] != (place or {}).get("url"):
-        raise UserError(
-            f"harvest.runtime.store: {wanted['url']}: this harvest was begun in "
-            f"{place['url'] if place else directory}; go on there, or start anew with --force"
-        )
-    place = wanted or place
-    if not place:
-        return LocalFiles(directory / "store")
-    from harvest.remote_files import RemoteFiles
-
-    return RemoteFiles(place["url"], place["allow_http"])
 
 
 def local_or(place: Path | Files) -> Files:

@@ -40,6 +40,28 @@ def row_arrays(form: str, d_in: int) -> Mapping[str, RowArray]:
     return {"acts": RowArray("uint16", d_in, FILL, compressed=form == "bf16-zstd")}
 
 
+def as_stored(form: str, bits: np.ndarray) -> tuple[np.ndarray, ...]:
+    """bfloat16 bits, uint16 (rows, d_in) -> a value for each of `row_arrays`, in its order.
+
+    Raises UserError as `quantized` does.
+    """
+    return quantized(bits) if form == "int8" else (bits,)
+
+
+def room(form: str, out: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Memory to read each of `row_arrays` into, for rows that end up in `out`, uint16 (rows, d_in)."""
+    if form != "int8":
+        return (out,)
+    return tuple(np.empty((len(out), array.columns), array.dtype) for array in row_arrays(form, out.shape[1]).values())
+
+
+def from_stored(form: str, parts: tuple[np.ndarray, ...], out: np.ndarray) -> None:
+    """What was read into `room` -> bfloat16 bits, uint16 (rows, d_in), in `out`."""
+    if form == "int8":
+        q, scale = parts
+        dequantize(q, scale, out)
+
+
 def quantized(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """bfloat16 bits (rows, d_in) -> q int8 (rows, d_in) and scale float16 (rows, blocks).
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from harvest.activation_store import ActivationStore
 from harvest.files import UserError, is_locked, lock_host, read_json, write_json
 from harvest.progress import duration
-from harvest.store_files import files_of
+from harvest.store_place import files_of
 from harvest.workers import ROLE, Shard
 
 STREAM, DONE = "stream.json", "stream_done.json"

@@ -286,7 +286,7 @@ def _clear(directory: Path, confirm: Callable[[str], bool]) -> None:
         raise UserError(f"{directory}: left as it was")
     (directory / MANIFEST).unlink(missing_ok=True)  # first: what is half deleted must not pass for complete
     if remote_store(directory):
-        from harvest.store_files import files_of
+        from harvest.store_place import files_of
 
         files_of(directory).delete_all()  # before begun.json goes, which alone knows where it lies
     (directory / BEGUN).unlink(missing_ok=True)

@@ -82,7 +82,7 @@ def _describe(sweep: Sequence[Runs], directory: Path, harvests: int, turns: bool
     Raises UserError for a limit that is missing or too small, and for a stream of other readers.
     """
     from harvest.activation_store import ActivationStore
-    from harvest.store_files import files_of
+    from harvest.store_place import files_of
     from harvest.stream import Stream, load_stream, save_stream
 
     if is_locked(directory, "harvest"):

@@ -17,7 +17,7 @@ from harvest.activation_store import ActivationStore, slug
 from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
 from harvest.files import locked
 from harvest.progress import Progress
-from harvest.store_files import files_of
+from harvest.store_place import files_of
 from harvest.stream import POLL_SECONDS, READER, Follower, Stream, finish, load_stream, wait_for_store
 from train.config import TrainConfig
 from train.dataloader import ActivationLoader, Position, heldout_rows
@@ -128,6 +128,7 @@ class HookTraining:
 
     @property
     def done(self) -> bool:
+        """Whether all SAEs of the hook have ended."""
         return all(sae.done for sae in self.saes)
 
     @property

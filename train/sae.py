@@ -2,6 +2,7 @@
 
     f = ReLU(x W_enc + b_enc)        x̂ = f W_dec + b_dec        (arXiv 2503.18878, section 2)
 
+A class beside `SAE` is another rule for f; `train` makes the standard one alone, the others are measured.
 Rows come in scaled (`scale` in a checkpoint, see docs/design.md): the weights speak of s·x, never of x.
 
 Shape suffixes: B rows of a batch, D d_in, F d_sae.
@@ -50,6 +51,47 @@ class SAE(NamedTuple):
     def to(self, device: torch.device | str) -> "SAE":
         """The same on a device."""
         return SAE(*(w.to(device) for w in self))
+
+
+class JumpReluSae(SAE):
+    """f = z where z = x W_enc + b_enc is positive and above the feature's threshold, else 0 (arXiv 2407.14435)."""
+
+    threshold_F: Tensor
+
+    def encode(self, x_BD: Tensor) -> Tensor:
+        z_BF = torch.addmm(self.b_enc, x_BD, self.W_enc)
+        return torch.relu(z_BF) * (z_BF > self.threshold_F)
+
+    def to(self, device: torch.device | str) -> "JumpReluSae":
+        return jumprelu(super().to(device), self.threshold_F.to(device))
+
+
+class TopkSae(SAE):
+    """f = ReLU of the k largest z = x W_enc + b_enc of a row, else 0 (arXiv 2406.04093)."""
+
+    k: int
+
+    def encode(self, x_BD: Tensor) -> Tensor:
+        z_BF = torch.addmm(self.b_enc, x_BD, self.W_enc)
+        top = z_BF.topk(self.k, dim=1, sorted=False)
+        return torch.zeros_like(z_BF).scatter_(1, top.indices, top.values.relu())
+
+    def to(self, device: torch.device | str) -> "TopkSae":
+        return topk(super().to(device), self.k)
+
+
+def jumprelu(sae: SAE, threshold_F: Tensor) -> JumpReluSae:
+    """An SAE with a threshold for each feature, (F,)."""
+    out = JumpReluSae(*sae)
+    out.threshold_F = threshold_F
+    return out
+
+
+def topk(sae: SAE, k: int) -> TopkSae:
+    """An SAE of which k features fire in a row."""
+    out = TopkSae(*sae)
+    out.k = k
+    return out
 
 
 def initial_sae(d_in: int, d_sae: int, seed: int, device: torch.device | str = "cpu") -> SAE:
