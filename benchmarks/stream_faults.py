@@ -23,8 +23,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-LIMIT = 6
-SETTINGS = ["train.epochs=1", "sample.train_tokens=12288", "train.exclude.positions=[0]", "train.batch_size=32"]
+LIMIT = 9
+SETTINGS = ["train.epochs=1", "train.window_shards=4", "sample.train_tokens=12288", "train.exclude.positions=[0]", "train.batch_size=32"]
 SETTINGS += ["train.runtime.checkpoint_every=50"]
 PATIENCE = 300  # seconds for a stream to end
 
@@ -95,7 +95,9 @@ def killed_once(cwd: Path, rng: random.Random, victims: Counter) -> int:
                 pass
     if killed:
         victims[wanted] += 1
-    process.wait(PATIENCE)
+    status = process.wait(PATIENCE)
+    if status and not killed:
+        raise SystemExit(f"the stream ended with status {status} though nothing was killed; its settings are {SETTINGS}")
     while any(Path(f"/proc/{pid}").exists() for pid in found.values()):  # a killed parent's children save their place
         most = max(most, on_disk(cwd))
         time.sleep(0.02)
