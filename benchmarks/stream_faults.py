@@ -1,10 +1,12 @@
 """kill -9 of a stream's processes at random moments: the harvest, training, both, or the one that started them.
 
     python benchmarks/stream_faults.py --kills 20
+    unshare -Urm python benchmarks/stream_faults.py --disk
 
 Runs configs/tiny.yaml with one epoch and rows that are read twice; after each kill the stream is started again, until
-it is complete; then the next run begins. Prints JSON: kills by victim, finished runs, how many equal `harvest`, then
-`train`, byte for byte, and the most training shards that were ever on the disk.
+it is complete; then the next run begins. --disk fills the disk (a tmpfs of its own, hence unshare) under a running
+stream instead. Prints JSON: kills by victim, or what was said; finished runs, how many equal `harvest`, then `train`,
+byte for byte, and the most training shards that were ever on the disk.
 """
 
 import argparse
@@ -24,12 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 LIMIT = 9
-SETTINGS = ["train.epochs=1", "train.window_shards=4", "sample.train_tokens=12288", "train.exclude.positions=[0]", "train.batch_size=32"]
-SETTINGS += ["train.runtime.checkpoint_every=50"]
+SETTINGS = ["train.epochs=1", "sample.train_tokens=12288", "train.exclude.positions=[0]", "train.batch_size=32"]
+SETTINGS += ["train.window_shards=4", "train.runtime.checkpoint_every=50"]
 PATIENCE = 300  # seconds for a stream to end
 
 
-def pipeline(command: str, cwd: Path, *more: str) -> subprocess.Popen:
+def pipeline(command: str, cwd: Path, *more: str, stderr: int = subprocess.DEVNULL) -> subprocess.Popen:
     arguments = [sys.executable, "-m", "pipeline", command, "--config", str(ROOT / "configs" / "tiny.yaml")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
@@ -38,7 +40,7 @@ def pipeline(command: str, cwd: Path, *more: str) -> subprocess.Popen:
         env=environment,
         text=True,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=stderr,
         start_new_session=True,
     )
 
@@ -97,45 +99,77 @@ def killed_once(cwd: Path, rng: random.Random, victims: Counter) -> int:
         victims[wanted] += 1
     status = process.wait(PATIENCE)
     if status and not killed:
-        raise SystemExit(f"the stream ended with status {status} though nothing was killed; its settings are {SETTINGS}")
+        sys.exit(f"the stream ended with status {status} though nothing was killed; its settings are {SETTINGS}")
     while any(Path(f"/proc/{pid}").exists() for pid in found.values()):  # a killed parent's children save their place
         most = max(most, on_disk(cwd))
         time.sleep(0.02)
     return max(most, on_disk(cwd))
 
 
-def main() -> None:
+def prepared(base: Path, whole: Path) -> dict[str, bytes]:
+    """Make what a stream starts from; the weights of `harvest`, then `train`, in a folder beside it."""
     import tiny
 
+    tiny.make_assets(base)
+    assert not pipeline("sample", base).wait()
+    shutil.copytree(base, whole)
+    for stage in ("harvest", "train"):
+        assert not pipeline(stage, whole).wait()
+    return weights(whole)
+
+
+def finish(folder: Path, expected: dict[str, bytes]) -> bool:
+    """Run the stream to its end; whether the weights are those expected."""
+    status = pipeline("stream", folder, f"harvest.runtime.disk_limit={LIMIT} shards").wait(PATIENCE)
+    return not status and weights(folder) == expected
+
+
+def kills(options: argparse.Namespace, temporary: Path) -> dict:
+    rng, victims, most, finished, equal = random.Random(options.seed), Counter(), 0, 0, 0
+    expected = prepared(temporary / "base", temporary / "whole")
+    while victims.total() < options.kills:
+        folder = temporary / f"run-{finished}"
+        shutil.copytree(temporary / "base", folder)
+        while not list(folder.glob("runs/train/*/manifest.json")) and victims.total() < options.kills:
+            seen = killed_once(folder, rng, victims)
+            most = max(most, seen)
+            print(f"{victims.total()} kills, {seen} shards on the disk at most", file=sys.stderr, flush=True)
+        equal += finish(folder, expected)
+        finished += 1
+        shutil.rmtree(folder)
+    figures = {"kills": victims.total(), "victims": dict(victims), "seed": options.seed, "runs": finished}
+    return figures | {"byte_identical": equal, "most_shards": most, "limit": LIMIT}
+
+
+def full_disk(temporary: Path) -> dict:
+    """A disk that fills up under a running stream, and has room again."""
+    mounted = temporary / "mounted"
+    mounted.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", str(mounted)], check=True)
+    folder, filler = mounted / "base", mounted / "filler"
+    expected = prepared(folder, temporary / "whole")
+    stream = pipeline("stream", folder, f"harvest.runtime.disk_limit={LIMIT} shards", stderr=subprocess.PIPE)
+    while stream.poll() is None and on_disk(folder) < LIMIT // 2:
+        time.sleep(0.01)
+    subprocess.run(["dd", "if=/dev/zero", f"of={filler}", "bs=64K"], stderr=subprocess.DEVNULL, check=False)
+    errors = stream.communicate(timeout=PATIENCE)[1]
+    said = [line for line in errors.splitlines() if "No space" in line or line.startswith("error: stream")]
+    filler.unlink()
+    out = {"exit": stream.returncode, "said": said, "runs": 1, "byte_identical": int(finish(folder, expected))}
+    subprocess.run(["umount", str(mounted)], check=True)
+    return out | {"most_shards": 0, "limit": LIMIT}
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--disk", action="store_true", help="a full disk in place of kills")
     options = parser.parse_args()
-    rng, victims, most, finished, equal = random.Random(options.seed), Counter(), 0, 0, 0
-    with tempfile.TemporaryDirectory() as name:
-        base, whole = Path(name, "base"), Path(name, "whole")
-        tiny.make_assets(base)
-        assert not pipeline("sample", base).wait()
-        shutil.copytree(base, whole)
-        for stage in ("harvest", "train"):
-            assert not pipeline(stage, whole).wait()
-        expected = weights(whole)
-        while victims.total() < options.kills:
-            folder = Path(name, f"run-{finished}")
-            shutil.copytree(base, folder)
-            while not list(folder.glob("runs/train/*/manifest.json")):
-                seen = killed_once(folder, rng, victims)
-                most = max(most, seen)
-                print(f"{victims.total()} kills, {seen} shards on the disk at most", file=sys.stderr, flush=True)
-                if victims.total() >= options.kills:
-                    break
-            assert not pipeline("stream", folder, f"harvest.runtime.disk_limit={LIMIT} shards").wait(PATIENCE)
-            finished += 1
-            equal += weights(folder) == expected
-            shutil.rmtree(folder)
-    figures = {"kills": victims.total(), "victims": dict(victims), "seed": options.seed, "runs": finished}
-    print(json.dumps(figures | {"byte_identical": equal, "most_shards": most, "limit": LIMIT}, indent=1))
-    sys.exit(equal != finished or most > LIMIT)
+    with tempfile.TemporaryDirectory() as temporary:
+        figures = full_disk(Path(temporary)) if options.disk else kills(options, Path(temporary))
+    print(json.dumps(figures, indent=1))
+    sys.exit(figures["byte_identical"] != figures["runs"] or figures["most_shards"] > LIMIT)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def write_report(
         charts={hook: _charts(metrics["saes"][hook], _lines(file)) for hook, file in curves.items()},
         diff_charts={hook: _diff_charts(sae.get("diff", {})) for hook, sae in metrics["saes"].items()},
         manifests=manifests,
+        waits=_waits(manifests),
         settings={name: _flat(manifest["settings"]) for name, manifest in manifests.items()},
         numerics={name: _flat(manifest["numerics"]) for name, manifest in manifests.items()},
     )
@@ -75,6 +76,14 @@ def figure(value: Any, name: str = "") -> str:
     if name in ("l0", "mse"):
         return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
     return f"{value:.3f}"
+
+
+def _waits(manifests: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Seconds that each side of a stream waited for the other, by stage; empty where none did."""
+    waits = {"harvest": manifests["harvest"]["summary"].get("waited_for_training_seconds")}
+    hooks = [figures for figures in manifests["train"]["summary"].values() if isinstance(figures, dict)]
+    waits["train"] = next((hook.get("waited_for_harvest_seconds") for hook in hooks), None)
+    return {stage: seconds for stage, seconds in waits.items() if seconds is not None}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

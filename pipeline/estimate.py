@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from harvest.disk import limit_in_shards
 from harvest.progress import duration, size_text
 from pipeline.architecture import Architecture, find_architecture
 from pipeline.config import PipelineConfig
@@ -29,6 +30,7 @@ class Speed(NamedTuple):
     """How fast one machine is; None where nothing is known."""
 
     machine: str
+    is_gpu: bool
     forward: float | None  # tokens/s
     step: float | None  # seconds, one SAE
     memory: int  # bytes for model, SAE and batches
@@ -109,6 +111,7 @@ def speeds(config: PipelineConfig, s: Sizes, measured: Measured) -> list[Speed]:
     write, read = measured.disk_write.value, measured.disk_read.value
     here = Speed(
         measured.device,
+        measured.is_gpu,
         measured.forward.value,
         step,
         measured.memory,
@@ -123,6 +126,7 @@ def speeds(config: PipelineConfig, s: Sizes, measured: Measured) -> list[Speed]:
     work = train.batch_size * s.geometry.d_in * s.d_sae
     assumed = Speed(
         "one H100 (assumed, not measured)",
+        True,
         H100_FLOPS / s.flop_per_token,
         H100_STEP * work,
         H100_MEMORY,
@@ -142,6 +146,7 @@ def _machine(config: PipelineConfig, s: Sizes, measured: Measured, speed: Speed)
     batch = config.harvest.batch_contexts
     # Weights, gradients and two moments of Adam, copies for the products; then what a dense step makes of a batch.
     training = s.saes * s.sae // 4 * (16 + 2) + 13 * train.batch_size * s.d_sae + 2 * g.d_in * train.validation_rows
+    harvesting = fixed + batch * s.context * speed.element // 4
     pools = 2 * 2 * g.d_in * train.pool_rows
     written = None if speed.forward is None else speed.forward * s.shard / g.shard_rows
     wanted = None if speed.step is None else train.batch_size / (speed.step * s.saes) * 2 * g.d_in
@@ -151,10 +156,11 @@ def _machine(config: PipelineConfig, s: Sizes, measured: Measured, speed: Speed)
         ("a training step", f"{_seconds(speed.step)}; {speed.step_how}"),
         (
             "memory, harvest",
-            f"{size_text(fixed + batch * s.context * speed.element // 4)} of {size_text(speed.memory)} free",
+            f"{size_text(harvesting)} of {size_text(speed.memory)} free",
         ),
         ("batch_contexts", f"{batch} set; the largest that fits: {largest or 'none'}"),
         ("memory, train", f"{size_text(training)} for SAEs, Adam and a batch; pools {size_text(pools)} in host memory"),
+        ("memory, stream", f"{size_text(harvesting + training)} on one device, which both sides hold at once"),
         ("harvest writes", f"{_rate(written)}; the disk here: {_rate(measured.disk_write.value)}"),
         ("training reads", f"{_rate(wanted)}; the disk here: {_rate(measured.disk_read.value)}"),
     )
@@ -162,6 +168,8 @@ def _machine(config: PipelineConfig, s: Sizes, measured: Measured, speed: Speed)
         yield f"warning: harvest.batch_contexts={batch} does not fit into {size_text(speed.memory)}"
     if training > MARGIN * speed.memory:
         yield f"warning: training does not fit into {size_text(speed.memory)}"
+    elif harvesting + training > MARGIN * speed.memory:
+        yield f"warning: a stream does not fit into {size_text(speed.memory)}; it needs a device for each side"
     if _slower(measured.disk_write.value, written):
         yield "warning: the harvest would be bound by the disk here"
     if _slower(measured.disk_read.value, wanted):
@@ -172,22 +180,26 @@ def _machine(config: PipelineConfig, s: Sizes, measured: Measured, speed: Speed)
 def ways(config: PipelineConfig, s: Sizes, speed: Speed) -> list[tuple[str, ...]]:
     """Disk and hours of the three ways to feed an SAE, for one and for a sweep of five, on one such machine."""
     g, train = s.geometry, config.train
-    shards = 2 * min(train.window_shards, g.train_shards) + 1
+    shards, held = min(2 * train.window_shards + 1, g.train_shards), "two windows and a shard"
+    if limit := config.harvest.runtime.disk_limit:
+        shards = limit_in_shards(limit, s.shard, train.window_shards, g.train_shards)
+        held = f"disk_limit={limit}"
     stored, seen = g.train_shards * g.shard_rows, s.steps * train.batch_size
     kept = s.contexts + s.trained(train.runtime.keep_last, 1)
-    rows: list[tuple[str, ...]] = [("hours of one such machine", "disk, one SAE", "one SAE", f"{SWEEP} SAEs", "")]
+    hours = f"{'GPU hours' if speed.is_gpu else 'hours'} of one such machine"
+    rows: list[tuple[str, ...]] = [(hours, "disk, one SAE", "one SAE", f"{SWEEP} SAEs", "")]
     for way in (
         Way("full store", s.store, stored, False, "any further SAE trains from it"),
-        Way("stream", s.holdout + shards * s.shard, seen, False, "two windows and a shard; not built yet"),
+        Way("stream", s.holdout + shards * s.shard, seen, False, f"{held}; taking turns on the device"),
         Way("regenerate in a buffer", 0, seen, True, "as others do: every SAE pays the forward passes again"),
     ):
-        hours = []
+        taken = []
         for saes in (1, SWEEP):
             harvest = harvest_seconds(s, speed, way.tokens, way.disk > 0)
             training = train_seconds(config, s, speed, saes, way.disk > 0)
             passes = saes if way.each_pays else 1
-            hours.append(None if harvest is None or training is None else passes * harvest + training)
-        cells = ["one epoch only"] * 2 if way.name == "stream" and seen > stored else [_hours(h) for h in hours]
+            taken.append(None if harvest is None or training is None else passes * harvest + training)
+        cells = ["one epoch only"] * 2 if way.name == "stream" and seen > stored else [_hours(h) for h in taken]
         rows.append((f"  {way.name}", size_text(way.disk + kept), *cells, way.note))
     return rows
 
