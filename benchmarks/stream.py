@@ -48,11 +48,11 @@ class DiskWatch(threading.Thread):
 
     def __init__(self, runs: Path) -> None:
         super().__init__(daemon=True)
-        self._runs, self._stop = runs, threading.Event()
+        self._runs, self._ended = runs, threading.Event()
         self.largest, self.looks = 0, 0
 
     def run(self) -> None:
-        while not self._stop.wait(SAMPLE_SECONDS):
+        while not self._ended.wait(SAMPLE_SECONDS):
             total = 0
             for path in self._runs.glob("harvest/*/store/train/*/**/c/**/*"):
                 try:
@@ -63,7 +63,7 @@ class DiskWatch(threading.Thread):
             self.largest, self.looks = max(self.largest, total), self.looks + 1
 
     def stop(self) -> None:
-        self._stop.set()
+        self._ended.set()
         self.join()
 
 
