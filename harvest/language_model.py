@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from harvest.config import ModelConfig
 from harvest.files import UserError
+from harvest.products import widens, with_widened_products
 
 SAELENS_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 LAYER_PATH = re.compile(
@@ -217,6 +218,8 @@ def load_model(
     loaded = loaded.to(device).eval().requires_grad_(False)
     if compute_dtype == torch.float32:
         loaded = loaded.float()  # never the other way: bfloat16 would round the rotary frequencies, which stay float32
+    elif widens(device, compute_dtype):
+        loaded.forward = with_widened_products(loaded.forward)
     prefix = "" if with_head else f"{skeleton.model.base_model_prefix}."
     try:
         modules = {hook: loaded.get_submodule(point.module.removeprefix(prefix)) for hook, point in points.items()}

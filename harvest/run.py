@@ -23,6 +23,7 @@ from harvest.device import local_device, numerics, resolve_device, resolve_dtype
 from harvest.disk import check_room
 from harvest.files import UserError, is_abandoned, read_json
 from harvest.language_model import HookedModel, load_model
+from harvest.products import widens
 from harvest.progress import Progress
 from harvest.sampling import Contexts
 from harvest.shard_buffer import ShardBuffer
@@ -52,7 +53,8 @@ def run(
     set_threads(config.threads, device)
     model = load_model(model_config, model_commit, config.hooks, dtype, device, offline=config.runtime.offline)
     model_settings: Any = model.model.config
-    begin(numerics(device, dtype, attention=model_settings._attn_implementation))  # SDPA where the model has it
+    products = {"products": "float32, rounded"} if widens(device, dtype) else {}
+    begin(numerics(device, dtype, attention=model_settings._attn_implementation, **products))  # SDPA where it has it
     limit = getattr(model_settings.get_text_config(), "max_position_embeddings", None)
     if limit and sample.context_size > limit:
         raise UserError(f"sample.context_size: {sample.context_size}: the model has {limit} positions; lower it")
