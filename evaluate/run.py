@@ -15,7 +15,7 @@ from evaluate.unembedding import load_unembedding
 from harvest.activation_store import ActivationStore, slug
 from harvest.config import ModelConfig
 from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
-from harvest.files import UserError, write_json
+from harvest.files import UserError, write_sealed
 from harvest.language_model import load_model
 from harvest.sampling import Contexts
 from harvest.store_place import files_of
@@ -133,7 +133,7 @@ def run(
         "definitions": definitions,
     }
     metrics |= {"also": also} if also else {}
-    write_json(directory / "metrics.json", metrics)
+    write_sealed(directory / "metrics.json", metrics)
     curves = {hook: upstream.train / slug(hook) / "metrics.jsonl" for hook in saes}
     write_report(directory / "report.html", metrics, curves, upstream.manifests)
     return {name: _main_figures(figures) for name, figures in (saes | also).items()}

@@ -124,8 +124,20 @@ class ActivationStore:
         return self.files.place(_record_name(split, shard))
 
     def record(self, split: str, shard: int) -> dict[str, Any]:
-        """What was written about a shard when it was complete."""
-        return read_store_json(self.files, _record_name(split, shard))
+        """What was written about a shard when it was complete.
+
+        Raises UserError when it is damaged.
+        """
+        record = read_store_json(self.files, _record_name(split, shard))
+        files, norms = record.get("files"), record.get("norms")
+        figures = [norms.get(hook) for hook in self.geometry.hooks] if isinstance(norms, dict) else [None]
+        if (
+            not isinstance(files, dict)
+            or not all(_has(file, ("bytes", "crc32c"), int) for file in files.values())
+            or not all(_has(norm, ("mean_norm", "sum", "sum_of_squares"), float) for norm in figures)
+        ):
+            raise damaged(self.record_path(split, shard), "damaged: it does not describe a shard")
+        return record
 
     def records(self, split: str) -> list[dict[str, Any]]:
         """Those of all shards of a split that were written, in order."""
@@ -216,9 +228,9 @@ class ActivationStore:
 
     def _recorded(self, split: str, shard: int) -> dict[str, dict[str, int]]:
         """Bytes and crc32c of each file of a shard by path, from its record."""
-        recorded = self.record(split, shard).get("files")
+        recorded = self.record(split, shard)["files"]
         wanted = sorted(array.file(shard) for array in self._arrays[split].values())
-        if not isinstance(recorded, dict) or sorted(recorded) != wanted:
+        if sorted(recorded) != wanted:
             raise UserError(f"{self.record_path(split, shard)}: damaged: it does not list the shard's files")
         return recorded
 
@@ -303,6 +315,11 @@ class ActivationStore:
             self._checksums[file] = checksums
         checksum = self._checksums[file][CRC_BYTES * chunk : CRC_BYTES * (chunk + 1)]
         self._array_files.read(array, shard, chunk, checksum, out)
+
+
+def _has(value: Any, names: Sequence[str], kind: type) -> bool:
+    """Whether a value of a record is an object that has numbers of a kind under these names."""
+    return isinstance(value, dict) and all(type(value.get(name)) is kind for name in names)
 
 
 def _record_name(split: str, shard: int) -> str:

@@ -11,10 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
+
 _UMASK = os.umask(0o022)  # reading it means setting it
 os.umask(_UMASK)
 
 MAX_JSON_BYTES = 64 << 20  # what we write ourselves stays far below
+SEAL = "crc32c"  # of a sealed JSON file: the checksum of all else in it
+BLOCK = 16 << 20
 
 
 class UserError(Exception):
@@ -79,15 +83,29 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_bytes(json_bytes(value))
 
 
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file with a checksum of itself, which `read_json` compares: a changed figure does not pass."""
+    write_json(path, value | {SEAL: google_crc32c.value(json_bytes(value))})
+
+
+def file_crc32c(path: Path, size: int | None = None) -> int:
+    """crc32c of a file, or of its first `size` bytes."""
+    checksum, left = 0, path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while left and (block := file.read(min(left, BLOCK))):
+            checksum, left = google_crc32c.extend(checksum, block), left - len(block)
+    return checksum
+
+
 def json_bytes(value: Any) -> bytes:
     """A JSON file as we write it."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a file, without its seal.
 
-    Raises UserError when it is missing, too large, or not a JSON object.
+    Raises UserError when it is missing, too large, not a JSON object, or not what was sealed.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
@@ -110,6 +128,10 @@ def parse_json(data: bytes, place: Path | str) -> dict[str, Any]:
         raise UserError(f"{place}: not valid JSON; it was damaged or half copied") from None
     if not isinstance(value, dict):
         raise UserError(f"{place}: not a JSON object; it was damaged or half copied")
+    if SEAL in value and value.pop(SEAL) != google_crc32c.value(json_bytes(value)):
+        raise UserError(
+            f"{place}: does not match its own checksum; it was changed or damaged. Restore it, or make it anew"
+        )
     return value
 
 

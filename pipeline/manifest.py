@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from harvest.files import UserError, locked, read_json, write_json
+from harvest.files import UserError, file_crc32c, locked, read_json, write_sealed
 from harvest.workers import wait_until
 
 BEGUN, MANIFEST = "begun.json", "manifest.json"
@@ -42,7 +42,7 @@ def begin(directory: Path, identity: dict[str, Any], numerics: dict[str, Any], a
     """
     path = directory / BEGUN
     if not path.exists() or identity["stage"] in STARTS_OVER:
-        write_json(path, {**identity, "numerics": numerics, "begun": time.time(), "mixed_with": []})
+        write_sealed(path, {**identity, "numerics": numerics, "begun": time.time(), "mixed_with": []})
         return
     _compare(directory, numerics, allow_mixed)
 
@@ -72,7 +72,7 @@ def _compare(directory: Path, numerics: dict[str, Any], allow_mixed: bool) -> No
                 f"{directory}: was begun under other numerics ({'; '.join(changed)}), so the rest would differ in "
                 "its last bits; add --allow-mixed to go on all the same, or --force to start anew"
             )
-        write_json(directory / BEGUN, {**begun, "mixed_with": [*begun.get("mixed_with", []), numerics]})
+        write_sealed(directory / BEGUN, {**begun, "mixed_with": [*begun.get("mixed_with", []), numerics]})
 
 
 def finish(directory: Path, summary: dict[str, Any]) -> None:
@@ -84,9 +84,34 @@ def finish(directory: Path, summary: dict[str, Any]) -> None:
         "wall_seconds": round(time.time() - begun["begun"], 1),
         "versions": {"reasoning-sae": _commit(), "python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},
+        "files": {str(path.relative_to(directory)): file_crc32c(path) for path in _described(directory)},
         "summary": summary,
     }
-    write_json(directory / MANIFEST, manifest)
+    write_sealed(directory / MANIFEST, manifest)
+
+
+def check_files(directory: Path) -> None:
+    """Hold a complete stage's files that carry no checksum of their own against its manifest.
+
+    Raises UserError that names the file.
+    """
+    for name, checksum in (read_json(directory / MANIFEST).get("files") or {}).items():
+        path = directory / name
+        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if inside and (not path.is_file() or file_crc32c(path) != checksum):
+            raise UserError(
+                f"{path}: missing, or changed since the stage ended (crc32c); restore it, or "
+                f"`python -m pipeline {directory.parent.name} --force` makes them anew"
+            )
+
+
+def _described(directory: Path) -> list[Path]:
+    """Metadata of Zarr, and the lines that training logged: what no reader could tell from what was written."""
+    found = [*directory.glob("*/metrics.jsonl")]
+    for folder, subfolders, names in os.walk(directory):
+        subfolders[:] = [name for name in subfolders if name not in ("c", "shards", "checkpoints", "features")]
+        found += [Path(folder, name) for name in names if name == "zarr.json"]
+    return sorted(found)
 
 
 def _commit() -> str:

@@ -26,7 +26,7 @@ from pipeline.fingerprint import (
     hashed_settings,
     resolved_commit,
 )
-from pipeline.manifest import BEGUN, MANIFEST, begin, finish, is_complete, join, remote_store
+from pipeline.manifest import BEGUN, MANIFEST, begin, check_files, finish, is_complete, join, remote_store
 
 TRASH = ".trash-"
 Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
@@ -190,6 +190,9 @@ def _ignore(_numerics: dict[str, Any]) -> None:
 
 def _check_upstream(runs: AnyRuns, stage: str, follow: bool) -> None:
     upstream = runs.upstream(stage)
+    for before in runs.stages[: runs.stages.index(stage)]:
+        if is_complete(runs.directory(before)):
+            check_files(runs.directory(before))
     if stage == "train" and _is_streamed_to(runs):
         return
     if follow and upstream and not is_complete(runs.directory(upstream)):
@@ -291,7 +294,9 @@ def _clear(directory: Path, confirm: Callable[[str], bool]) -> None:
         files_of(directory).delete_all()  # before begun.json goes, which alone knows where it lies
     (directory / BEGUN).unlink(missing_ok=True)
     for path in list(directory.iterdir()):
-        if path.is_dir() and not path.is_symlink() and not path.name.startswith(TRASH):
+        if path.is_symlink():
+            path.unlink()  # the link alone: what it leads to is not ours
+        elif path.is_dir() and not path.name.startswith(TRASH):
             path.rename(directory / f"{TRASH}{path.name}")  # at once, as deleting terabytes can be interrupted
         elif not path.is_dir() and not path.name.startswith(".lock-"):
             path.unlink()

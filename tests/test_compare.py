@@ -8,6 +8,7 @@ from conftest import Ran, only
 from typer.testing import CliRunner
 
 from evaluate.compare import Evaluated, compare, frontier_lines
+from harvest.files import read_json, write_sealed
 from pipeline.cli import app
 
 SWEEP = ("train.sweep.l1_coefficient=[0.5,2]", "train.epochs=0.5", "evaluate.features=null")
@@ -90,9 +91,9 @@ def test_a_sweep_of_a_settings_file(run_folder):
 
 def test_figures_that_are_missing(run_folder):
     metrics = only(run_folder, "runs/evaluate/*/metrics.json")
-    found = json.loads(metrics.read_text())
+    found = read_json(metrics)
     del found["saes"]["model.layers.1"]["downstream"]
-    metrics.write_text(json.dumps(found))
+    write_sealed(metrics, found)
     shutil.rmtree("runs/train")  # pruned
     ran = run("compare", str(metrics.parent))
     assert ran.status == 0, ran.out

@@ -14,6 +14,7 @@ from evaluate.downstream import downstream
 from evaluate.fidelity import HeldoutBatch, density_figures, fidelity
 from evaluate.intervals import with_intervals
 from harvest.config import ModelConfig
+from harvest.files import read_json, write_sealed
 from harvest.language_model import load_model
 from train.checkpoint import SavedSae, load_sae, save_sae
 from train.config import ExcludeConfig
@@ -136,9 +137,9 @@ def test_metrics_are_named_and_defined(finished):
 def test_the_report_opens_offline_and_escapes(run_folder):
     shutil.rmtree(only(run_folder, "runs/evaluate/*"))
     train = only(run_folder, "runs/train/*")
-    manifest = json.loads((train / "manifest.json").read_text())
+    manifest = read_json(train / "manifest.json")
     manifest["settings"]["hostile"] = "<script>alert(1)</script>"
-    (train / "manifest.json").write_text(json.dumps(manifest))
+    write_sealed(train / "manifest.json", manifest)
     assert pipeline("evaluate").status == 0
     html = only(run_folder, "runs/evaluate/*/report.html").read_text()
     assert "<script" not in html
@@ -162,7 +163,7 @@ def other_width(run: Path) -> None:
 
 def other_hook(run: Path) -> None:
     path = only(run, f"runs/train/*/{HOOK}/sae.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"hook_name": "model.layers.0"}))
+    write_sealed(path, read_json(path) | {"hook_name": "model.layers.0"})
 
 
 def cut_weights(run: Path) -> None:
@@ -231,9 +232,9 @@ def test_intervals_are_of_contexts_not_of_rows():
 
 def test_no_held_out_row_left_is_an_error(run_folder):
     path = only(run_folder, "runs/train/*/manifest.json")
-    manifest = json.loads(path.read_text())
+    manifest = read_json(path)
     manifest["settings"]["exclude"]["positions"] = list(range(16))
-    path.write_text(json.dumps(manifest))
+    write_sealed(path, manifest)
     shutil.rmtree(run_folder / "runs" / "evaluate")
     ran = pipeline("evaluate")
     assert ran.status == 1

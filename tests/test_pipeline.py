@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, TINY, contents, only, pipeline
 
-from harvest.files import locked
+from harvest.files import locked, read_json, write_sealed
 
 
 def test_everything_twice_gives_the_same_bytes(finished, fresh_folder):
@@ -118,9 +118,9 @@ def test_other_numerics_stop_a_resume_unless_allowed(run_folder):
     train = only(run_folder, "runs/train/*")
     (train / "manifest.json").unlink()
     (train / "model.layers.1" / "sae.json").unlink()
-    begun = json.loads((train / "begun.json").read_text())
+    begun = read_json(train / "begun.json")
     begun["numerics"]["torch"] = "2.0.0"
-    (train / "begun.json").write_text(json.dumps(begun))
+    write_sealed(train / "begun.json", begun)
     ran = pipeline("train")
     assert ran.status == 1
     assert "begun under other numerics (torch: 2.0.0 then, " in ran.out

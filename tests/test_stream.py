@@ -12,7 +12,7 @@ from conftest import contents, only, pipeline, start
 from harvest import stream as streams
 from harvest.activation_store import ActivationStore
 from harvest.disk import limit_in_shards, shard_bytes
-from harvest.files import locked
+from harvest.files import locked, read_json, write_sealed
 from harvest.stream import READER, Stream, save_stream
 from pipeline.stream import balanced
 from train.release import Release
@@ -220,7 +220,7 @@ def test_an_older_checkpoint_holds_weights_only(run_folder, monkeypatch):
     monkeypatch.chdir(run_folder)
     directory = run_folder / pipeline("path", "train", ONE_EPOCH).out.strip()
     for path in directory.glob("*/checkpoints/*/checkpoint.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"weights_only": True}))
+        write_sealed(path, read_json(path) | {"weights_only": True})
     if list(directory.glob("*/checkpoints/*/checkpoint.json")):
         ran = pipeline("train", *settings)
         assert ran.status == 1 and "holds weights only" in ran.out

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, TINY, contents, only, pipeline, start
 from safetensors import SafetensorError
 
-from harvest.files import UserError
+from harvest.files import UserError, read_json, write_sealed
 from train import checkpoint as checkpoints
 from train.checkpoint import load_sae, newest_checkpoint
 from train.config import TrainConfig
@@ -247,11 +247,17 @@ def test_exclusions_that_leave_nothing(run_folder):
 
 def test_saved_saes_are_checked(run_folder):
     folder = only(run_folder, "runs/train/*/model.layers.1")
-    about = json.loads((folder / "sae.json").read_text())
-    (folder / "sae.json").write_text(json.dumps(about | {"d_in": 31}))
+    about = read_json(folder / "sae.json")
+    (folder / "sae.json").write_text(json.dumps(about | {"d_in": 31, "crc32c": 1}))
+    with pytest.raises(UserError, match=r"sae.json: does not match its own checksum"):
+        load_sae(folder)
+    write_sealed(folder / "sae.json", about | {"d_in": 31})
     with pytest.raises(UserError, match=r"W_enc is torch.float32 \(32, 128\); float32 \(31, 128\) expected"):
         load_sae(folder)
     (folder / "sae_weights.safetensors").write_bytes(b"\x80\x04pickle")
+    with pytest.raises(UserError, match=r"damaged, or not an SAE of ours \(its bytes have changed"):
+        load_sae(folder)
+    write_sealed(folder / "sae.json", {name: value for name, value in about.items() if name != "tensors_crc32c"})
     with pytest.raises(UserError, match="damaged, or not an SAE of ours"):
         load_sae(folder)
 

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, TINY, contents, only, pipeline
 
 from harvest.activation_store import ActivationStore
-from harvest.files import UserError, is_abandoned, is_locked
+from harvest.files import UserError, is_abandoned, is_locked, read_json, write_sealed
 from harvest.shard_buffer import ShardBuffer
 from harvest.workers import Others, Shard, Workers
 
@@ -114,8 +114,8 @@ def test_a_worker_of_other_numerics_stops_unless_allowed(finished, sampled, as_w
     as_worker(0, 2)
     assert pipeline("harvest", NO_WAIT).status == 1
     path = only(sampled, "runs/harvest/*/begun.json")
-    begun = json.loads(path.read_text())
-    path.write_text(json.dumps(begun | {"numerics": begun["numerics"] | {"device": "Another GPU"}}))
+    begun = read_json(path)
+    write_sealed(path, begun | {"numerics": begun["numerics"] | {"device": "Another GPU"}})
     store = only(sampled, "runs/harvest/*/store/zarr.json")
     store.write_text(store.read_text().replace(begun["numerics"]["device"], "Another GPU"))
     as_worker(1, 2)

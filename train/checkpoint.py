@@ -17,13 +17,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from harvest.files import UserError, read_json, replacing, write_json
+from harvest.files import UserError, file_crc32c, read_json, replacing, write_sealed
 from train.dataloader import Position
 from train.exclusion import InputStatistics
 from train.sae import SAE
 
 MARKER, TENSORS = "checkpoint.json", "tensors.safetensors"
 WEIGHTS, ABOUT = "sae_weights.safetensors", "sae.json"
+CHECKSUM = "tensors_crc32c"  # of the file of tensors, in the JSON file beside it
 
 
 class Checkpoint(NamedTuple):
@@ -36,6 +37,7 @@ class Checkpoint(NamedTuple):
     kernel: dict[str, Any]
     statistics: InputStatistics
     losses: Sequence[float] = ()  # the last logged ones, that a spike is measured against
+    metrics_crc32c: int | None = None  # of metrics.jsonl up to metrics_bytes
 
 
 class SavedSae(NamedTuple):
@@ -62,7 +64,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, tensors: dict[str, Ten
     try:
         _save_tensors(new / TENSORS, tensors)
         about = checkpoint._asdict() | {"statistics": checkpoint.statistics._asdict()}
-        write_json(new / MARKER, about | {"position": checkpoint.position._asdict()})
+        about |= {"position": checkpoint.position._asdict(), CHECKSUM: file_crc32c(new / TENSORS)}
+        write_sealed(new / MARKER, about)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)  # a full disk must not keep half a checkpoint
         raise
@@ -87,7 +90,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | No
             "newer checkpoint is gone; start the stream anew: `harvest --force`, then `train --force`"
         )
     try:
-        tensors = safetensors.torch.load_file(path / TENSORS)
+        tensors = _load_tensors(path / TENSORS, about)
         checkpoint = Checkpoint(
             step=about["step"],
             position=Position(**about["position"]),
@@ -96,6 +99,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | No
             kernel=about["kernel"],
             statistics=InputStatistics(**about["statistics"]),
             losses=about.get("losses", ()),
+            metrics_crc32c=about.get("metrics_crc32c"),
         )
     except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
         before = _resumable_before(complete)
@@ -108,7 +112,7 @@ def retire_checkpoints(folder: Path, position: Position) -> None:
     for path in _complete(folder):
         about = read_json(path / MARKER)
         if Position(**about["position"]) < position and not about.get("weights_only"):
-            write_json(path / MARKER, about | {"weights_only": True})
+            write_sealed(path / MARKER, about | {"weights_only": True})
 
 
 def _resumable_before(complete: Sequence[Path]) -> str:
@@ -126,8 +130,15 @@ def save_sae(folder: Path, sae: SAE, hook: str, statistics: InputStatistics, abo
     """Write an SAE's weights, then sae.json."""
     folder.mkdir(parents=True, exist_ok=True)
     _save_tensors(folder / WEIGHTS, {name: weight.cpu() for name, weight in sae._asdict().items()})
-    shape = {"d_in": sae.d_in, "d_sae": sae.d_sae, "hook_name": hook}
-    write_json(folder / ABOUT, about | shape | statistics._asdict())
+    shape = {"d_in": sae.d_in, "d_sae": sae.d_sae, "hook_name": hook, CHECKSUM: file_crc32c(folder / WEIGHTS)}
+    write_sealed(folder / ABOUT, about | shape | statistics._asdict())
+
+
+def _load_tensors(path: Path, about: dict[str, Any]) -> dict[str, Tensor]:
+    """Tensors by name, those that `about` was written for."""
+    if CHECKSUM in about and file_crc32c(path) != about[CHECKSUM]:
+        raise OSError("its bytes have changed since they were written (crc32c)")
+    return safetensors.torch.load_file(path)
 
 
 def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -150,7 +161,7 @@ def load_sae(folder: Path) -> SavedSae:
     about = read_json(folder / ABOUT)
     path = folder / WEIGHTS
     try:
-        tensors = safetensors.torch.load_file(path)
+        tensors = _load_tensors(path, about)
         sae = SAE(**{name: tensors[name] for name in SAE._fields})
         statistics = InputStatistics(**{name: about[name] for name in InputStatistics._fields})
         d_in, d_sae, hook = about["d_in"], about["d_sae"], about["hook_name"]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from harvest.files import UserError
+from harvest.files import UserError, file_crc32c
 from train.dataloader import Reading
 from train.trainer import Stepped, Validation
 
@@ -62,10 +62,11 @@ class Metrics:
         spike_factor: float | None,
         tracker: GeneralTracker | None = None,
         losses: Sequence[float] = (),
+        crc32c: int | None = None,
     ) -> None:
-        """`losses`: the last ones that were logged before a resume.
+        """`losses`: the last ones that were logged before a resume; `crc32c`: of the file up to `keep_bytes`.
 
-        Raises UserError for a file that is shorter than `keep_bytes`.
+        Raises UserError for a file that is shorter than `keep_bytes`, or is another.
         """
         self._file, self._tracker, self._spike_factor = None, tracker, spike_factor
         self.losses: deque[float] = deque(losses, maxlen=SPIKE_LINES)
@@ -76,6 +77,8 @@ class Metrics:
         path.touch()
         if path.stat().st_size < keep_bytes:
             raise UserError(f"{path}: shorter than when the checkpoint was written; it was damaged")
+        if crc32c is not None and file_crc32c(path, keep_bytes) != crc32c:
+            raise UserError(f"{path}: has changed since the checkpoint was written; restore it, or train with --force")
         self._file = path.open("r+b")
         self._file.truncate(keep_bytes)
         self._file.seek(keep_bytes)
@@ -83,6 +86,10 @@ class Metrics:
     def bytes(self) -> int:
         """Length of the file so far."""
         return self._file.tell() if self._file else 0
+
+    def checksum(self) -> int | None:
+        """crc32c of the file so far."""
+        return file_crc32c(Path(self._file.name)) if self._file else None
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file:

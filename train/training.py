@@ -75,20 +75,21 @@ class Training:
         self._writes = ranks.rank == 0
         self.position = Position()
         self.best_loss: float | None = None
-        metrics_bytes, losses = 0, ()
+        metrics_bytes, metrics_crc32c, losses = 0, None, ()
         if found:
             checkpoint, tensors = found
             if tensors["W_enc"].shape != shape:
                 raise UserError(f"{folder}: its checkpoint is of an SAE of shape {tuple(tensors['W_enc'].shape)}")
             self.trainer.restore(tensors, checkpoint.step, checkpoint.kernel)
             self.position, self.best_loss = checkpoint.position, checkpoint.best_loss
-            metrics_bytes, losses = checkpoint.metrics_bytes, checkpoint.losses
+            metrics_bytes, metrics_crc32c = checkpoint.metrics_bytes, checkpoint.metrics_crc32c
+            losses = checkpoint.losses
         runtime, tracker = config.runtime, None
         if runtime.tracker and self._writes:
             settings = config.model_dump(exclude={"runtime", "sweep"}) | {"hook": hook}
             tracker = open_tracker(runtime.tracker, folder, f"{folder.parent.name} {hook}", settings)
         path = folder / "metrics.jsonl" if self._writes else None
-        self.metrics = Metrics(path, metrics_bytes, runtime.spike_factor, tracker, losses)
+        self.metrics = Metrics(path, metrics_bytes, runtime.spike_factor, tracker, losses, metrics_crc32c)
         self.note = ""
         self.on_durable: Callable[[Position], None] | None = None  # told of each position that a resume can start at
         self._saved_window = self.position[:2]
@@ -192,6 +193,7 @@ class Training:
             self.trainer.kernel.state(),
             self.statistics,
             list(self.metrics.losses),
+            self.metrics.checksum(),
         )
         folder, keep_last = self.folder / "checkpoints", self.config.runtime.keep_last
 

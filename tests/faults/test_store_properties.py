@@ -1,21 +1,27 @@
 """Store and loader for arbitrary shapes: what is read is what was written, in an order that loses nothing."""
 
+import os
 import tempfile
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from conftest import contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harvest.activation_store import ActivationStore, Geometry, ShardRows
+from harvest.workers import Shard, Workers
 from train.config import ExcludeConfig
 from train.dataloader import ActivationLoader, Position
 from train.exclusion import kept_rows
 
 HOOKS = ("a", "b")
-quick = settings(max_examples=10, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "10"))
+quick = settings(
+    max_examples=EXAMPLES, derandomize=EXAMPLES == 10, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 @st.composite
@@ -75,6 +81,22 @@ def test_rows_read_are_rows_written(g, seed, direct):
                 assert np.array_equal(store.read_norms(split, hook, shard), expected.norms[hook])
             for name in ("token_id", "context", "position"):
                 assert np.array_equal(store.read_provenance(split, name, shard), getattr(expected, name))
+
+
+@quick
+@given(geometries(), st.integers(1, 6), st.randoms(use_true_random=False))
+def test_workers_of_any_number_in_any_order_write_the_same_store(g, world, random):
+    with tempfile.TemporaryDirectory() as folder:
+        alone, rows = written(Path(folder) / "alone", g, 0, direct=True)
+        every = [Shard(split, number) for split in ("holdout", "train") for number in range(g.shards(split))]
+        shares = [list(Workers(rank, world).share(every)) for rank in range(world)]
+        made = [shard for share in shares for shard in share]
+        assert sorted(made) == sorted(every)
+        random.shuffle(made)
+        shared = ActivationStore.create(Path(folder) / "shared", g, {"seed": 0})
+        for shard in made:
+            shared.write_shard(*shard, rows[shard])
+        assert contents(Path(alone.path)) == contents(Path(shared.path))
 
 
 @st.composite
