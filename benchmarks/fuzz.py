@@ -94,7 +94,7 @@ TARGETS = [
     Target(
         "SAEs of others",
         ("exported/*/cfg.json",),
-        (),
+        ("runs/evaluate",),
         (("evaluate", *SETTINGS, ALSO),),
         ("runs/evaluate/*/metrics.json",),
     ),
