@@ -14,10 +14,10 @@ from evaluate.subject import NoText, Subject
 from evaluate.unembedding import load_unembedding
 from harvest.activation_store import ActivationStore, slug
 from harvest.config import ModelConfig
+from harvest.contexts import Contexts
 from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
 from harvest.files import UserError, write_sealed
 from harvest.language_model import load_model
-from harvest.sampling import Contexts
 from harvest.store_place import files_of
 from harvest.tokenizer import load_tokenizer, load_whole_tokenizer
 from train.checkpoint import SavedSae, load_sae

@@ -10,9 +10,9 @@ import torch
 from evaluate.config import EvaluateConfig
 from evaluate.unembedding import Unembedding
 from harvest.activation_store import ActivationStore, slug
+from harvest.contexts import Contexts
 from harvest.language_model import HookedModel
 from harvest.progress import Progress
-from harvest.sampling import Contexts
 from harvest.tokenizer import SegmentTokenizer
 from train.checkpoint import SavedSae
 from train.config import ExcludeConfig

@@ -19,13 +19,13 @@ import torch
 
 from harvest.activation_store import SPLITS, ActivationStore, Geometry
 from harvest.config import HarvestConfig, ModelConfig, SampleConfig
+from harvest.contexts import Contexts
 from harvest.device import local_device, numerics, resolve_device, resolve_dtype, set_threads
 from harvest.disk import check_room
 from harvest.files import UserError, is_abandoned, read_json
 from harvest.language_model import HookedModel, load_model
 from harvest.products import widens
 from harvest.progress import Progress
-from harvest.sampling import Contexts
 from harvest.shard_buffer import ShardBuffer
 from harvest.store_files import LocalFiles
 from harvest.store_place import files_of

@@ -22,23 +22,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
 
 from harvest.config import ModelConfig, SampleConfig, Source
+from harvest.contexts import SPLITS, write_checksums
 from harvest.conversations import Segment, check_columns, compose, document_key, is_held_out, turns
 from harvest.files import UserError, read_json, write_json
 from harvest.progress import Progress
 from harvest.sources import open_source
 from harvest.tokenizer import SegmentTokenizer, load_tokenizer
 
-SPLITS: tuple[str, ...] = ("train", "holdout")
 DOCUMENTS_AT_ONCE = 512
 SAVE_SECONDS = 30.0  # between records of how far it is
-RESAMPLE = "`python -m pipeline sample --force` makes them anew"
 
 
 class Packed(NamedTuple):
@@ -46,44 +45,6 @@ class Packed(NamedTuple):
 
     tokens: np.memmap
     documents: np.memmap
-
-
-class Contexts:
-    """What the sample stage wrote, checked when it is read: a missing chunk would read as zeros otherwise.
-
-    Raises UserError that names the file when something is missing or damaged.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._root = zarr.open_group(str(path), mode="r")
-            self.sources = [str(name) for name in cast("list[str]", self._root.attrs["sources"])]
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: no contexts there, or damaged ones ({error}); {RESAMPLE}") from None
-
-    def count(self, split: str) -> int:
-        """Number of contexts of a split."""
-        return self._array(split, "source").shape[0]
-
-    def read(self, split: str, name: str, first: int, count: int) -> np.ndarray:
-        """`tokens`, `document` (count, context_size) or `source` (count,) of contexts from `first` on."""
-        array = self._array(split, name)
-        step = array.chunks[0]
-        for chunk in range(first // step, -(-(first + count) // step)):
-            file = self.path / split / name / "c" / str(chunk) / ("0" if array.ndim > 1 else "")
-            if not file.exists():
-                raise UserError(f"{file}: missing; {RESAMPLE}")
-        try:
-            return np.asarray(array[first : first + count])
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path / split / name}: damaged ({error}); {RESAMPLE}") from None
-
-    def _array(self, split: str, name: str) -> zarr.Array:
-        try:
-            return cast(zarr.Array, self._root[f"{split}/{name}"])
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(f"{self.path / split / name}: missing or damaged ({error}); {RESAMPLE}") from None
 
 
 def run(
@@ -121,6 +82,7 @@ def run(
             packed.append(files)
             summary[source.name] = used_documents | {f"{s}_contexts": wanted[s] for s in SPLITS}
     _write(config, packed, directory / "contexts")
+    write_checksums(directory / "contexts")
     shutil.rmtree(scratch)
     return summary
 

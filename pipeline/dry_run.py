@@ -206,7 +206,7 @@ def _excluded(runs: Runs) -> Iterator[str]:
     """
     import numpy as np
 
-    from harvest.sampling import Contexts
+    from harvest.contexts import Contexts
 
     contexts = Contexts(runs.directory("sample") / "contexts")
     tokens = contexts.read("train", "tokens", 0, contexts.count("train"))

@@ -107,7 +107,7 @@ def check_files(directory: Path) -> None:
 
 def _described(directory: Path) -> list[Path]:
     """Metadata of Zarr, and the lines that training logged: what no reader could tell from what was written."""
-    found = [*directory.glob("*/metrics.jsonl")]
+    found = [*directory.glob("*/metrics.jsonl"), *directory.glob("checksums.json")]
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = [name for name in subfolders if name not in ("c", "shards", "checkpoints", "features")]
         found += [Path(folder, name) for name in names if name == "zarr.json"]

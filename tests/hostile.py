@@ -11,7 +11,7 @@ from evaluate.feature_views import Scored, Site
 from evaluate.features import activity, heldout_activity, nearest_features
 from evaluate.unembedding import Tokens
 from harvest.activation_store import ActivationStore
-from harvest.sampling import Contexts
+from harvest.contexts import Contexts
 from train.checkpoint import load_sae
 from train.config import ExcludeConfig
 

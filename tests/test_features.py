@@ -23,8 +23,8 @@ from evaluate.features import LEFT_OUT, SAMPLED, activity, choose_features, held
 from evaluate.unembedding import load_unembedding, promoted
 from harvest.activation_store import ActivationStore
 from harvest.config import ModelConfig
+from harvest.contexts import Contexts
 from harvest.files import UserError
-from harvest.sampling import Contexts
 from harvest.tokenizer import load_tokenizer
 from train.checkpoint import load_sae
 from train.config import ExcludeConfig

@@ -14,7 +14,7 @@ from evaluate.reason_score import Rows, Sums, accumulate, reason_score
 from evaluate.words import find_words, overrepresented, spellings, word_groups
 from harvest.activation_store import ActivationStore
 from harvest.config import ModelConfig
-from harvest.sampling import Contexts
+from harvest.contexts import Contexts
 from harvest.tokenizer import load_tokenizer
 from train.checkpoint import load_sae
 

@@ -12,8 +12,8 @@ from conftest import only, pipeline
 from evaluate.downstream import downstream
 from evaluate.fidelity import HeldoutBatch, fidelity
 from harvest.config import ModelConfig
+from harvest.contexts import Contexts
 from harvest.language_model import load_model
-from harvest.sampling import Contexts
 from train.checkpoint import load_sae
 from train.config import ExcludeConfig
 

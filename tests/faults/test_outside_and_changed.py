@@ -1,6 +1,7 @@
 """Links in the places that are emptied, and names that lead out of a folder: nothing outside is touched."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,14 @@ def test_a_log_that_was_changed_is_named_at_a_resume(run_folder):
     path.write_text(path.read_text().replace('"step": 5,', '"step": 6,'))
     ran = pipeline("train")
     assert ran.status == 1 and "metrics.jsonl: has changed since the checkpoint was written" in ran.out
+
+
+def test_contexts_that_traded_places_are_named(run_folder):
+    """Each is whole in itself, so its own crc32c says nothing."""
+    shutil.rmtree(run_folder / "runs/harvest")
+    chunks = only(run_folder, "runs/sample/*/contexts/train/tokens/c")
+    first, second = ((chunks / name / "0").read_bytes() for name in ("1", "2"))
+    (chunks / "1" / "0").write_bytes(second)
+    (chunks / "2" / "0").write_bytes(first)
+    ran = pipeline("harvest")
+    assert ran.status == 1 and "train/tokens/c/1/0: not what was written there (crc32c)" in ran.out
