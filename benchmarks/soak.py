@@ -5,7 +5,8 @@
 
 One decoder layer and one epoch unless --set says otherwise: store, loader and step see rows of the usual shape,
 and ten times the tokens end within the hour. Each stage is a process of its own, looked at every half second. Prints
-JSON: CPU-seconds and wall seconds for 1,000 tokens, peak resident memory and how it grew from the second third of the
+JSON: CPU and wall milliseconds for 1,000 tokens (marginal ones from size to size as well), peak resident memory, how it
+grew from the second third of the
 process to the last, open files; the ratios to 1x; the machine.
 """
 
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,19 +79,24 @@ def main() -> None:
             for stage in found:
                 found[stage][factor] = run(stage, Path(runs), settings, factor * TOKENS)
                 print(f"{factor}x {stage}: {json.dumps(found[stage][factor])}", file=sys.stderr, flush=True)
-    first = options.factors[0]
-    ratios = {
+    smallest = options.factors[0]
+    ratios: dict[str, dict[str, Any]] = {
         stage: {
             f"{factor}x": {
-                name: round(figures[name] / by_factor[first][name], 3)
+                name: round(figures[name] / by_factor[smallest][name], 3)
                 for name in ("cpu_ms_per_1000_tokens", "wall_ms_per_1000_tokens", "peak_mb")
             }
             for factor, figures in by_factor.items()
         }
         for stage, by_factor in found.items()
     }
+    for stage, by_factor in found.items():  # without what every start costs: imports, the model, dense first steps
+        points = [(f["tokens"], f["cpu_ms_per_1000_tokens"] * f["tokens"]) for f in by_factor.values()]
+        ratios[stage]["marginal_cpu_ms_per_1000_tokens"] = [
+            round((second[1] - first[1]) / (second[0] - first[0]), 1) for first, second in pairwise(points)
+        ]
     machine = {"cores": os.cpu_count(), "date": str(date.today()), "set": options.set}
-    print(json.dumps(machine | {"stages": found, f"ratios_to_{first}x": ratios}, indent=1))
+    print(json.dumps(machine | {"stages": found, f"ratios_to_{smallest}x": ratios}, indent=1))
 
 
 if __name__ == "__main__":
