@@ -136,20 +136,24 @@ def saelens_reader(folder: Path, g: Geometry, dtype: str, batch: int) -> Callabl
 def measure_loaders(
     store: ActivationStore, folder: Path, pool_rows: int, batch: int, rounds: int, before: Callable[[], Any]
 ) -> dict[str, float]:
-    """Seconds of one epoch of batches."""
+    """Seconds of one epoch of batches; both readers stay open and go on from round to round, as in training."""
     g = store.geometry
     batches = g.train_shards * g.shard_rows // batch
+    loader = ActivationLoader(store, HOOK, ExcludeConfig(norm_above_median=None), None, batch, 4, pool_rows, 0)
+    stream = loader.batches(Position())
 
     def ours() -> None:
-        loader = ActivationLoader(store, HOOK, ExcludeConfig(norm_above_median=None), None, batch, 4, pool_rows, 0)
-        for _ in islice(loader.batches(Position()), batches):
+        for _ in islice(stream, batches):
             pass
 
     ways: dict[str, Callable[[], Any]] = {"ours": ours}
     for dtype in ("float32", "float16"):
         take = saelens_reader(folder / dtype, g, dtype, batch)
         ways[f"SAELens, {dtype}"] = lambda take=take: take(batches)
-    return in_turn(ways, rounds, before)
+    try:
+        return in_turn(ways, rounds, before)
+    finally:
+        stream.close()
 
 
 def measure_writes(folder: Path, g: Geometry, rounds: int) -> dict[str, float]:
