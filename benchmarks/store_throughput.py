@@ -226,6 +226,7 @@ def main() -> None:
             "read: direct / np.fromfile": round(reads["np.fromfile"] / reads["direct"], 2),
             "read: direct / preallocated": round(reads["preallocated"] / reads["direct"], 2),
             "read: direct / best zarr API": round(zarr_read / reads["direct"], 2),
+            "loader: ours / SAELens, float32 (its default)": round(loaders["SAELens, float32"] / loaders["ours"], 2),
             "loader: ours / best SAELens": round(saelens / loaders["ours"], 2),
             **{
                 f"write: direct / zarr API, {how} fsync": round(
