@@ -8,6 +8,7 @@ order, verified, with the zarr API (our plain twin, one thread and four) and dir
 rows from our loader and from SAELens' cached activations (which are not verified; float32, its default, and
 float16). Writes: whole shards with the zarr API and directly, with and without fsync. All in turn, the best of five
 rounds. Reads are warm (the page cache holds the store); --cold drops it from the cache before each.
+All run in the environment that the Makefile gives the stages.
 Prints JSON: GB/s (of rows), rows/s, ratios, and the machine.
 """
 
@@ -29,6 +30,14 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+MAKE_ENVIRONMENT = {  # what the Makefile gives each stage; read when a process starts
+    "OMP_WAIT_POLICY": "passive",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
+}
+if __name__ == "__main__" and not MAKE_ENVIRONMENT.items() <= os.environ.items():
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MAKE_ENVIRONMENT})
 
 from harvest.activation_store import ActivationStore, Geometry, ShardRows
 from harvest.device import device_name
