@@ -31,19 +31,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-MAKE_ENVIRONMENT = {  # what the Makefile gives each stage; read when a process starts
-    "OMP_WAIT_POLICY": "passive",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
-}
-if __name__ == "__main__" and not MAKE_ENVIRONMENT.items() <= os.environ.items():
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MAKE_ENVIRONMENT})
-
 from harvest.activation_store import ActivationStore, Geometry, ShardRows
 from harvest.device import device_name
 from train.config import ExcludeConfig
 from train.dataloader import ActivationLoader, Position
 
+MAKE_ENVIRONMENT = {  # what the Makefile gives each stage; read when a process starts
+    "OMP_WAIT_POLICY": "passive",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "1000000000000",
+}
 CONTEXT = 512
 HOOK = "h"
 
@@ -207,6 +204,8 @@ def main() -> None:
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--folder", type=Path, help="where the stores are made and deleted again")
     options = parser.parse_args()
+    if not MAKE_ENVIRONMENT.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MAKE_ENVIRONMENT})
     chunk_rows = 1 << ((2**22 // options.d_in).bit_length() - 1)  # 4 to 8 MB
     shard_bytes = (8 if options.d_in < 2048 else 16) * chunk_rows * options.d_in * 2
     g = Geometry((HOOK,), options.d_in, CONTEXT, shard_bytes // (CONTEXT * options.d_in * 2), chunk_rows, 1, 1)
