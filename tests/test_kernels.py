@@ -62,7 +62,7 @@ class TestKernels:
 
     @pytest.fixture(autouse=True)
     def small_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, size in {"EXTRACT_TILE": 16, "D_TILE": 16, "N_TILE": 4, "F_TILE": 8, "ADAM_TILE": 128}.items():
+        for name, size in {"EXTRACT_TILE": 16, "D_TILE": 64, "N_TILE": 4, "F_TILE": 8, "ADAM_TILE": 128}.items():
             monkeypatch.setattr(kernels, name, size)
 
     def test_the_batch_is_what_it_says(self) -> None:

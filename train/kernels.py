@@ -25,32 +25,34 @@ from train.sae import SAE
 
 AdamNumbers = tuple[float, tuple[float, float], int, Tensor, float]  # `train.adam.Update`, which imports this module
 
-EXTRACT_TILE = 2048  # pre-activations a program looks at together
-D_TILE = 512  # columns of a gathered row
+EXTRACT_TILE = 1024  # pre-activations of one program; a prefix sum over more costs more than the reading
+D_TILE = 1024  # columns of a gathered row
 N_TILE = 4  # gathered rows in flight: an average feature of a wide SAE has about five entries in a batch
 ADAM_TILE = 1024  # weights of one program
-F_TILE = 16  # features that one program of encoder_sums writes side by side: 64 bytes, two full sectors
+F_TILE = 8  # features that one program of encoder_sums writes side by side: 32 bytes, a full sector
 
 
 def extract(pre_BF: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of ReLU(pre + b_enc): the positive entries of each row (B,), their features int32 and values (N,)."""
     B, F = pre_BF.shape
-    count_B = torch.empty(B, dtype=torch.int32, device=pre_BF.device)
-    count_kernel[(B,)](pre_BF, b_enc, count_B, F, TILE=EXTRACT_TILE)
-    end_B = count_B.cumsum(0)
-    N = int(end_B[-1])
+    tiles = triton.cdiv(F, EXTRACT_TILE)
+    count_BT = torch.empty(B, tiles, dtype=torch.int32, device=pre_BF.device)
+    count_kernel[(B, tiles)](pre_BF, b_enc, count_BT, F, TILE=EXTRACT_TILE)
+    end_BT = count_BT.view(-1).cumsum(0)
+    N = int(end_BT[-1])
     feature_N = torch.empty(N, dtype=torch.int32, device=pre_BF.device)
     f_N = torch.empty(N, dtype=torch.float32, device=pre_BF.device)
-    extract_kernel[(B,)](pre_BF, b_enc, end_B - count_B, feature_N, f_N, F, TILE=EXTRACT_TILE)
-    return count_B, feature_N, f_N
+    extract_kernel[(B, tiles)](pre_BF, b_enc, count_BT, end_BT, feature_N, f_N, F, TILE=EXTRACT_TILE)
+    return count_BT.sum(1), feature_N, f_N
 
 
 def residual(active: ByRow, W_dec: Tensor, b_dec: Tensor, x_BD: Tensor) -> Tensor:
     """x̂ − x (B, D), float32."""
     B, D = x_BD.shape
     error_BD = torch.empty_like(x_BD)
-    grid = (B, triton.cdiv(D, D_TILE))
-    residual_kernel[grid](*active, W_dec, b_dec, x_BD, error_BD, D, D_TILE=D_TILE, N_TILE=N_TILE)
+    d_tile = D_TILE // 2  # rows have many entries, so narrow tiles fill the GPU
+    grid = (B, triton.cdiv(D, d_tile))
+    residual_kernel[grid](*active, W_dec, b_dec, x_BD, error_BD, D, D_TILE=d_tile, N_TILE=N_TILE)
     return error_BD
 
 
@@ -58,9 +60,7 @@ def row_dots(active: ByRow, error_BD: Tensor, W_dec: Tensor) -> Tensor:
     """e_b · W_dec,i for each entry (b, i), float32 (N,)."""
     B, D = error_BD.shape
     dot_N = torch.empty_like(active.f_N)
-    row_dots_kernel[(B,)](
-        active.offset_B, active.feature_N, error_BD, W_dec, dot_N, D, D_TILE=D_TILE, N_TILE=2 * N_TILE
-    )
+    row_dots_kernel[(B,)](active.offset_B, active.feature_N, error_BD, W_dec, dot_N, D, D_TILE=D_TILE, N_TILE=N_TILE)
     return dot_N
 
 
@@ -79,7 +79,7 @@ def encoder_sums(by: ByFeature, df_N: Tensor, x_BD: Tensor) -> Tensor:
     """Σ_b df_bi x_b for each feature i, as columns (D, F), contiguous float32; df_N in the order of `by`."""
     D, F = x_BD.shape[1], len(by.offset_F) - 1
     sum_DF = torch.empty(D, F, dtype=torch.float32, device=x_BD.device)
-    d_tile = D_TILE // 2  # a program holds d_tile × F_TILE sums
+    d_tile = D_TILE // 4  # a program holds d_tile × F_TILE sums
     grid = (triton.cdiv(F, F_TILE), triton.cdiv(D, d_tile))
     encoder_sums_kernel[grid](
         by.offset_F, by.row_N, df_N, x_BD, sum_DF, D, F, D_TILE=d_tile, N_TILE=N_TILE, F_TILE=F_TILE
@@ -115,27 +115,24 @@ def activations(pre, bias, row, column, F):
 
 @triton.jit
 def count_kernel(pre, bias, count, F, TILE: tl.constexpr):
-    """A program a row: its active features."""
-    row = tl.program_id(0)
-    total = tl.zeros([TILE], tl.int32)
-    for start in range(0, F, TILE):
-        _, active = activations(pre, bias, row, start + tl.arange(0, TILE), F)
-        total += active
-    tl.store(count + row, tl.sum(total, 0))
+    """A program a row and tile of columns: its active features."""
+    row, tile = tl.program_id(0), tl.program_id(1)
+    _, active = activations(pre, bias, row, tile * TILE + tl.arange(0, TILE), F)
+    tl.store(count + row * tl.num_programs(1) + tile, tl.sum(active, 0))
 
 
 @triton.jit
-def extract_kernel(pre, bias, begin, feature, value, F, TILE: tl.constexpr):
-    """A program a row: its active features and their values, from `begin` on."""
-    row = tl.program_id(0)
-    place = tl.load(begin + row)
-    for start in range(0, F, TILE):
-        column = start + tl.arange(0, TILE)
+def extract_kernel(pre, bias, count, end, feature, value, F, TILE: tl.constexpr):
+    """A program a row and tile of columns: its active features and their values, up to the place `end`."""
+    row, tile = tl.program_id(0), tl.program_id(1)
+    at = row * tl.num_programs(1) + tile
+    found = tl.load(count + at)
+    if found > 0:
+        column = tile * TILE + tl.arange(0, TILE)
         f, active = activations(pre, bias, row, column, F)
-        at = place + tl.cumsum(active, 0) - active
-        tl.store(feature + at, column, mask=active != 0)
-        tl.store(value + at, f, mask=active != 0)
-        place += tl.sum(active, 0)
+        place = tl.load(end + at) - found + tl.cumsum(active, 0) - active
+        tl.store(feature + place, column, mask=active != 0)
+        tl.store(value + place, f, mask=active != 0)
 
 
 @triton.jit
@@ -143,12 +140,12 @@ def gathered(index, weight, table, begin, end, d, D, D_TILE: tl.constexpr, N_TIL
     """Σ weight_n · table[index_n, d] over the entries begin to end, for one tile of columns d."""
     total = tl.zeros([D_TILE], tl.float32)
     for start in range(begin, end, N_TILE):
-        n = start + tl.arange(0, N_TILE)
-        i = tl.load(index + n, mask=n < end, other=0).to(tl.int64)
-        w = tl.load(weight + n, mask=n < end, other=0.0)
-        inside = (n < end)[:, None] & (d < D)[None, :]
-        t = tl.load(table + i[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += tl.sum(w[:, None] * t, 0)
+        for n in tl.static_range(N_TILE):  # one row a load: a tile of rows would be summed across threads
+            inside = end > start + n
+            i = tl.load(index + start + n, mask=inside, other=0).to(tl.int64)
+            w = tl.load(weight + start + n, mask=inside, other=0.0)
+            columns = tl.where(inside, D, 0)  # the interpreter cannot combine masks of a scalar and a vector
+            total += w * tl.load(table + i * D + d, mask=d < columns, other=0.0).to(tl.float32)
     return total
 
 
@@ -172,14 +169,14 @@ def row_dots_kernel(offset, feature, error, W_dec, dot, D, D_TILE: tl.constexpr,
     for start in range(begin, end, N_TILE):
         n = start + tl.arange(0, N_TILE)
         i = tl.load(feature + n, mask=n < end, other=0).to(tl.int64)
-        total = tl.zeros([N_TILE], tl.float32)
+        products = tl.zeros([N_TILE, D_TILE], tl.float32)
         for first in range(0, D, D_TILE):
             d = first + tl.arange(0, D_TILE)
             e = tl.load(error + row.to(tl.int64) * D + d, mask=d < D, other=0.0).to(tl.float32)
             inside = (n < end)[:, None] & (d < D)[None, :]
             w = tl.load(W_dec + i[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-            total += tl.sum(w * e[None, :], 1)
-        tl.store(dot + n, total, mask=n < end)
+            products += w * e[None, :]
+        tl.store(dot + n, tl.sum(products, 1), mask=n < end)
 
 
 @triton.jit
@@ -198,18 +195,19 @@ def decoder_sums_kernel(offset, index, weight, error, W_dec, scale, out, D, D_TI
 def encoder_sums_kernel(
     offset, index, weight, x, out, D, F, D_TILE: tl.constexpr, N_TILE: tl.constexpr, F_TILE: tl.constexpr
 ):
-    """The sums of F_TILE features are gathered one by one and written together, across rows of (D, F)."""
-    first = tl.program_id(0) * F_TILE
+    """A program a tile of features and one of columns: the features' sums grow side by side, as (D, F) has them."""
+    feature = tl.program_id(0) * F_TILE + tl.arange(0, F_TILE)
     d = tl.program_id(1) * D_TILE + tl.arange(0, D_TILE)
-    column = tl.arange(0, F_TILE)
+    begin = tl.load(offset + feature, mask=feature < F, other=0)
+    count = tl.load(offset + feature + 1, mask=feature < F, other=0) - begin
     tile = tl.zeros([D_TILE, F_TILE], tl.float32)
-    for i in range(F_TILE):
-        inside = first + i < F
-        begin = tl.load(offset + first + i, mask=inside, other=0)
-        end = tl.load(offset + first + i + 1, mask=inside, other=0)
-        total = gathered(index, weight, x, begin, end, d, D, D_TILE, N_TILE)
-        tile = tl.where(column[None, :] == i, total[:, None], tile)
-    feature = first + column
+    for start in range(0, tl.max(count, 0), N_TILE):
+        for n in tl.static_range(N_TILE):
+            inside = count > start + n
+            i = tl.load(index + begin + start + n, mask=inside, other=0).to(tl.int64)
+            w = tl.load(weight + begin + start + n, mask=inside, other=0.0)
+            at = i[None, :] * D + d[:, None]
+            tile += w[None, :] * tl.load(x + at, mask=inside[None, :] & (d < D)[:, None], other=0.0).to(tl.float32)
     at = d.to(tl.int64)[:, None] * F + feature[None, :]
     tl.store(out + at, tile, mask=(d < D)[:, None] & (feature < F)[None, :])
 

@@ -70,10 +70,18 @@ class Trainer:
         self.rows_since_fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
         self.bad_step = torch.full((), -1, device=sae.W_enc.device)  # the first whose loss or gradient is no number
         self.adam = Adam(sae, compute_dtype)
+        device = sae.W_enc.device
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def scaled(self, rows_BD: Tensor) -> Tensor:
         """Rows as stored -> float32 rows (B, D) as the SAE sees them, on its device."""
-        return rows_BD.to(self.sae.W_enc.device, non_blocking=True).float().mul_(self.scale)
+        device = self.sae.W_enc.device
+        if self._copies:  # the host is ahead: the copy runs beside the step before
+            with torch.cuda.stream(self._copies):
+                rows_BD = rows_BD.to(device, non_blocking=True)
+            torch.cuda.current_stream(device).wait_stream(self._copies)
+            rows_BD.record_stream(torch.cuda.current_stream(device))
+        return rows_BD.to(device).float().mul_(self.scale)
 
     @torch.no_grad()
     def step(self, rows_BD: Tensor) -> Stepped:
