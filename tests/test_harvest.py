@@ -10,6 +10,7 @@ from conftest import contents, only, pipeline, start
 
 from harvest.activation_store import ActivationStore
 from harvest.config import ModelConfig
+from harvest.device import resolve_device, resolve_dtype
 from harvest.language_model import HookedModel, load_model
 from harvest.shard_buffer import ShardBuffer
 
@@ -19,7 +20,8 @@ def test_rows_are_the_models_activations(run_folder):
     store = ActivationStore.open(only(run_folder, "runs/harvest/*/store"))
     tokens = zarr.open_group(only(run_folder, "runs/sample/*/contexts"), mode="r")["train/tokens"][:]
     hook = "model.layers.1"
-    model = load_model(ModelConfig(name="assets/tiny-llama"), None, [hook], torch.float32, torch.device("cpu"))
+    device = resolve_device("auto")
+    model = load_model(ModelConfig(name="assets/tiny-llama"), None, [hook], resolve_dtype("auto", device), device)
     chunks = [store.read_chunk("train", hook, c) for c in range(4, 8)]
     rows = torch.from_numpy(np.concatenate(chunks)).view(torch.bfloat16)
     context, position = (store.read_provenance("train", name, 1).astype(int) for name in ("context", "position"))
@@ -27,7 +29,7 @@ def test_rows_are_the_models_activations(run_folder):
     assert len({*zip(context.tolist(), position.tolist(), strict=True)}) == 256
     assert np.array_equal(store.read_provenance("train", "token_id", 1), tokens[context, position])
     batches = [model.activations(torch.from_numpy(tokens[i : i + 4].astype(np.int64)))[hook] for i in range(16, 32, 4)]
-    expected = torch.cat(batches)[context - 16, position].bfloat16()
+    expected = torch.cat(batches).cpu()[context - 16, position].bfloat16()
     assert torch.equal(rows, expected)
     assert np.array_equal(store.read_norms("train", hook, 1), expected.float().norm(dim=1).numpy())
 
