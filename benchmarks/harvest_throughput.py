@@ -4,9 +4,10 @@
     python benchmarks/harvest_throughput.py --shape r1-llama-8b --shards 16    # a GPU; random weights
 
 bare: the layers up to the hook, without hook or writing. SAELens, which writes nothing here, stops at the hook too.
-Equal batches of the same tokens. Each round runs every arm once; SAELens does one shard of a round's tokens. Prints
-JSON: tokens/s (median of rounds), the ratios ours / other by wall time and by CPU-seconds (medians of the rounds'
-ratios), and the machine.
+With --compile both also with compiled layers (harvest.compile), which are compared with each other. Equal batches of
+the same tokens. Each round runs every arm once; SAELens does one shard of a round's tokens. Prints JSON: tokens/s
+(median of rounds), the ratios ours / other by wall time and by CPU-seconds (medians of the rounds' ratios), and the
+machine.
 """
 
 import argparse
@@ -182,23 +183,28 @@ def arms(options: argparse.Namespace, device: torch.device) -> tuple[list[Arm], 
 
     dtype = DTYPES[options.dtype]
     hook = f"model.layers.{options.layer}"
-    if options.shape:
-        torch.manual_seed(0)
-        torch.set_default_device(device)
-        causal = AutoModelForCausalLM.from_config(R1_LLAMA_8B, dtype=dtype)
-        sliced = LlamaConfig(**R1_LLAMA_8B.to_dict() | {"num_hidden_layers": options.layer + 1})
-        body: Any = AutoModel.from_config(sliced, dtype=dtype).eval().requires_grad_(False)
-        torch.set_default_device("cpu")
-        model = HookedModel(body, {hook: body.layers[options.layer]}, device)
-    else:
-        model = load_model(ModelConfig(name=options.model), None, [hook], dtype, device, offline=True)
-        causal = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
-    causal = causal.to(device).eval().requires_grad_(False)
-    d_in = causal.config.hidden_size
+    model = truncated(options, hook, dtype, device)
+    d_in, vocabulary = model.model.config.hidden_size, model.model.config.vocab_size
     out = [
         Arm("ours", harvester(model, hook, options, d_in), options.shards),
         Arm("bare", bare(model, options), options.shards),
     ]
+    if options.compile:
+        compiled = truncated(options, hook, dtype, device)
+        compiled.compile_layers(torch.zeros(options.batch_contexts, options.context_size, dtype=torch.long))
+        out += [
+            Arm("ours, compiled", harvester(compiled, hook, options, d_in), options.shards),
+            Arm("bare, compiled", bare(compiled, options), options.shards),
+        ]
+    if not options.peers:
+        return out, vocabulary
+    if options.shape:
+        torch.set_default_device(device)
+        causal: Any = AutoModelForCausalLM.from_config(R1_LLAMA_8B, dtype=dtype)
+        torch.set_default_device("cpu")
+    else:
+        causal = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
+    causal = causal.to(device).eval().requires_grad_(False)
     if "saelens_hf" in options.peers:
         proxy = HookedProxyLM(causal, None, hook_names=[hook])  # pyright: ignore[reportArgumentType]
         out.append(Arm("saelens_hf", saelens(proxy, hook, options, d_in), 1))
@@ -206,7 +212,19 @@ def arms(options: argparse.Namespace, device: torch.device) -> tuple[list[Arm], 
         name = f"blocks.{options.layer}.hook_resid_post"
         hooked = hooked_transformer(causal, dtype, device)
         out.append(Arm("saelens_hooked_transformer", saelens(hooked, name, options, d_in), 1))
-    return out, causal.config.vocab_size
+    return out, vocabulary
+
+
+def truncated(options: argparse.Namespace, hook: str, dtype: torch.dtype, device: torch.device) -> HookedModel:
+    """The layers up to the hook; with --shape the same random weights every time."""
+    if not options.shape:
+        return load_model(ModelConfig(name=options.model), None, [hook], dtype, device, offline=True)
+    torch.manual_seed(0)
+    torch.set_default_device(device)
+    sliced = LlamaConfig(**R1_LLAMA_8B.to_dict() | {"num_hidden_layers": options.layer + 1})
+    body: Any = AutoModel.from_config(sliced, dtype=dtype).eval().requires_grad_(False)
+    torch.set_default_device("cpu")
+    return HookedModel(body, {hook: body.layers[options.layer]}, device)
 
 
 def parse() -> argparse.Namespace:
@@ -221,6 +239,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shards", type=int, default=2, help="of ours and bare in each round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--compile", action="store_true", help="compiled layers as well")
     parser.add_argument("--disk", type=Path, help="folder to write into; the system's temporary one")
     parser.add_argument("--peers", nargs="*", default=["saelens_hf", "saelens_hooked_transformer"])
     options = parser.parse_args()
@@ -249,12 +268,13 @@ def main() -> None:
                 print(f"round {number + 1}: {arm.name} {took.tokens / took.wall:,.0f} tokens/s", file=sys.stderr)
 
     def ratio(other: str, field: str) -> float:
-        pairs = zip(taken["ours"], taken[other], strict=True)
+        ours = "ours, compiled" if other == "bare, compiled" else "ours"
+        pairs = zip(taken[ours], taken[other], strict=True)
         return round(
             statistics.median((a.tokens / getattr(a, field)) / (b.tokens / getattr(b, field)) for a, b in pairs), 3
         )
 
-    peers = [arm.name for arm in every if arm.name != "ours"]
+    peers = [arm.name for arm in every if not arm.name.startswith("ours")]
     figures = {
         "model": options.shape or Path(options.model).name,
         **{name: getattr(options, name) for name in ("layer", "dtype", "context_size", "batch_contexts")},

@@ -88,7 +88,7 @@ def main() -> None:
                 batch_size=options.batch,
                 lr=1e-3,
                 l1_warmup_fraction=0,
-                sparse_below=0.1,
+                sparse_below=0.1 if device.type == "cpu" else 0.01,
             )
             sae = initial_sae(options.d_in, options.d_sae, 0, device)
             trainers.append(Trainer(sae, found.scale, config, 100_000, 10**6, dtype))

@@ -145,6 +145,9 @@ class HarvestConfig(Settings):
     compute_dtype: ComputeDtype = "auto"
     """Precision of the forward pass. The weights are bfloat16 in any case and rows are stored as bfloat16.
     auto: bfloat16, except on CPUs without bfloat16 instructions, which emulate it at a sixth of the speed."""
+    compile: bool = Field(default=False, json_schema_extra={"added": True})
+    """Compile the decoder layers with torch.compile: a quarter faster on an H100. It rounds in fewer places, so rows
+    differ in their last bits. Needs a C compiler."""
     batch_contexts: int = Field(default=8, ge=1)
     """Contexts of one forward pass. Hashed, because a row depends in its last bits on the batch's shape."""
     threads: int = Field(default=2, ge=1)

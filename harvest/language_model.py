@@ -58,11 +58,17 @@ def load_skeleton(model: ModelConfig, commit: str | None, offline: bool) -> Skel
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model.name: {model.name!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    layers = config.get_text_config().num_hidden_layers
-    lists = [n for n, m in skeleton.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    if not lists:
+    layers = _layer_list(skeleton, config)
+    if layers is None:
         raise UserError(f"model.name: {model.name!r}: {type(skeleton).__name__} has no list of decoder layers")
-    return Skeleton(config, skeleton, min(lists, key=len))
+    return Skeleton(config, skeleton, layers)
+
+
+def _layer_list(model: nn.Module, config: Any) -> str | None:
+    """Path of the list of decoder layers."""
+    layers = config.get_text_config().num_hidden_layers
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
+    return min(lists, key=len, default=None)
 
 
 def find_hook(skeleton: Skeleton, hook: str) -> HookPoint:
@@ -96,6 +102,29 @@ class HookedModel:
     def __init__(self, model: nn.Module, modules: dict[str, nn.Module], device: torch.device) -> None:
         self.model, self.modules, self.device = model, modules, device
         self._in_tuples: dict[str, bool] = {}  # whether modules return tuples, as Falcon's and GPT-J's layers do
+
+    def compile_layers(self, batch_BS: Tensor) -> None:
+        """Compile the decoder layers, but those with a hook inside, for token ids of this shape.
+
+        Compiled kernels are chosen by rule, never by timing: they are the same in every process. Raises UserError
+        when this machine cannot compile.
+        """
+        path = _layer_list(self.model, self.model.config)
+        layers: Any = self.model.get_submodule(path) if path else ()
+        hooked = set(self.modules.values())
+        for layer in layers:
+            if hooked.isdisjoint(module for module in layer.modules() if module is not layer):
+                # Of the layer's own forward: hooks on the layer run outside.
+                layer.forward = torch.compile(layer.forward, dynamic=False, options={"deterministic": True})
+        try:
+            self.activations(batch_BS)
+        except RuntimeError as error:  # torch._dynamo's and inductor's errors are RuntimeErrors
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"harvest.compile: true: torch.compile fails here ({first}); install a C compiler, or set it to false"
+            ) from None
 
     @torch.inference_mode()
     def activations(self, tokens_BS: Tensor) -> dict[str, Tensor]:

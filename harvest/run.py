@@ -69,6 +69,7 @@ def run(
         holdout_shards=contexts.count("holdout") // sample.shard_contexts,
         stored=config.stored,
     )
+    _compile(model, config, sample.context_size)
     files = files_of(directory, config.runtime)
     if workers.rank:
         missing = f"{files.place()}: worker 0 has not made it"
@@ -112,6 +113,13 @@ def run(
         others.wait(config.runtime.wait_seconds, lambda count: progress.advance(count * geometry.shard_rows))
     _sweep(store, workers.alone(directory))
     return store_summary(store) | (room.summary() if room else {})
+
+
+def _compile(model: HookedModel, config: HarvestConfig, context_size: int) -> None:
+    if config.compile:
+        print("harvest: compiling the decoder layers", flush=True)
+        with _memory_for("harvest.batch_contexts", config.batch_contexts, model.device):
+            model.compile_layers(torch.zeros(config.batch_contexts, context_size, dtype=torch.long))
 
 
 def _recorded(store: ActivationStore) -> set[Shard]:

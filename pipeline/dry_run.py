@@ -94,12 +94,15 @@ def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig
         "holdout_tokens": sample.shard_rows,
         "holdout_fraction": max(sample.holdout_fraction, HOLDOUT_FRACTION),
     }
+    from harvest.device import resolve_device
+
     at_home = config.harvest.runtime.model_copy(update={"store": None})
+    compiled = config.harvest.compile and resolve_device(at_home.device).type == "cuda"  # a CPU may lack a compiler
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": str(folder / "model"), "revision": None}),
             "sample": sample.model_copy(update=budget),
-            "harvest": config.harvest.model_copy(update={"runtime": at_home}),
+            "harvest": config.harvest.model_copy(update={"runtime": at_home, "compile": compiled}),
             "train": train.model_copy(update={"sae": sae, "sweep": sweep, "runtime": runtime, **length}),
             "evaluate": config.evaluate.model_copy(update=evaluate),
         }

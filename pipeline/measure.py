@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from harvest.device import device_name, resolve_device, resolve_dtype, set_threads
-from harvest.language_model import load_model, slice_layers
+from harvest.language_model import HookedModel, load_model, slice_layers
 from harvest.progress import size_text
 from pipeline.architecture import Architecture
 from pipeline.config import PipelineConfig
@@ -99,6 +99,8 @@ def _forward(
     with torch.inference_mode():
         if shape.has_model and shape.folder:
             hooked = load_model(config.model, None, config.harvest.hooks, dtype, device, offline=True)
+            if config.harvest.compile:
+                hooked.compile_layers(tokens)
             seconds = fastest(lambda: hooked.activations(tokens), device)
             return Rate(tokens.numel() / seconds, f"measured, the model on {contexts} x {size} tokens")
         layer = _one_layer(shape, device, dtype, memory)
@@ -107,7 +109,10 @@ def _forward(
         if device.type == "cpu":
             weights = sum(p.numel() for p in layer.parameters())
             tokens = tokens[:, : max(16, int(LAYER_FLOP / (2 * weights)))]
-        seconds = fastest(lambda: layer(tokens, use_cache=False), device)
+        hooked = HookedModel(layer, {}, device)
+        if config.harvest.compile and device.type == "cuda":
+            hooked.compile_layers(tokens)
+        seconds = fastest(lambda: hooked.activations(tokens), device)
     counted = f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
     how = f"measured on one layer of this shape with random weights, {counted}, times {layers} layers"
     return Rate(tokens.numel() / (seconds * layers), how)

@@ -44,9 +44,9 @@ def test_sizes_of_the_papers_run():
     assert s.sae == 4 * (2 * 4096 * 65_536 + 4096 + 65_536)
 
 
-def test_a_gpu_that_is_there_is_not_assumed():
+def test_where_a_gpu_is_no_other_is_spoken_of():
     text = lines(GPU)
-    assert "assumed" not in text
+    assert "H100" not in text
     assert "warning" not in text
     full, stream, again = (next(line for line in text.splitlines() if line.startswith(f"  {n}")) for n in WAYS)
     # 999,948,288 tokens at 50,000/s and 200,000 steps of 16 ms; five SAEs take five times the steps.
@@ -64,9 +64,10 @@ def test_what_does_not_fit_is_said_and_nothing_is_refused():
     assert "warning: the disk of runs lacks 7.3 TB; harvest will refuse to start" in text
     assert "warning: harvest.batch_contexts=16 does not fit into 10 GB" in text
     assert "warning: training does not fit into 10 GB" in text
-    assert text.count("warning: training would be bound by the disk here") == 1  # of the assumed H100
-    assert "one H100 (assumed, not measured)" in text
-    assert "53,847 tokens/s; assumed: 60% of 798 TFLOP/s" in text
+    assert text.count("warning: training would be bound by the disk here") == 1  # of the H100
+    assert "one H100 (as measured on the 8B shape, not here)" in text
+    assert "67,308 tokens/s; 75% of 798 TFLOP/s" in text
+    assert "53,847 tokens/s; 60% of 798 TFLOP/s" in lines(CPU, "harvest.compile=false")
     assert "in all             8.3 TB; free in runs: 1 TB" in text
 
 
@@ -92,7 +93,7 @@ def test_it_measures_this_machine_and_leaves_nothing(finished, fresh_folder, mon
     ran = pipeline("estimate")
     assert ran.status == 0, ran.out
     assert "measured, the model on 1 x 16 tokens" in ran.out
-    assert "assumed" not in ran.out  # nothing is, of so narrow a model
+    assert "H100" not in ran.out  # nothing is known of one with so narrow a model
     assert not list(Path("runs").iterdir())
     store = ActivationStore.open(only(finished, "runs/harvest/*/store"))
     config = load(ROOT / "configs" / "tiny.yaml", [])

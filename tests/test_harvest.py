@@ -158,3 +158,15 @@ def test_damaged_contexts_are_never_harvested(fresh_folder, damage):
     assert "`python -m pipeline sample --force` makes them anew" in ran.out
     assert pipeline("sample", "--force", "--yes").status == 0
     assert pipeline("harvest").status == 0
+
+
+def test_compiled_layers_are_another_harvest_of_nearly_the_same_rows(finished, run_folder, monkeypatch):
+    real = torch.compile
+    monkeypatch.setattr("torch.compile", lambda fn, dynamic, options: real(fn, dynamic=dynamic, backend="aot_eager"))
+    ran = pipeline("harvest", "harvest.compile=true")
+    assert ran.status == 0, ran.out
+    assert "compiling the decoder layers" in ran.out
+    eager, compiled = sorted(run_folder.glob("runs/harvest/*/store"), key=lambda path: path.parent.stat().st_ctime)
+    rows = [ActivationStore.open(path).read_chunk("train", "model.layers.1", 0) for path in (eager, compiled)]
+    a, b = (torch.from_numpy(chunk).view(torch.bfloat16).float() for chunk in rows)
+    assert (a - b).norm() <= 1e-2 * a.norm()

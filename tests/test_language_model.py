@@ -96,3 +96,33 @@ def test_models_that_cannot_be_loaded(fresh_folder):
     Path("assets/tiny-llama/config.json").write_text("{}")
     with pytest.raises(UserError, match="cannot be loaded"):
         load(["model.layers.0"])
+
+
+@pytest.fixture
+def without_compiler(monkeypatch):
+    """torch.compile's tracing, without the C compiler that its last step needs."""
+    real = torch.compile
+    monkeypatch.setattr("torch.compile", lambda fn, dynamic, options: real(fn, dynamic=dynamic, backend="aot_eager"))
+
+
+@pytest.mark.parametrize("hooks", [["model.layers.1"], ["model.layers.0.mlp", "model.layers.0", "model.layers.1"]])
+def test_compiled_layers_give_the_same_activations(fresh_folder, without_compiler, hooks):
+    """Layers with a hook inside stay as they are, so that the hook is called."""
+    model = load(hooks)
+    before = model.activations(TOKENS)
+    model.compile_layers(TOKENS)
+    compiled = [hasattr(layer.forward, "_torchdynamo_orig_callable") for layer in model.model.layers]
+    assert compiled == [len(hooks) == 1, True]
+    after = model.activations(TOKENS)
+    assert set(after) == set(hooks)
+    for hook in hooks:
+        torch.testing.assert_close(after[hook], before[hook], rtol=1e-5, atol=1e-6)
+
+
+def test_a_machine_that_cannot_compile_says_so(fresh_folder, monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise RuntimeError("No working C++ compiler found\nand more")
+
+    monkeypatch.setattr("torch.compile", lambda fn, **_options: refuse)
+    with pytest.raises(UserError, match=r"harvest\.compile: true: .*\(No working C\+\+ compiler found\); install"):
+        load(["model.layers.1"]).compile_layers(TOKENS)

@@ -129,8 +129,10 @@ def test_restored_it_goes_on_as_if_nothing_had_been():
         assert torch.equal(tensor, second.tensors()[name]), name
 
 
-def test_validation_is_at_the_full_penalty():
-    training = trainer(8, 12, 10)
+@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+def test_validation_is_at_the_full_penalty(kernel: str):
+    training = trainer(8, 12, 10, kernel=kernel)
+    training.sae.b_dec.fill_(0.1)
     rows = torch.randn(300, 8, generator=torch.Generator().manual_seed(1))
     found = training.validate(rows)
     f = training.sae.encode(rows)

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from harvest.config import ComputeDtype, Device, Seed, Settings
 
-TRAIN_VERSION = 2
+TRAIN_VERSION = 3
 
 
 class SaeConfig(Settings):

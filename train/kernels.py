@@ -8,11 +8,11 @@ the last tile of each is masked.
 `extract` counts before it writes, and its arrays are as long as the count: nothing can overflow. The
 price is one wait of the host for that number, in every step.
 
-Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros. Offsets into (B, F), (F, D) and (D, F)
-are int64: 4096 × 524,288 passes 2³¹.
+Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros, T tiles of a row. Offsets into (B, F), (F, D) and
+(D, F) are int64: 4096 × 524,288 passes 2³¹.
 """
 
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 # Triton turns the numbers given for tl.constexpr parameters into constants itself.
 
 import torch

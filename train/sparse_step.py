@@ -20,7 +20,7 @@ from torch import Tensor
 
 from train.nonzeros import PLAIN, ByRow, Operations, by_feature
 from train.sae import SAE
-from train.step import StepResult, SumOverRanks, result
+from train.step import Reconstruction, StepResult, SumOverRanks, result
 
 # Rows of one encoder product on the CPU. The block is read again right after it is written, which wants
 # it in cache (19 MB at d_sae 9216); fewer rows make the product itself slower.
@@ -43,20 +43,10 @@ def sparse_step(
     Raises ValueError at 2³¹ or more non-zeros.
     """
     ops = operations or operations_for(x_BD.device)
-    operand = compute_dtype if ops is not PLAIN else torch.float32
-    B = x_BD.shape[0]
-    norm_F = sae.W_dec.norm(dim=1)
-    W_dec = (operands or sae).W_dec if operand == compute_dtype else sae.W_dec
-    W_dec = W_dec.to(operand)
-
+    B, norm_F, W_dec = x_BD.shape[0], sae.W_dec.norm(dim=1), decoder(sae, compute_dtype, ops, operands)
     active = active_features(operands or sae, x_BD, compute_dtype, ops)
-    if sum_over_ranks:
-        zero_BD = torch.zeros_like(x_BD)
-        x_hat_BD = sum_over_ranks(ops.residual(active, W_dec, torch.zeros_like(sae.b_dec), zero_BD))
-        error_BD = x_hat_BD.add_(sae.b_dec).sub_(x_BD)
-    else:
-        error_BD = ops.residual(active, W_dec, sae.b_dec, x_BD)
-    error = error_BD.to(operand)
+    error_BD = residual(active, W_dec, sae.b_dec, x_BD, ops, sum_over_ranks)
+    error = error_BD.to(W_dec.dtype)
     df_N = ops.row_dots(active, error, W_dec).mul_(2 / B)
     df_N.add_(norm_F[active.feature_N], alpha=l1_coefficient / B)
 
@@ -65,12 +55,44 @@ def sparse_step(
     f_sum_F = torch.segment_reduce(f_N, "sum", offsets=by.offset_F)
     l1_scale_F = f_sum_F / norm_F.clamp_min(1e-30) * (l1_coefficient / B)
     gradients = SAE(
-        W_enc=ops.encoder_sums(by, df_N, x_BD.to(operand)),
+        W_enc=ops.encoder_sums(by, df_N, x_BD.to(W_dec.dtype)),
         b_enc=torch.segment_reduce(df_N, "sum", offsets=by.offset_F),
         W_dec=ops.decoder_sums(by, f_N.mul_(2 / B), error, sae.W_dec, l1_scale_F),
         b_dec=error_BD.sum(0).mul_(2 / B),
     )
     return result(x_BD, error_BD, gradients, f_sum_F @ norm_F / B, by.offset_F.diff(), l1_coefficient)
+
+
+def sparse_reconstruction(
+    sae: SAE,
+    x_BD: Tensor,
+    compute_dtype: torch.dtype,
+    sum_over_ranks: SumOverRanks | None = None,
+    operands: SAE | None = None,
+) -> Reconstruction:
+    """`dense_reconstruction` from the non-zeros: scaled float32 rows rebuilt, without gradients."""
+    ops = operations_for(x_BD.device)
+    active = active_features(operands or sae, x_BD, compute_dtype, ops)
+    W_dec = decoder(sae, compute_dtype, ops, operands)
+    error_BD = residual(active, W_dec, sae.b_dec, x_BD, ops, sum_over_ranks)
+    l1_N = active.f_N * sae.W_dec.norm(dim=1)[active.feature_N]
+    l1_B = torch.segment_reduce(l1_N, "sum", offsets=active.offset_B)
+    return Reconstruction(error_BD, l1_B, active.offset_B.diff())
+
+
+def decoder(sae: SAE, compute_dtype: torch.dtype, ops: Operations, operands: SAE | None) -> Tensor:
+    """W_dec (F, D) as the gathers take it: in compute_dtype on CUDA, else in float32."""
+    return sae.W_dec if ops is PLAIN else (operands or sae).W_dec.to(compute_dtype)
+
+
+def residual(
+    active: ByRow, W_dec: Tensor, b_dec: Tensor, x_BD: Tensor, ops: Operations, sum_over_ranks: SumOverRanks | None
+) -> Tensor:
+    """x̂ − x (B, D), float32, of all ranks' features."""
+    if not sum_over_ranks:
+        return ops.residual(active, W_dec, b_dec, x_BD)
+    x_hat_BD = sum_over_ranks(ops.residual(active, W_dec, torch.zeros_like(b_dec), torch.zeros_like(x_BD)))
+    return x_hat_BD.add_(b_dec).sub_(x_BD)
 
 
 def operations_for(device: torch.device) -> Operations:

@@ -54,6 +54,14 @@ class StepResult(NamedTuple):
         return self._replace(loss=self.mse + l1_coefficient * l1, l1=l1, l0=l0)
 
 
+class Reconstruction(NamedTuple):
+    """Rows rebuilt, without gradients. Given a part of the features, l1_B and l0_B are of that part."""
+
+    error_BD: Tensor  # x̂ − x, float32
+    l1_B: Tensor  # Σ_i f_i ‖W_dec,i‖
+    l0_B: Tensor  # active features
+
+
 def product(a: Tensor, b: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """a (M, K) @ b (K, N) with operands in compute_dtype, result float32 (M, N)."""
     a, b = a.to(compute_dtype), b.to(compute_dtype)
@@ -105,6 +113,21 @@ def dense_step(
         gradients.W_dec[block] = dW_dec.addcmul_(sae.W_dec[block], l1_scale_F[block].unsqueeze(1))
     gradients.b_dec.copy_(error_BD.sum(0).mul_(2 / B))
     return result(x_BD, error_BD, gradients, f_sum_F @ norm_F / B, count_F, l1_coefficient)
+
+
+def dense_reconstruction(
+    sae: SAE,
+    x_BD: Tensor,
+    compute_dtype: torch.dtype,
+    sum_over_ranks: SumOverRanks | None = None,
+    operands: SAE | None = None,
+) -> Reconstruction:
+    """Scaled float32 rows rebuilt; arguments as of `dense_step`."""
+    f_BF = product(x_BD, (operands or sae).W_enc, compute_dtype).add_(sae.b_enc).relu_()
+    x_hat_BD = product(f_BF, (operands or sae).W_dec, compute_dtype)
+    if sum_over_ranks:
+        sum_over_ranks(x_hat_BD)
+    return Reconstruction(x_hat_BD.add_(sae.b_dec).sub_(x_BD), f_BF @ sae.W_dec.norm(dim=1), (f_BF > 0).sum(1))
 
 
 def result(

@@ -17,8 +17,8 @@ from train.kernel_choice import KernelChoice
 from train.parallel import SINGLE, FeatureRanks
 from train.sae import SAE
 from train.schedules import decayed_lr, warmed_l1
-from train.sparse_step import sparse_step
-from train.step import StepResult, dense_step
+from train.sparse_step import sparse_reconstruction, sparse_step
+from train.step import StepResult, dense_reconstruction, dense_step
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DEAD_ROWS = 10_000_000  # a feature that fired in none of as many rows is dead
@@ -118,18 +118,15 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, rows: Tensor) -> Validation:
-        """Figures of held-out rows as stored (rows, D), in batches of the training size."""
+        """Figures of held-out rows as stored (rows, D), in batches of the training size and with its kernel."""
+        rebuild = sparse_reconstruction if self.kernel.sparse else dense_reconstruction
         sums = torch.zeros(4, dtype=torch.float64)
-        batches = rows.split(self.config.batch_size)
-        # b_dec counts once in the sum over ranks.
-        part = self.sae if self.ranks.rank == 0 else self.sae._replace(b_dec=torch.zeros_like(self.sae.b_dec))
-        for batch in batches:
+        for batch in rows.split(self.config.batch_size):
             x_BD = self.scaled(batch)
-            f_BF = self.sae.encode(x_BD)
-            error_B = (self.ranks.sum(part.decode(f_BF)) - x_BD).square().sum(1)
+            rebuilt = rebuild(self.sae, x_BD, self.compute_dtype, self.ranks.sum_over_ranks, self.adam.operands)
+            error_B = rebuilt.error_BD.square().sum(1)
             spread_B = (x_BD - x_BD.mean(0)).square().sum(1).clamp_min(1e-30)  # a last batch of one row has none
-            l1_B = self.ranks.sum(f_BF @ self.sae.W_dec.norm(dim=1))
-            l0_B = self.ranks.sum((f_BF > 0).sum(1))
+            l1_B, l0_B = self.ranks.sum(rebuilt.l1_B), self.ranks.sum(rebuilt.l0_B)
             loss = error_B + self.config.sae.l1_coefficient * l1_B
             figures = [loss, l0_B, error_B / spread_B.sum() * len(batch), error_B / spread_B]
             sums += torch.stack([figure.double().sum() for figure in figures]).cpu()
