@@ -249,6 +249,9 @@ def load_model(
         loaded = loaded.float()  # never the other way: bfloat16 would round the rotary frequencies, which stay float32
     elif widens(device, compute_dtype):
         loaded.forward = with_widened_products(loaded.forward)
+    head = loaded.get_output_embeddings() if with_head else None
+    if head is not None:  # generation passes a strided view, for which torch would copy the weights once a sequence
+        head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(), *inputs[1:]))
     prefix = "" if with_head else f"{skeleton.model.base_model_prefix}."
     try:
         modules = {hook: loaded.get_submodule(point.module.removeprefix(prefix)) for hook, point in points.items()}

@@ -126,3 +126,14 @@ def test_a_machine_that_cannot_compile_says_so(fresh_folder, monkeypatch):
     monkeypatch.setattr("torch.compile", lambda fn, **_options: refuse)
     with pytest.raises(UserError, match=r"harvest\.compile: true: .*\(No working C\+\+ compiler found\); install"):
         load(["model.layers.1"]).compile_layers(TOKENS)
+
+
+def test_a_strided_view_before_the_head_costs_no_copies_of_its_weights(whole):
+    """torch multiplies such a view in a batched product, with the weights once for each sequence."""
+    model = load(["model.layers.1"], with_head=True)
+    seen = []
+    model.model.lm_head.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0]))
+    last = model.model(TOKENS, logits_to_keep=1).logits
+    assert last.shape[1] == 1
+    assert seen[0].is_contiguous()
+    torch.testing.assert_close(last[:, 0], whole(TOKENS).logits[:, -1], rtol=1e-5, atol=1e-6)
