@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
 
 import google_crc32c
@@ -65,6 +66,7 @@ class ActivationStore:
         self._array_files = ArrayFiles(self.files, direct)
         self._arrays = {split: stored_arrays(geometry, split) for split in SPLITS}
         self._checksums: dict[str, bytes] = {}  # of files that were found to be those of the records
+        self._visited: SimpleQueue[np.ndarray] = SimpleQueue()  # memory of chunks, to be read into again
         self._consumed = 0  # training shards that were found to be consumed; there may be more by now
 
     @classmethod
@@ -273,9 +275,28 @@ class ActivationStore:
     def read_chunks(self, split: str, hook: str, chunks: Sequence[int], out: np.ndarray) -> None:
         """Rows of chunks as `read_chunk` gives them, one chunk after another, into contiguous `out`, (rows, d_in)."""
         rows = self.geometry.chunk_rows
+        places = [out[place * rows : (place + 1) * rows] for place in range(len(chunks))]
+        with ThreadPoolExecutor(self.files.readers, "store-reader") as readers:
+            for _ in readers.map(partial(self._read_rows, split, hook), chunks, places):
+                pass
+
+    def visit_chunks(
+        self, split: str, hook: str, chunks: Sequence[int], visit: Callable[[int, np.ndarray], None]
+    ) -> None:
+        """Call `visit(place, rows)` for the chunk at each place of `chunks`, several at once, in the threads that read.
+
+        rows are as `read_chunk` gives them, in memory that the next chunk is read into: small enough to stay in the
+        cache from the reading to the end of the visit.
+        """
 
         def read(place: int) -> None:
-            self._read_rows(split, hook, chunks[place], out[place * rows : (place + 1) * rows])
+            try:
+                rows = self._visited.get_nowait()
+            except Empty:
+                rows = np.empty((self.geometry.chunk_rows, self.geometry.d_in), np.uint16)
+            self._read_rows(split, hook, chunks[place], rows)
+            visit(place, rows)
+            self._visited.put(rows)
 
         with ThreadPoolExecutor(self.files.readers, "store-reader") as readers:
             for _ in readers.map(read, range(len(chunks))):

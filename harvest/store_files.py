@@ -4,6 +4,7 @@ Everything of a store goes through `Files`: zarr's metadata, arrays, records, cr
 with slashes. A file is there whole or not at all, and durable once a method that writes it returns.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -75,7 +76,7 @@ class Files(Protocol):
 class LocalFiles(Files):
     """Files in a folder."""
 
-    readers = 4  # one alone does not fill a disk's queue
+    readers = min(4, max(2, os.cpu_count() or 1))  # one alone does not fill a disk's queue; each checks what it reads
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -7,6 +7,9 @@ straddle two pools, windows or epochs, none is short, no kept row is lost.
 The position yielded with a batch is all that a resume needs; the seed does the rest. The order of a
 window depends on no later shard. Costs two pools of memory: one is filled while the other is used.
 
+The threads that read put each row at its place of the permuted pool while its chunk is in the cache, so a batch
+is a part of the pool and costs nothing where it is asked for.
+
 Shape suffixes: B rows of a batch, D d_in, N rows.
 """
 
@@ -42,7 +45,7 @@ FINISHED = Position(epoch=1 << 32)  # of an SAE that needs no more rows
 class Batch(NamedTuple):
     """Rows of a step, and where the next batch starts."""
 
-    rows_BD: Tensor  # bfloat16, as stored, on the host
+    rows_BD: Tensor  # bfloat16, as stored, on the host; read only, as it is a part of a pool
     next: Position
 
 
@@ -101,11 +104,6 @@ class ReadingOrder(NamedTuple):
         return Position(at.epoch + 1)
 
 
-class _Pool(NamedTuple):
-    rows: Tensor  # bfloat16 (rows, d_in), as read; in memory that the pool after the next is read into
-    order: Tensor  # the kept ones, permuted
-
-
 class ActivationLoader:
     """Batches of the kept training rows of one hook, for ever, from a position on."""
 
@@ -138,7 +136,7 @@ class ActivationLoader:
         )
         self.reading = Reading()
         self._pin_memory, self._wait_for, self._next_epoch = pin_memory, wait_for, next_epoch
-        self._ahead: Future[_Pool] | None = None
+        self._ahead: Future[Tensor] | None = None
         self._rows_left = 0  # of the pool in use
         self._kept: dict[int, np.ndarray] = {}
 
@@ -149,26 +147,27 @@ class ActivationLoader:
         """
         with ThreadPoolExecutor(1, "store-reader") as reader:
             at, row = start._replace(row=0), start.row
-            this, other = self._empty_pool(), self._empty_pool()
-            ahead = self._ahead = reader.submit(self._load, at, this)
-            batch, filled = self._empty_batch(), 0
+            ahead = self._ahead = reader.submit(self._load, at)
+            batch, filled = self._empty(self.batch_size), 0  # of parts of two pools
             while True:
                 began = time.monotonic()
                 pool = ahead.result()
                 waited = time.monotonic() - began
-                self.reading = Reading(self.reading.bytes + pool.rows.nbytes, self.reading.stall_seconds + waited)
-                this, other = other, this
-                ahead = self._ahead = reader.submit(self._load, self.order.next_pool(at), this)
-                while row < len(pool.order):
-                    taken = pool.order[row : row + self.batch_size - filled]
-                    torch.index_select(pool.rows, 0, taken, out=batch[filled : filled + len(taken)])
-                    row += len(taken)
-                    filled += len(taken)
-                    if filled == self.batch_size:
-                        self.reading = self.reading._replace(pool_fill=(ahead.done() + 1 - row / len(pool.order)) / 2)
-                        self._rows_left = len(pool.order) - row
-                        yield Batch(batch, at._replace(row=row))
-                        batch, filled = self._empty_batch(), 0
+                read = pool.untyped_storage().nbytes()  # excluded rows were read too
+                self.reading = Reading(self.reading.bytes + read, self.reading.stall_seconds + waited)
+                ahead = self._ahead = reader.submit(self._load, self.order.next_pool(at))
+                while row < len(pool):
+                    rows = pool[row : row + self.batch_size - filled]
+                    row += len(rows)
+                    if len(rows) < self.batch_size:
+                        batch[filled : filled + len(rows)] = rows
+                        filled += len(rows)
+                        if filled < self.batch_size:
+                            break
+                        rows, batch, filled = batch, self._empty(self.batch_size), 0
+                    self.reading = self.reading._replace(pool_fill=(ahead.done() + 1 - row / len(pool)) / 2)
+                    self._rows_left = len(pool) - row
+                    yield Batch(rows, at._replace(row=row))
                 at, row = self.order.next_pool(at), 0
 
     def is_ready(self) -> bool:
@@ -191,15 +190,14 @@ class ActivationLoader:
         """
         parts, at = [], start
         while count and at.window == start.window:
-            pool = self._read(at, self._empty_pool())
-            parts.append(pool.rows[pool.order[:count]])
+            parts.append(self._read(at)[:count])
             count -= len(parts[-1])
             at = self.order.next_pool(at)
         with replacing(path) as partial:
             safetensors.torch.save_file({"rows": torch.cat(parts)}, partial)
 
-    def _load_saved(self, path: Path, at: Position) -> _Pool:
-        """The saved rows as one pool; they are in their order already."""
+    def _load_saved(self, path: Path, at: Position) -> Tensor:
+        """The saved rows as one pool."""
         if at != Position(1) or not path.exists():
             raise UserError(
                 f"{self.store.path}: training has used up the rows of the stream: train.exclude left out more than its "
@@ -207,33 +205,41 @@ class ActivationLoader:
                 "train.training_tokens), or from a whole store"
             )
         try:
-            rows = safetensors.torch.load_file(path)["rows"]
+            return safetensors.torch.load_file(path)["rows"]
         except (safetensors.SafetensorError, OSError, KeyError) as error:
             raise UserError(f"{path}: damaged ({error}); the rows that it held are deleted elsewhere") from None
-        return _Pool(rows, torch.arange(len(rows)))
 
-    def _empty_pool(self) -> Tensor:
-        g, order = self.store.geometry, self.order
-        rows = min(order.pool_chunks, order.window_shards * g.chunks_per_shard) * g.chunk_rows
-        return torch.empty(rows, g.d_in, dtype=torch.bfloat16)
+    def _empty(self, rows: int) -> Tensor:
+        """Room for so many rows, bfloat16 (rows, d_in)."""
+        shape = (rows, self.store.geometry.d_in)
+        if self._pin_memory:
+            return torch.empty(shape, dtype=torch.bfloat16, pin_memory=True)
+        return torch.from_numpy(np.empty(shape, np.uint16)).view(torch.bfloat16)  # numpy asks for huge pages
 
-    def _empty_batch(self) -> Tensor:
-        shape = (self.batch_size, self.store.geometry.d_in)
-        return torch.empty(shape, dtype=torch.bfloat16, pin_memory=self._pin_memory)
-
-    def _load(self, at: Position, memory: Tensor) -> _Pool:
+    def _load(self, at: Position) -> Tensor:
         if at.epoch and self._next_epoch:
             return self._load_saved(self._next_epoch, at)
         if self._wait_for:
             self._wait_for(*self.order.shards_of_window(at.window))
-        return self._read(at, memory)
+        return self._read(at)
 
-    def _read(self, at: Position, memory: Tensor) -> _Pool:
+    def _read(self, at: Position) -> Tensor:
+        """A pool: its kept rows in their order, bfloat16 (rows, d_in)."""
         chunks = self.order.chunks(at).tolist()
-        rows = memory[: len(chunks) * self.store.geometry.chunk_rows]
-        self.store.read_chunks("train", self.hook, chunks, rows.view(torch.uint16).numpy())
-        kept = np.flatnonzero(np.concatenate([self._kept_of_chunk(chunk) for chunk in chunks]))
-        return _Pool(rows, torch.from_numpy(kept[self.order.rows(at, len(kept))]))
+        keep = [self._kept_of_chunk(chunk) for chunk in chunks]
+        ends = np.cumsum([kept.sum() for kept in keep])
+        place_N = np.empty(ends[-1], np.int64)  # of each kept row, in the order of reading
+        place_N[self.order.rows(at, len(place_N))] = np.arange(len(place_N))
+        places = np.split(place_N, ends[:-1])
+        pool = self._empty(len(chunks) * self.store.geometry.chunk_rows)[: len(place_N)]
+        bits_ND = pool.view(torch.uint16).numpy()
+
+        def put(number: int, rows: np.ndarray) -> None:
+            kept = keep[number]
+            bits_ND[places[number]] = rows if kept.all() else rows[kept]
+
+        self.store.visit_chunks("train", self.hook, chunks, put)
+        return pool
 
     def rows_between(self, start: Position, end: Position) -> np.ndarray:
         """Numbers in the training split of the rows that a batch from `start` to `end` has, (rows,), in its order."""
