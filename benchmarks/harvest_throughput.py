@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import statistics
 import sys
 import tempfile
@@ -68,7 +69,7 @@ class Took(NamedTuple):
 
 class Arm(NamedTuple):
     name: str
-    run: Callable[[np.ndarray], None]
+    run: Callable[[np.ndarray], Path | None]  # the folder that it has written
     shards: int  # of each round's tokens
 
 
@@ -82,24 +83,28 @@ class RoundContexts:
         return self.tokens[first : first + count]
 
 
-def timed(run: Callable[[np.ndarray], None], tokens: np.ndarray) -> Took:
+def timed(run: Callable[[np.ndarray], Path | None], tokens: np.ndarray) -> Took:
     wall, cpu = time.perf_counter(), time.process_time()
-    run(tokens)
+    written = run(tokens)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return Took(tokens.size, time.perf_counter() - wall, time.process_time() - cpu)
+    took = Took(tokens.size, time.perf_counter() - wall, time.process_time() - cpu)
+    if written:
+        shutil.rmtree(written)
+    return took
 
 
-def harvester(model: HookedModel, hook: str, options: argparse.Namespace, d_in: int) -> Callable[[np.ndarray], None]:
+def harvester(model: HookedModel, hook: str, options: argparse.Namespace, d_in: int) -> Callable[[np.ndarray], Path]:
     contexts, size = options.shard_contexts, options.context_size
 
-    def run(tokens: np.ndarray) -> None:
+    def run(tokens: np.ndarray) -> Path:
         chunk_rows = min(contexts * size, 1 << ((4 << 20) // (2 * d_in)).bit_length() - 1)
         geometry = Geometry((hook,), d_in, size, contexts, chunk_rows, len(tokens) // contexts, 0)
-        with tempfile.TemporaryDirectory(dir=options.disk) as folder:
-            store = ActivationStore.create(Path(folder) / "store", geometry, {})
-            shards = [Shard("train", number) for number in range(geometry.train_shards)]
-            write_shards(model, RoundContexts(tokens), store, shards, options.batch_contexts, 0, lambda _: None)  # pyright: ignore[reportArgumentType]
+        folder = Path(tempfile.mkdtemp(dir=options.disk))
+        store = ActivationStore.create(folder / "store", geometry, {})
+        shards = [Shard("train", number) for number in range(geometry.train_shards)]
+        write_shards(model, RoundContexts(tokens), store, shards, options.batch_contexts, 0, lambda _: None)  # pyright: ignore[reportArgumentType]
+        return folder
 
     return run
 

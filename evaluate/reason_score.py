@@ -231,7 +231,9 @@ def _wanted_contexts(config: ReasonScoreConfig, subject: Subject) -> dict[str, i
     heldout, train = (subject.contexts.count(split) for split in ("holdout", "train"))
     count = heldout if config.contexts is None else config.contexts
     if count > heldout + train:
-        raise UserError(f"evaluate.reason_score.contexts: {count:,}: there are {heldout:,} + {train:,}")
+        raise UserError(
+            f"evaluate.reason_score.contexts: {count:,}: there are {heldout:,} held-out and {train:,} training contexts"
+        )
     return {"holdout": min(count, heldout), "train": max(0, count - heldout)}
 
 

@@ -65,6 +65,8 @@ def run(config: IngestConfig, directory: Path, begin: Callable[[dict[str, Any]],
         holdout_shards=shards["holdout"],
         stored=config.stored,
     )
+    left_out = len(given.acts) - sum(shards.values()) * config.shard_rows
+    _warn_of_shards(config, len(given.acts), shards, left_out)
     begun = read_json(directory / "begun.json")
     ingested = {"absent": given.absent, "context_size": given.context_size}
     attributes = {"seed": config.seed, "model": None, "fingerprint": directory.name, "ingested": ingested}
@@ -73,8 +75,18 @@ def run(config: IngestConfig, directory: Path, begin: Callable[[dict[str, Any]],
     done = sum(len(store.complete_shards(name)) for name in SPLITS)
     check_room(directory, sum(shards.values()) - done, geometry)
     _write(store, given, orders, config.seed, directory / "progress.json")
-    left_out = len(given.acts) - sum(shards.values()) * config.shard_rows
     return {**store_summary(store), "rows_left_out": left_out, "files": len(given.acts.paths)}
+
+
+def _warn_of_shards(config: IngestConfig, rows: int, shards: dict[str, int], left_out: int) -> None:
+    heldout = shards["holdout"] * config.shard_rows
+    if heldout > 2 * config.holdout_fraction * rows or left_out > rows / 10:
+        print(
+            f"ingest: warning: of {rows:,} rows {rows - heldout - left_out:,} are for training, {heldout:,} held out "
+            f"({heldout / rows:.0%}; ingest.holdout_fraction is {config.holdout_fraction:.0%}), {left_out:,} left out, "
+            f"as splits hold whole shards of ingest.shard_rows = {config.shard_rows:,} rows; lower it to use more rows",
+            flush=True,
+        )
 
 
 def len_rows(order: Order) -> int:

@@ -140,9 +140,10 @@ def _pack(
     for split in SPLITS:
         if filled[split] < room[split]:
             fraction = "raise" if split == "holdout" else "lower"
+            share = f" or the share of {source.name}" if len(config.sources) > 1 else ""
             raise UserError(
                 f"sample.{split}_tokens: source {source.name!r} has {filled[split]:,} tokens for the {split} split "
-                f"and its share is {room[split]:,}; lower sample.{split}_tokens or the share of {source.name}, "
+                f"and its share is {room[split]:,}; lower sample.{split}_tokens{share}, "
                 f"{fraction} sample.holdout_fraction ({config.holdout_fraction:g}), or add text"
             )
     save(end)

@@ -29,7 +29,8 @@ def _status_lines(runs: AnyRuns) -> list[str]:
         elif is_locked(directory, stage):
             state = f"running    {_progress(directory)}{directory}"
         elif (directory / BEGUN).exists():
-            state = f"would resume  {_progress(directory)}{directory}"
+            again = "would start over" if stage == "evaluate" else f"would resume  {_progress(directory)}".rstrip()
+            state = f"{again}  {directory}"
         else:
             state = f"would run: {why(runs, stage, stale)}"
         if not is_complete(directory):

@@ -228,9 +228,10 @@ def test_no_word_at_all_is_said(run_folder):
 
 
 def test_bad_settings_are_named(run_folder):
-    ran = pipeline("evaluate", "evaluate.reason_score.sources=[novels]")
-    assert ran.status == 1
+    """Before any stage runs."""
+    ran = pipeline("run", "evaluate.reason_score.sources=[novels]")
+    assert ran.status == 2
     assert "evaluate.reason_score.sources: 'novels': no such source; one of chat, reasoning" in ran.out
-    ran = pipeline("evaluate", "evaluate.reason_score.contexts=1000000")
-    assert ran.status == 1
-    assert "there are" in ran.out
+    ran = pipeline("run", "evaluate.reason_score.contexts=1000000")
+    assert ran.status == 2
+    assert "there are 32 held-out and 96 training contexts; set it to 128 or less" in ran.out
