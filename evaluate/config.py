@@ -61,8 +61,8 @@ class ReasonScoreConfig(Settings):
     sources: tuple[str, ...] = ()
     """Sources whose contexts are read, by name; all if empty. The paper reads reasoning text alone."""
     contexts: int | None = Field(default=None, ge=1)
-    """Contexts that are read: held-out ones first, then training ones; null takes the held-out split. Their rows
-    come from the store where it holds them all, else from one forward pass of the model."""
+    """Contexts that are read: held-out ones first, then training ones, all if there are fewer; null takes the held-out
+    split. Their rows come from the store where it holds them all, else from one forward pass of the model."""
     quantile: float = Field(default=0.997, gt=0, lt=1)
     """Features whose score is above this quantile of all scores are selected (linear interpolation between
     ranks): 197 of 65,536, the paper's 200."""

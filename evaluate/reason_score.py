@@ -122,9 +122,9 @@ def reason_score(sums: Sums, unit_F: np.ndarray, alpha: float) -> ReasonScore:
 
 
 def analyse(subject: Subject, _heldout: Fidelity) -> dict[str, Any] | None:
-    """Scores of all features in `reason_score-<hook>.npz`, the best of them as figures; None where the setting is null.
+    """Scores of all features in `reason_score-<hook>.npz`, the best of them as figures.
 
-    Raises UserError for a source that the text does not have, and for more contexts than there are.
+    None where the setting is null.
     """
     config = subject.config.reason_score
     if config is None:
@@ -220,19 +220,16 @@ def _scored(subject: Subject, config: ReasonScoreConfig, words: list[str], sums:
 
 
 def _chosen_sources(config: ReasonScoreConfig, known: list[str]) -> list[int]:
-    for name in config.sources:
-        if name not in known:
-            raise UserError(f"evaluate.reason_score.sources: {name!r}: no such source; one of {', '.join(known)}")
     return [number for number, name in enumerate(known) if not config.sources or name in config.sources]
 
 
 def _wanted_contexts(config: ReasonScoreConfig, subject: Subject) -> dict[str, int]:
     """Contexts of each split, from the first on."""
     heldout, train = (subject.contexts.count(split) for split in ("holdout", "train"))
-    count = heldout if config.contexts is None else config.contexts
-    if count > heldout + train:
-        raise UserError(
-            f"evaluate.reason_score.contexts: {count:,}: there are {heldout:,} held-out and {train:,} training contexts"
+    count = heldout if config.contexts is None else min(config.contexts, heldout + train)
+    if config.contexts and count < config.contexts:
+        print(
+            f"evaluate.reason_score: {count:,} contexts, all that there are ({config.contexts:,} asked for)", flush=True
         )
     return {"holdout": min(count, heldout), "train": max(0, count - heldout)}
 

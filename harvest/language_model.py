@@ -107,20 +107,22 @@ class HookedModel:
         """Compile the decoder layers, but those with a hook inside, for token ids of this shape.
 
         Compiled kernels are chosen by rule, never by timing: they are the same in every process. Raises UserError
-        when this machine cannot compile.
+        when this machine cannot compile; the layers are then as before.
         """
         path = _layer_list(self.model, self.model.config)
         layers: Any = self.model.get_submodule(path) if path else ()
         hooked = set(self.modules.values())
-        for layer in layers:
-            if hooked.isdisjoint(module for module in layer.modules() if module is not layer):
-                # Of the layer's own forward: hooks on the layer run outside.
-                layer.forward = torch.compile(layer.forward, dynamic=False, options={"deterministic": True})
+        layers = [layer for layer in layers if hooked.isdisjoint(m for m in layer.modules() if m is not layer)]
+        self.activations(batch_BS)  # what fails without compiling is not told as a fault of it
         try:
+            for layer in layers:  # of the layer's own forward: hooks on the layer run outside
+                layer.forward = torch.compile(layer.forward, dynamic=False, options={"deterministic": True})
             self.activations(batch_BS)
         except RuntimeError as error:  # torch._dynamo's and inductor's errors are RuntimeErrors
             if isinstance(error, torch.OutOfMemoryError):
                 raise
+            for layer in layers:
+                vars(layer).pop("forward", None)
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"harvest.compile: true: torch.compile fails here ({first}); install a C compiler, or set it to false"

@@ -117,6 +117,11 @@ def run(
 
 def _compile(model: HookedModel, config: HarvestConfig, context_size: int) -> None:
     if config.compile:
+        if widens(model.device, resolve_dtype(config.compute_dtype, model.device)):
+            raise UserError(
+                "harvest.compile: true: not with harvest.compute_dtype=bfloat16 on a CPU without bfloat16 "
+                "instructions; set it to false, or compute_dtype to auto"
+            )
         print("harvest: compiling the decoder layers", flush=True)
         with _memory_for("harvest.batch_contexts", config.batch_contexts, model.device):
             model.compile_layers(torch.zeros(config.batch_contexts, context_size, dtype=torch.long))

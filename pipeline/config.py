@@ -54,19 +54,13 @@ class PipelineConfig(Settings):
 
 
 def _check_evaluation(evaluate: EvaluateConfig, sample: SampleConfig) -> None:
-    """What evaluation would refuse of the text's settings, said before hours of work."""
+    """Sources that evaluation would look for in vain, said before hours of work."""
     score, diff = evaluate.reason_score, evaluate.diff
     known = [source.name for source in sample.sources]
     for setting, names in (("reason_score", score and score.sources), ("diff", diff and diff.sources)):
         for name in names or ():
             if name not in known:
                 raise ValueError(f"evaluate.{setting}.sources: {name!r}: no such source; one of {', '.join(known)}")
-    heldout, train = (sample.shards(split) * sample.shard_contexts for split in ("holdout", "train"))
-    if score and (score.contexts or 0) > heldout + train:
-        raise ValueError(
-            f"evaluate.reason_score.contexts: {score.contexts:,}: there are {heldout:,} held-out and {train:,} "
-            f"training contexts; set it to {heldout + train:,} or less, or to null for the held-out ones"
-        )
 
 
 class IngestedConfig(Settings):

@@ -58,7 +58,10 @@ def dry_run(config: PipelineConfig, folder: Path, name: str, say: Callable[[str]
 
 
 def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig:
-    """The settings with model, text, width and budgets replaced; `d_in` is the width of the real model."""
+    """The settings with model, text, width and budgets replaced, and without compiled layers on a CPU.
+
+    `d_in` is the width of the real model.
+    """
     sample, train, downstream = config.sample, config.train, config.evaluate.downstream
     shards = min(sample.shards("train"), max(2, math.ceil(STEPS * train.batch_size / sample.shard_rows)))
     rows = shards * sample.shard_rows

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from harvest.device import device_name, resolve_device, resolve_dtype, set_threads
+from harvest.files import UserError
 from harvest.language_model import HookedModel, load_model, slice_layers
 from harvest.progress import size_text
 from pipeline.architecture import Architecture
@@ -99,10 +100,9 @@ def _forward(
     with torch.inference_mode():
         if shape.has_model and shape.folder:
             hooked = load_model(config.model, None, config.harvest.hooks, dtype, device, offline=True)
-            if config.harvest.compile:
-                hooked.compile_layers(tokens)
+            note = _compile(config, hooked, tokens)
             seconds = fastest(lambda: hooked.activations(tokens), device)
-            return Rate(tokens.numel() / seconds, f"measured, the model on {contexts} x {size} tokens")
+            return Rate(tokens.numel() / seconds, f"measured, the model on {contexts} x {size} tokens{note}")
         layer = _one_layer(shape, device, dtype, memory)
         if layer is None:
             return Rate(None, "not measured: one layer does not fit into memory")
@@ -110,12 +110,24 @@ def _forward(
             weights = sum(p.numel() for p in layer.parameters())
             tokens = tokens[:, : max(16, int(LAYER_FLOP / (2 * weights)))]
         hooked = HookedModel(layer, {}, device)
-        if config.harvest.compile and device.type == "cuda":
-            hooked.compile_layers(tokens)
+        note = _compile(config, hooked, tokens)
         seconds = fastest(lambda: hooked.activations(tokens), device)
     counted = f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
-    how = f"measured on one layer of this shape with random weights, {counted}, times {layers} layers"
+    how = f"measured on one layer of this shape with random weights, {counted}, times {layers} layers{note}"
     return Rate(tokens.numel() / (seconds * layers), how)
+
+
+def _compile(config: PipelineConfig, hooked: HookedModel, tokens: torch.Tensor) -> str:
+    """Compile where the harvest will and it is quick; what to say where not."""
+    if not config.harvest.compile:
+        return ""
+    if hooked.device.type == "cpu":
+        return ", not compiled"
+    try:
+        hooked.compile_layers(tokens)
+    except UserError as error:
+        return f", not compiled ({error})"
+    return ", compiled"
 
 
 def _one_layer(shape: Architecture, device: torch.device, dtype: torch.dtype, memory: int) -> Any:

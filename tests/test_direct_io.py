@@ -74,3 +74,27 @@ def test_rows_of_another_shape_or_type_are_refused(tmp_path):
     with pytest.raises(TypeError):
         store.write_shard("train", 0, rows._replace(norms={hook: n.astype("f8") for hook, n in rows.norms.items()}))
     assert store.complete_shards("train") == set()
+
+
+def test_visits_are_of_every_chunk_in_memory_that_is_used_again(tmp_path):
+    g = SHAPES["usual"]
+    write(tmp_path, g)
+    store, hook = ActivationStore.open(tmp_path), g.hooks[0]
+    chunks = [*range(g.train_shards * g.chunks_per_shard)][::-1] * 3
+    seen: dict[int, np.ndarray] = {}
+    addresses = set()
+
+    def visit(place: int, rows: np.ndarray) -> None:
+        seen[place] = rows.copy()
+        addresses.add(rows.ctypes.data)
+
+    store.visit_chunks("train", hook, chunks, visit)
+    assert len(addresses) <= store.files.readers < len(chunks)
+    for place, chunk in enumerate(chunks):
+        assert np.array_equal(seen[place], store.read_chunk("train", hook, chunk))
+
+    def fail(place: int, _rows: np.ndarray) -> None:
+        raise KeyError(place)
+
+    with pytest.raises(KeyError):
+        store.visit_chunks("train", hook, chunks, fail)

@@ -161,10 +161,15 @@ def test_damaged_contexts_are_never_harvested(fresh_folder, damage):
 
 
 def test_compiled_layers_are_another_harvest_of_nearly_the_same_rows(finished, run_folder, monkeypatch):
-    real = torch.compile
-    monkeypatch.setattr("torch.compile", lambda fn, dynamic, options: real(fn, dynamic=dynamic, backend="aot_eager"))
+    real, graphs = torch.compile, []
+
+    def compile_layer(forward, dynamic, options):
+        return real(forward, dynamic=dynamic, backend=lambda graph, _inputs: graphs.append(graph) or graph.forward)
+
+    monkeypatch.setattr("torch.compile", compile_layer)
     ran = pipeline("harvest", "harvest.compile=true")
     assert ran.status == 0, ran.out
+    assert graphs
     assert "compiling the decoder layers" in ran.out
     eager, compiled = sorted(run_folder.glob("runs/harvest/*/store"), key=lambda path: path.parent.stat().st_ctime)
     rows = [ActivationStore.open(path).read_chunk("train", "model.layers.1", 0) for path in (eager, compiled)]

@@ -241,12 +241,23 @@ def test_contexts_of_any_length():
         assert store.attributes["ingested"] == {"absent": ["token_id"], "context_size": None}
 
 
+def test_shards_that_waste_rows_are_warned_of():
+    np.save("x.npy", acts().flatten(0, 1)[:600].numpy())
+    ran = run("ingest", "ingest.path=x.npy", "ingest.shard_rows=256", "ingest.holdout_fraction=0.1")
+    assert ran.status == 0, ran.out
+    assert (
+        "ingest: warning: of 600 rows 256 are for training, 256 held out (43%; ingest.holdout_fraction is 10%), "
+        "88 left out, as splits hold whole shards of ingest.shard_rows = 256 rows" in ran.out
+    )
+
+
 def test_what_is_left_out_is_said_and_an_interrupted_ingest_ends_with_the_same_bytes():
     x = acts().flatten(0, 1)[:600]
     np.save("x.npy", x.numpy())
     ran = run("ingest", "ingest.path=x.npy")
     assert ran.status == 0, ran.out
     assert re.search(r"rows_left_out +24\n", ran.out)
+    assert "ingest: warning" not in ran.out
     harvest = only(Path(), "runs/harvest/*")
     before = contents(harvest / "store")
     (harvest / "manifest.json").unlink()

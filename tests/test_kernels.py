@@ -25,7 +25,7 @@ from train.kernels import TRITON  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-B, D, F = 6, 21, 23
+B, D, F = 6, 85, 23
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
@@ -64,6 +64,7 @@ class TestKernels:
     def small_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, size in {"EXTRACT_TILE": 16, "D_TILE": 64, "N_TILE": 4, "F_TILE": 8, "ADAM_TILE": 128}.items():
             monkeypatch.setattr(kernels, name, size)
+        assert kernels.D_TILE < D and F > kernels.F_TILE and F > kernels.EXTRACT_TILE
 
     def test_the_batch_is_what_it_says(self) -> None:
         active, by = entries(*batch())

@@ -227,11 +227,14 @@ def test_no_word_at_all_is_said(run_folder):
     assert not list(folder.glob("reason_score*"))
 
 
-def test_bad_settings_are_named(run_folder):
-    """Before any stage runs."""
+def test_bad_sources_are_named_before_any_stage_runs(run_folder):
     ran = pipeline("run", "evaluate.reason_score.sources=[novels]")
     assert ran.status == 2
     assert "evaluate.reason_score.sources: 'novels': no such source; one of chat, reasoning" in ran.out
-    ran = pipeline("run", "evaluate.reason_score.contexts=1000000")
-    assert ran.status == 2
-    assert "there are 32 held-out and 96 training contexts; set it to 128 or less" in ran.out
+
+
+def test_more_contexts_than_there_are_take_all(run_folder):
+    others = [f"evaluate.{name}=null" for name in ("downstream", "features", "steering")]
+    ran = pipeline("evaluate", *others, "evaluate.reason_score.contexts=1000000")
+    assert ran.status == 0, ran.out
+    assert "evaluate.reason_score: 128 contexts, all that there are (1,000,000 asked for)" in ran.out

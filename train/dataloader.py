@@ -148,7 +148,7 @@ class ActivationLoader:
         with ThreadPoolExecutor(1, "store-reader") as reader:
             at, row = start._replace(row=0), start.row
             ahead = self._ahead = reader.submit(self._load, at)
-            batch, filled = self._empty(self.batch_size), 0  # of parts of two pools
+            batch, filled = self._empty(self.batch_size, self._pin_memory), 0  # of parts of two pools
             while True:
                 began = time.monotonic()
                 pool = ahead.result()
@@ -164,7 +164,7 @@ class ActivationLoader:
                         filled += len(rows)
                         if filled < self.batch_size:
                             break
-                        rows, batch, filled = batch, self._empty(self.batch_size), 0
+                        rows, batch, filled = batch, self._empty(self.batch_size, self._pin_memory), 0
                     self.reading = self.reading._replace(pool_fill=(ahead.done() + 1 - row / len(pool)) / 2)
                     self._rows_left = len(pool) - row
                     yield Batch(rows, at._replace(row=row))
@@ -190,7 +190,7 @@ class ActivationLoader:
         """
         parts, at = [], start
         while count and at.window == start.window:
-            parts.append(self._read(at)[:count])
+            parts.append(self._read(at, pinned=False)[:count].clone())  # not the whole pool with it
             count -= len(parts[-1])
             at = self.order.next_pool(at)
         with replacing(path) as partial:
@@ -205,14 +205,15 @@ class ActivationLoader:
                 "train.training_tokens), or from a whole store"
             )
         try:
-            return safetensors.torch.load_file(path)["rows"]
+            rows = safetensors.torch.load_file(path)["rows"]
         except (safetensors.SafetensorError, OSError, KeyError) as error:
             raise UserError(f"{path}: damaged ({error}); the rows that it held are deleted elsewhere") from None
+        return self._empty(len(rows), self._pin_memory).copy_(rows)
 
-    def _empty(self, rows: int) -> Tensor:
+    def _empty(self, rows: int, pinned: bool) -> Tensor:
         """Room for so many rows, bfloat16 (rows, d_in)."""
         shape = (rows, self.store.geometry.d_in)
-        if self._pin_memory:
+        if pinned:
             return torch.empty(shape, dtype=torch.bfloat16, pin_memory=True)
         return torch.from_numpy(np.empty(shape, np.uint16)).view(torch.bfloat16)  # numpy asks for huge pages
 
@@ -221,9 +222,9 @@ class ActivationLoader:
             return self._load_saved(self._next_epoch, at)
         if self._wait_for:
             self._wait_for(*self.order.shards_of_window(at.window))
-        return self._read(at)
+        return self._read(at, self._pin_memory)
 
-    def _read(self, at: Position) -> Tensor:
+    def _read(self, at: Position, pinned: bool) -> Tensor:
         """A pool: its kept rows in their order, bfloat16 (rows, d_in)."""
         chunks = self.order.chunks(at).tolist()
         keep = [self._kept_of_chunk(chunk) for chunk in chunks]
@@ -231,7 +232,7 @@ class ActivationLoader:
         place_N = np.empty(ends[-1], np.int64)  # of each kept row, in the order of reading
         place_N[self.order.rows(at, len(place_N))] = np.arange(len(place_N))
         places = np.split(place_N, ends[:-1])
-        pool = self._empty(len(chunks) * self.store.geometry.chunk_rows)[: len(place_N)]
+        pool = self._empty(len(chunks) * self.store.geometry.chunk_rows, pinned)[: len(place_N)]
         bits_ND = pool.view(torch.uint16).numpy()
 
         def put(number: int, rows: np.ndarray) -> None:
