@@ -69,7 +69,7 @@ def run(
         holdout_shards=contexts.count("holdout") // sample.shard_contexts,
         stored=config.stored,
     )
-    _compile(model, config, sample.context_size)
+    _compile(model, config, dtype, sample.context_size)
     files = files_of(directory, config.runtime)
     if workers.rank:
         missing = f"{files.place()}: worker 0 has not made it"
@@ -115,9 +115,9 @@ def run(
     return store_summary(store) | (room.summary() if room else {})
 
 
-def _compile(model: HookedModel, config: HarvestConfig, context_size: int) -> None:
+def _compile(model: HookedModel, config: HarvestConfig, dtype: torch.dtype, context_size: int) -> None:
     if config.compile:
-        if widens(model.device, resolve_dtype(config.compute_dtype, model.device)):
+        if widens(model.device, dtype):
             raise UserError(
                 "harvest.compile: true: not with harvest.compute_dtype=bfloat16 on a CPU without bfloat16 "
                 "instructions; set it to false, or compute_dtype to auto"

@@ -123,9 +123,13 @@ def test_a_machine_that_cannot_compile_says_so(fresh_folder, monkeypatch):
     def refuse(*_arguments, **_options):
         raise RuntimeError("No working C++ compiler found\nand more")
 
-    monkeypatch.setattr("torch.compile", lambda fn, **_options: refuse)
-    with pytest.raises(UserError, match=r"harvest\.compile: true: .*\(No working C\+\+ compiler found\); install"):
-        load(["model.layers.1"]).compile_layers(TOKENS)
+    model = load(["model.layers.1"])
+    before = model.activations(TOKENS)["model.layers.1"]
+    for compile_layer in (lambda _forward, **_options: refuse, refuse):  # as it is called, or as it is compiled
+        monkeypatch.setattr("torch.compile", compile_layer)
+        with pytest.raises(UserError, match=r"harvest\.compile: true: .*\(No working C\+\+ compiler found\); install"):
+            model.compile_layers(TOKENS)
+        assert torch.equal(model.activations(TOKENS)["model.layers.1"], before)
 
 
 def test_a_strided_view_before_the_head_costs_no_copies_of_its_weights(whole):
