@@ -2,8 +2,10 @@
 
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -13,6 +15,8 @@ from harvest.files import write_json
 
 PLAIN_SECONDS = 15.0  # between lines when the output is no terminal
 FILE_SECONDS = 2.0  # between writes of the file
+MARK_SECONDS = 1.0  # between the marks that the speed is taken from, at least
+MARKS = 60
 
 
 def duration(seconds: float) -> str:
@@ -33,11 +37,17 @@ def size_text(size: float) -> str:
     return f"{size / 1e3:.0f} kB"
 
 
+class _Mark(NamedTuple):
+    time: float  # of time.monotonic
+    done: int
+
+
 class Progress:
     """Counts units of work and says how fast they go and how long the rest takes.
 
-    `start` is what an earlier run had done already; it does not count for the speed. With a `path`,
-    {done, total, unit, seconds_left} is kept there for `status`. `quiet` counts in silence; without
+    The speed is that of the last marks, about a minute: the first steps of a stage are slower than those that follow.
+    The closing line has the mean. `start` is what an earlier run had done already; it does not count for the speed.
+    With a `path`, {done, total, unit, seconds_left} is kept there for `status`. `quiet` counts in silence; without
     `closing_line` the end of the work is not told.
     """
 
@@ -54,8 +64,10 @@ class Progress:
         self._closing_line = closing_line
         self.title, self.total, self.unit, self.done = title, total, unit, start
         self.path, self.quiet = None if quiet else path, quiet
-        self._start, self._began = start, time.monotonic()
-        self._last_line = self._last_file = self._began
+        self._first = _Mark(time.monotonic(), start)
+        self._marks = deque([self._first], maxlen=MARKS)
+        self._note = ""
+        self._last_line = self._last_file = self._first.time
         self._bar: Bar | None = None
         if sys.stderr.isatty() and not quiet:
             columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
@@ -76,18 +88,21 @@ class Progress:
             self._line()
 
     def advance(self, amount: int, note: str = "") -> None:
-        """Count `amount` more units; `note` is shown beside the figures."""
+        """Count `amount` more units; `note` is shown beside the figures, until the next one."""
         self.done += amount
+        self._note = note or self._note
         now = time.monotonic()
         if self._bar:
-            self._bar.update(self._task, completed=self.done, text=f"{self._figures(now)}  {note}")
+            self._bar.update(self._task, completed=self.done, text=f"{self._figures(now)}  {self._note}")
         elif now - self._last_line >= PLAIN_SECONDS:
             self._last_line = now
-            self._line(note)
+            self._line()
         if self.path and now - self._last_file >= FILE_SECONDS:
             self._last_file = now
             left = round(self._seconds_left(now))
             write_json(self.path, {"done": self.done, "total": self.total, "unit": self.unit, "seconds_left": left})
+        if now - self._marks[-1].time >= MARK_SECONDS:
+            self._marks.append(_Mark(now, self.done))
 
     def say(self, text: str) -> None:
         """Show what is waited for, in place of the figures."""
@@ -99,16 +114,20 @@ class Progress:
             print(f"{self.title}: {text}", file=sys.stderr, flush=True)
 
     def _rate(self, now: float) -> float:
-        return (self.done - self._start) / max(now - self._began, 1e-9)
+        since = self._marks[0] if self.done < self.total else self._first
+        return (self.done - since.done) / max(now - since.time, 1e-9)
 
     def _seconds_left(self, now: float) -> float:
         return (self.total - self.done) / max(self._rate(now), 1e-9)
 
     def _figures(self, now: float) -> str:
-        text = f"{self.done:,}/{self.total:,} {self.unit}  {self._rate(now):,.0f} {self.unit}/s"
+        rate = self._rate(now)
+        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        text = f"{self.done:,}/{self.total:,} {self.unit}  {speed} {self.unit}/s"
         return f"{text}  {duration(self._seconds_left(now))} left" if self.done < self.total else text
 
-    def _line(self, note: str = "") -> None:
+    def _line(self) -> None:
         if self.quiet:
             return
-        print(f"{self.title}: {self._figures(time.monotonic())}  {note}".rstrip(), file=sys.stderr, flush=True)
+        text = f"{self.title}: {self._figures(time.monotonic())}  {self._note}"
+        print(text.rstrip(), file=sys.stderr, flush=True)

@@ -58,8 +58,9 @@ def errors(root: Path = DEFAULT_RUNS) -> Iterator[None]:
             file=sys.stderr,
         )
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted: nothing complete is lost; run the same command again to go on", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        text = " ".join(["interrupted", *map(str, error.args)])
+        print(f"{text}: nothing complete is lost; run the same command again to go on", file=sys.stderr)
         sys.exit(INTERRUPTED)
 
 

@@ -192,7 +192,7 @@ def _train(tasks: Sequence[Task], hooks: Sequence[str], place: Place, harvest_di
                 for sae in saes:
                     if not sae.done:
                         sae.save_checkpoint()
-                raise KeyboardInterrupt
+                raise KeyboardInterrupt(f"after step {saes[0].step:,} of {saes[0].steps:,}")
 
 
 def _nothing(_position: Position) -> None:
