@@ -64,8 +64,8 @@ class SampleConfig(Settings):
 
     sources: tuple[Source, ...] = Field(min_length=1, max_length=255)
     """Where text comes from; the shares sum to 1."""
-    template: Literal["chatml", "deepseek-r1"]
-    """How a conversation becomes text (harvest/conversations.py)."""
+    template: Literal["chatml", "deepseek-r1"] | None = None
+    """How a conversation becomes text (harvest/conversations.py); needed unless all sources are `rows: text`."""
     context_size: int = Field(ge=2, le=65_535)
     """Tokens of a context, the sequence that the model sees."""
     shard_contexts: int = Field(ge=1)
@@ -97,6 +97,11 @@ class SampleConfig(Settings):
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names) or {"all", "shards"} & set(names):
             raise ValueError(f"sources need names of their own, not 'all' or 'shards': {', '.join(names)}")
+        if self.template is None and (turns := [s.name for s in self.sources if s.rows != "text"]):
+            raise ValueError(
+                f"template is not set; {', '.join(turns)} needs chatml or deepseek-r1, the one that the model was "
+                "trained with"
+            )
         for split in ("train", "holdout"):
             if self.shards(split) < 1:
                 raise ValueError(

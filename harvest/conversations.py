@@ -102,8 +102,8 @@ def is_held_out(key: str, seed: int, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def compose(template: str, document: list[Turn], eos: str) -> list[Segment]:
-    """The text of a document as marker and content segments. `eos` ends plain text."""
+def compose(template: str | None, document: list[Turn], eos: str) -> list[Segment]:
+    """The text of a document as marker and content segments. `eos` ends plain text, which takes no template."""
     if document[0].role == "":
         end = [Segment(eos, True)] if eos else []
         return [Segment(document[0].content, False), *end]

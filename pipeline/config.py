@@ -16,6 +16,7 @@ from harvest.config import HarvestConfig, IngestConfig, ModelConfig, SampleConfi
 from train.config import TrainConfig
 
 MAX_SETTINGS_BYTES = 1 << 20  # a settings file is a page; a larger one is some other file
+QUOTES = "a value with spaces takes quotes within SET: SET=\"train.sweep.l1_coefficient='[3, 5]'\""
 
 
 class SettingsError(ValueError):
@@ -165,11 +166,13 @@ def _override(loaded: Loaded, override: str) -> None:
     """Set one dotted path; `sample.sources.0.share=0.3` reaches into a list."""
     name, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", name):
-        raise SettingsError(f"{override!r}: an override is section.key=value, as train.sae.l1_coefficient=4")
+        raise SettingsError(
+            f"{override!r}: an override is section.key=value, as train.sae.l1_coefficient=4; {QUOTES}"
+        )
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
-        raise SettingsError(f"{override}: the value is not valid YAML") from None
+        raise SettingsError(f"{override}: the value is not valid YAML; {QUOTES}") from None
     target: Any = loaded.values
     *path, last = name.split(".")
     for part in path:

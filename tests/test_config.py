@@ -58,11 +58,19 @@ def test_a_mistyped_setting_names_file_line_and_a_near_one(tmp_path):
         ("harvest.hooks=[a,a]", "names a module twice"),
         ("nonsense", "an override is section.key=value"),
         ("train.lr=[", "not valid YAML"),
+        ("evaluate.reason_score.words=[wait,", "a value with spaces takes quotes within SET"),  # what make passes on
+        ("sample.template=null", "template is not set; chat, reasoning needs chatml or deepseek-r1"),
         ("model.name.x=1", "there is no model.name.x to set"),
     ],
 )
 def test_what_is_wrong_is_named(override, expected):
     assert expected in error(override)
+
+
+def test_plain_text_needs_no_template():
+    config = load(SMOLLM2.with_name("own.yaml"), ["sample.sources.0.path=a.jsonl"])
+    assert config.sample.template is None
+    assert {source.rows for source in config.sample.sources} == {"text"}
 
 
 def test_numbers_with_exponents_are_numbers():
