@@ -43,6 +43,36 @@ class Speed(NamedTuple):
     step_how: str
 
 
+class Memory(NamedTuple):
+    """Bytes of device memory that the stages take on one machine; arithmetic."""
+
+    free: int
+    harvest: int
+    largest_batch: int  # contexts of a forward pass that fit
+    train: int  # SAEs, Adam and a batch
+
+    @classmethod
+    def of(cls, config: PipelineConfig, s: Sizes, speed: Speed) -> "Memory":
+        """For these settings on a machine."""
+        g, train = s.geometry, config.train
+        fixed = s.parameters * speed.element + g.shard_rows * g.d_in * 2 * (3 + len(g.hooks))
+        context = s.context * speed.element // 4
+        # Weights, gradients and two moments of Adam, copies for the products; then what a dense step makes of a batch.
+        training = s.saes * s.sae // 4 * (16 + 2) + 13 * train.batch_size * s.d_sae + 2 * g.d_in * train.validation_rows
+        return cls(
+            speed.memory,
+            fixed + config.harvest.batch_contexts * context,
+            largest_batch(g.shard_contexts, MARGIN * speed.memory - fixed, context),
+            training,
+        )
+
+    def obstacles(self, batch_contexts: int) -> list[str]:
+        """What does not fit."""
+        batch = f"harvest.batch_contexts={batch_contexts}" if batch_contexts > self.largest_batch else ""
+        training = "training" if self.train > MARGIN * self.free else ""
+        return [f"{what} does not fit into {size_text(self.free)}" for what in (batch, training) if what]
+
+
 class Way(NamedTuple):
     """One way to feed an SAE with activations."""
 
@@ -91,16 +121,22 @@ def plan(
         ("write, read", f"{_rate(measured.disk_write.value)}, {_rate(measured.disk_read.value)}"),
         ("", measured.disk_read.how),
     )
-    if total > free:
-        end = "" if remote else "; harvest will refuse to start"
-        yield f"warning: the disk of {root} lacks {size_text(total - free)}{end}"
-    for speed in speeds(config, s, measured):
+    lacks = [f"the disk of {root} lacks {size_text(total - free)}"] if total > free else []
+    for obstacle in lacks:
+        yield f"warning: {obstacle}{'' if remote else '; harvest will refuse to start'}"
+    here, *elsewhere = speeds(config, s, measured)
+    for speed in (here, *elsewhere):
         yield ""
         yield from _machine(config, s, measured, speed)
     yield ""
     yield (
         "not measured: tokenizing, downloads of the model and the text, evaluation, several GPUs; memory is arithmetic"
     )
+    obstacles = lacks + Memory.of(config, s, here).obstacles(config.harvest.batch_contexts)
+    stored = g.train_shards * g.shard_rows
+    harvest, training = harvest_seconds(s, here, stored, True), train_seconds(config, s, here, s.saes, True)
+    taken = f"harvest {_hours(harvest)}, training {_hours(training)}; {size_text(total)} of disk"
+    yield f"in short, on this machine: {'; '.join(obstacles) or 'it fits'}; {taken}"
 
 
 def speeds(config: PipelineConfig, s: Sizes, measured: Measured) -> list[Speed]:
@@ -143,12 +179,7 @@ def speeds(config: PipelineConfig, s: Sizes, measured: Measured) -> list[Speed]:
 
 def _machine(config: PipelineConfig, s: Sizes, measured: Measured, speed: Speed) -> Iterator[str]:
     g, train = s.geometry, config.train
-    fixed = s.parameters * speed.element + g.shard_rows * g.d_in * 2 * (3 + len(g.hooks))
-    largest = largest_batch(g.shard_contexts, MARGIN * speed.memory - fixed, s.context * speed.element // 4)
-    batch = config.harvest.batch_contexts
-    # Weights, gradients and two moments of Adam, copies for the products; then what a dense step makes of a batch.
-    training = s.saes * s.sae // 4 * (16 + 2) + 13 * train.batch_size * s.d_sae + 2 * g.d_in * train.validation_rows
-    harvesting = fixed + batch * s.context * speed.element // 4
+    memory, batch = Memory.of(config, s, speed), config.harvest.batch_contexts
     pools = 2 * 2 * g.d_in * train.pool_rows
     written = None if speed.forward is None else speed.forward * s.shard / g.shard_rows
     wanted = None if speed.step is None else train.batch_size / (speed.step * s.saes) * 2 * g.d_in
@@ -158,20 +189,25 @@ def _machine(config: PipelineConfig, s: Sizes, measured: Measured, speed: Speed)
         ("a training step", f"{_seconds(speed.step)}; {speed.step_how}"),
         (
             "memory, harvest",
-            f"{size_text(harvesting)} of {size_text(speed.memory)} free",
+            f"{size_text(memory.harvest)} of {size_text(memory.free)} free",
         ),
-        ("batch_contexts", f"{batch} set; the largest that fits: {largest or 'none'}"),
-        ("memory, train", f"{size_text(training)} for SAEs, Adam and a batch; pools {size_text(pools)} in host memory"),
-        ("memory, stream", f"{size_text(harvesting + training)} on one device, which both sides hold at once"),
+        ("batch_contexts", f"{batch} set; the largest that fits: {memory.largest_batch or 'none'}"),
+        (
+            "memory, train",
+            f"{size_text(memory.train)} for SAEs, Adam and a batch; pools {size_text(pools)} in host memory",
+        ),
+        (
+            "memory, stream",
+            f"{size_text(memory.harvest + memory.train)} on one device, which both sides hold at once",
+        ),
         ("harvest writes", f"{_rate(written)}; the disk here: {_rate(measured.disk_write.value)}"),
         ("training reads", f"{_rate(wanted)}; the disk here: {_rate(measured.disk_read.value)}"),
     )
-    if batch > largest:
-        yield f"warning: harvest.batch_contexts={batch} does not fit into {size_text(speed.memory)}"
-    if training > MARGIN * speed.memory:
-        yield f"warning: training does not fit into {size_text(speed.memory)}"
-    elif harvesting + training > MARGIN * speed.memory:
-        yield f"warning: a stream does not fit into {size_text(speed.memory)}; it needs a device for each side"
+    obstacles = memory.obstacles(batch)
+    for obstacle in obstacles:
+        yield f"warning: {obstacle}"
+    if not obstacles and memory.harvest + memory.train > MARGIN * memory.free:
+        yield f"warning: a stream does not fit into {size_text(memory.free)}; it needs a device for each side"
     if _slower(measured.disk_write.value, written):
         yield "warning: the harvest would be bound by the disk here"
     if _slower(measured.disk_read.value, wanted):

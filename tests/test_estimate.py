@@ -48,6 +48,8 @@ def test_where_a_gpu_is_no_other_is_spoken_of():
     text = lines(GPU)
     assert "H100" not in text
     assert "warning" not in text
+    last = "in short, on this machine: it fits; harvest 5h33m, training 53m21s; 8.3 TB of disk"
+    assert text.splitlines()[-1] == last
     full, stream, again = (next(line for line in text.splitlines() if line.startswith(f"  {n}")) for n in WAYS)
     # 999,948,288 tokens at 50,000/s and 200,000 steps of 16 ms; five SAEs take five times the steps.
     assert full.split()[2:6] == ["8.2", "TB", "6h26m", "10h00m"]
@@ -69,6 +71,9 @@ def test_what_does_not_fit_is_said_and_nothing_is_refused():
     assert "63,718 tokens/s; 71% of 798 TFLOP/s" in text
     assert "51,154 tokens/s; 57% of 798 TFLOP/s" in lines(CPU, "harvest.compile=false")
     assert "in all             8.3 TB; free in runs: 1 TB" in text
+    last = text.splitlines()[-1]
+    assert last.startswith("in short, on this machine: the disk of runs lacks 7.3 TB; harvest.batch_contexts=16 does")
+    assert last.endswith("training does not fit into 10 GB; harvest 3,858 days, training 139 days; 8.3 TB of disk")
 
 
 def test_a_store_in_a_bucket_takes_no_disk():
