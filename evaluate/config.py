@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from harvest.config import ComputeDtype, Device, ModelConfig, Seed, Settings
 
-EVALUATE_VERSION = 4
+EVALUATE_VERSION = 5
 
 
 class DownstreamConfig(Settings):

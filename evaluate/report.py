@@ -50,6 +50,7 @@ def write_report(
     )
     environment.filters |= {"figure": figure, "duration": duration, "visible": visible}
     html = environment.get_template("report.html").render(
+        run=path.parent.name,
         metrics=metrics,
         paper=PAPER,
         fidelity_columns=FIDELITY_COLUMNS,
