@@ -1,9 +1,9 @@
 """What a stage is after kill -9 at random moments, and a harvest after its disk was full or read-only.
 
-    python benchmarks/faults.py --stage train --kills 20
-    python benchmarks/faults.py --stage train --kills 20 --signal INT
-    python benchmarks/faults.py --stage harvest --kills 30 --workers 2
-    unshare -Urm python benchmarks/faults.py --disk
+    .venv/bin/python benchmarks/faults.py --stage train --kills 20
+    .venv/bin/python benchmarks/faults.py --stage train --kills 20 --signal INT
+    .venv/bin/python benchmarks/faults.py --stage harvest --kills 30 --workers 2
+    unshare -Urm .venv/bin/python benchmarks/faults.py --disk
 
 Runs configs/tiny.yaml on assets that it makes. --kills: processes are killed at a random moment after they have begun
 to work, one of them or all, and started again until the stage is complete; then the next run begins. --disk mounts

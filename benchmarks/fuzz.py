@@ -1,6 +1,6 @@
 """Mutated files under every stage: each fault must be refused with a message, or the result must be the right one.
 
-    python benchmarks/fuzz.py --count 300 --seed 0
+    .venv/bin/python benchmarks/fuzz.py --count 300 --seed 0
 
 Runs configs/tiny.yaml once. Then, fault by fault, one file of a copy is damaged, and the command that reads it runs, in
 a process of its own. Prints JSON: faults by stage and kind of file, and how they ended:

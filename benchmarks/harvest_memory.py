@@ -1,6 +1,6 @@
 """Peak memory of a harvest's worker at one token budget and at ten times that.
 
-    python benchmarks/harvest_memory.py
+    .venv/bin/python benchmarks/harvest_memory.py
 
 Runs `pipeline harvest`, each in a process of its own, on a random one-layer Llama of `--d-in` and made-up text. Prints
 JSON: tokens, bytes of the store and peak resident memory of both, the ratio of the peaks, and the machine.

@@ -1,7 +1,7 @@
 """Our harvest, writing included, against the bare truncated forward pass and SAELens' ActivationsStore, in turn.
 
-    python benchmarks/harvest_throughput.py --dtype float32                    # SmolLM2 from assets/
-    python benchmarks/harvest_throughput.py --shape r1-llama-8b --shards 16    # a GPU; random weights
+    .venv/bin/python benchmarks/harvest_throughput.py --dtype float32                    # SmolLM2 from assets/
+    .venv/bin/python benchmarks/harvest_throughput.py --shape r1-llama-8b --shards 16    # a GPU; random weights
 
 bare: the layers up to the hook, without hook or writing. SAELens, which writes nothing here, stops at the hook too.
 With --compile both also with compiled layers (harvest.compile), which are compared with each other. Equal batches of

@@ -1,6 +1,6 @@
 """What ReasonScore costs at several widths, against the SAE's own encoding of the same rows.
 
-    python benchmarks/reason_score.py [--rows 8192] [--repeats 3]
+    .venv/bin/python benchmarks/reason_score.py [--rows 8192] [--repeats 3]
 
 Prints JSON: for each d_sae, CPU seconds (median of alternating runs) of encoding alone and of the whole accumulation,
 and their ratio; the number of model passes. Random rows and weights at d_in 576; ten words.

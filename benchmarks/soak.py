@@ -1,7 +1,7 @@
 """Harvest and training at 1, 3 and 10 times the default's tokens: are a token's cost, memory and handles flat?
 
-    python benchmarks/soak.py
-    python benchmarks/soak.py --set harvest.hooks=[model.layers.17]      # the whole default; hours on two cores
+    .venv/bin/python benchmarks/soak.py
+    .venv/bin/python benchmarks/soak.py --set harvest.hooks=[model.layers.17]   # the whole default; hours
 
 One decoder layer and one epoch unless --set says otherwise: store, loader and step see rows of the usual shape,
 and ten times the tokens end within the hour. Each stage is a process of its own, looked at every half second. Prints

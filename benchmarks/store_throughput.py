@@ -1,7 +1,7 @@
 """Writing and reading a store against the ways that others take.
 
-    python benchmarks/store_throughput.py --d-in 576
-    python benchmarks/store_throughput.py --d-in 4096
+    .venv/bin/python benchmarks/store_throughput.py --d-in 576
+    .venv/bin/python benchmarks/store_throughput.py --d-in 4096
 
 Reads: whole shards with np.fromfile and into memory that is used again (unverified, in order), and chunks in random
 order, verified, with the zarr API (our plain twin, one thread and four) and directly. Loaders: batches of shuffled

@@ -1,6 +1,6 @@
 """The same SAE trained on a store in each of its forms: bytes, and what the SAE is worth on the exact rows.
 
-    python benchmarks/stored_forms.py runs/harvest/*/store
+    .venv/bin/python benchmarks/stored_forms.py runs/harvest/*/store
 
 Converts the store (of form bf16, which is only read) into the other forms in a temporary folder, trains an SAE of
 the embedded default's recipe on each, and measures all of them on the held-out rows of the store given.

@@ -1,8 +1,8 @@
 """`pipeline stream` against `harvest`, then `train`: the same bytes, the largest size on the disk, the CPU time.
 
-    python benchmarks/stream.py --limit 3windows
-    python benchmarks/stream.py --limit 3windows --whole runs            # its store is there: only train and stream run
-    python benchmarks/stream.py --limit 3windows --repeats 3 --set harvest.hooks=[model.layers.8]
+    .venv/bin/python benchmarks/stream.py --limit 3windows
+    .venv/bin/python benchmarks/stream.py --limit 3windows --whole runs    # with the store of `make all`
+    .venv/bin/python benchmarks/stream.py --limit 3windows --repeats 3 --set harvest.hooks=[model.layers.8]
 
 Runs configs/smollm2.yaml (or --config) with one epoch, in a temporary folder. What the training rows take on the disk
 is looked at every 0.2 s: whole blocks of all files below store/train but the records and the metadata. Prints JSON.

@@ -1,7 +1,7 @@
 """kill -9 of a stream's processes at random moments: the harvest, training, both, or the one that started them.
 
-    python benchmarks/stream_faults.py --kills 20
-    unshare -Urm python benchmarks/stream_faults.py --disk
+    .venv/bin/python benchmarks/stream_faults.py --kills 20
+    unshare -Urm .venv/bin/python benchmarks/stream_faults.py --disk
 
 Runs configs/tiny.yaml with one epoch and rows that are read twice; after each kill the stream is started again, until
 it is complete; then the next run begins. --disk fills the disk (a tmpfs of its own, hence unshare) under a running

@@ -1,7 +1,7 @@
 """Training fed from a store on disk against the same step fed from memory, interleaved.
 
-    python benchmarks/train_end_to_end.py --d-in 576 --d-sae 4608 --batch 2048
-    python benchmarks/train_end_to_end.py --l1 3 5 8        # a sweep: three SAEs from one reading
+    .venv/bin/python benchmarks/train_end_to_end.py --d-in 576 --d-sae 4608 --batch 2048
+    .venv/bin/python benchmarks/train_end_to_end.py --l1 3 5 8        # a sweep: three SAEs from one reading
 
 Writes a store of random rows into a temporary folder (the page cache holds it: what is measured is our reading,
 checking and shuffling, not the disk). In a sweep every batch goes to each SAE, from memory as from the store: the

@@ -1,8 +1,8 @@
 """One training step of a ReLU + L1 SAE: other open trainers against ours, dense and sparse.
 
-    python -m benchmarks.train_step --d-in 576 --d-sae 9216 --batch 4096
-    python -m benchmarks.train_step --store runs/harvest/*/store --sae runs/train/*/model.layers.17
-    python -m benchmarks.train_step --device cuda --d-in 4096 --d-sae 65536 --l0 86 20 300 1000 8000
+    .venv/bin/python -m benchmarks.train_step --d-in 576 --d-sae 9216 --batch 4096
+    .venv/bin/python -m benchmarks.train_step --store runs/harvest/*/store --sae runs/train/*/model.layers.17
+    .venv/bin/python -m benchmarks.train_step --device cuda --d-in 4096 --d-sae 65536 --l0 86 20 300 1000 8000
 
 One process; arms run in turn on the same weights and rows, each built afresh in every round, so that a
 busy neighbour or a hot chip falls on all of them. A step is forward, backward, clip of the global norm

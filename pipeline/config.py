@@ -166,9 +166,7 @@ def _override(loaded: Loaded, override: str) -> None:
     """Set one dotted path; `sample.sources.0.share=0.3` reaches into a list."""
     name, equals, text = override.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", name):
-        raise SettingsError(
-            f"{override!r}: an override is section.key=value, as train.sae.l1_coefficient=4; {QUOTES}"
-        )
+        raise SettingsError(f"{override!r}: an override is section.key=value, as train.sae.l1_coefficient=4; {QUOTES}")
     try:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
