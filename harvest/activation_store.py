@@ -28,12 +28,12 @@ import numpy as np
 
 from harvest.array_files import ArrayFiles, StoredArray
 from harvest.direct_io import CRC_BYTES, REDO, damaged
-from harvest.files import UserError
+from harvest.files import UnreachableError, UserError
 from harvest.store_files import Files, local_or, read_store_json, write_store_json
 from harvest.store_layout import PROVENANCE, SPLITS, Geometry, slug, stored_arrays
-from harvest.stored_forms import FILL, FORMS, as_stored, from_stored, room, row_arrays
+from harvest.store_metadata import check_same, damaged_files, describe, is_begun, metadata_files, read_geometry
+from harvest.stored_forms import FILL, as_stored, from_stored, room, row_arrays
 
-SCHEMA = 1
 CONSUMED = (
     "training beside the harvest (`make stream`) has read its training rows and deleted them, so nothing else can "
     "train on them; `python -m pipeline harvest --force` makes the whole store"
@@ -73,53 +73,37 @@ class ActivationStore:
     def create(
         cls, place: Path | Files, geometry: Geometry, attributes: Mapping[str, Any], direct: bool = True
     ) -> "ActivationStore":
-        """Write the metadata of a new store, or find the equal one that is there.
+        """Write the metadata of a new store, or find the equal one that is there and write anew what is damaged of it.
 
         Raises UserError when the folder holds a store of another shape.
         """
-        described = {"schema": SCHEMA, "logical_dtype": "bfloat16", **geometry._asdict(), **attributes}
-        described["hooks"] = list(geometry.hooks)
-        if geometry.stored == FORMS[0]:
-            del described["stored"]  # as in the stores that were made before there were other forms
-        files = local_or(place)
-        if files.size("created.json") is not None:
-            store = cls.open(files, direct)
-            if dict(store.attributes) != described:
-                raise UserError(
-                    f"{store.path}: holds a store of another shape or model; delete it or use another --runs"
-                )
-            return store
-        store = cls(files, geometry, described, direct)
-        store._array_files.create([array for split in SPLITS for array in store._arrays[split].values()], described)
-        write_store_json(files, "created.json", {"schema": SCHEMA})
+        store = cls(place, geometry, describe(geometry, attributes), direct)
+        expected = store._metadata()
+        if is_begun(store.files):
+            damaged = store.damaged_metadata()
+            check_same(store.files, store.attributes, damaged)
+        else:
+            store.files.delete_all()
+            damaged = list(expected)
+        for name in damaged:
+            store.files.write(name, expected[name])
         return store
+
+    def _metadata(self) -> dict[str, bytes]:
+        return metadata_files([array for split in SPLITS for array in self._arrays[split].values()], self.attributes)
+
+    def damaged_metadata(self) -> list[str]:
+        """Names of the files without rows that are missing, or do not fit this store's geometry and attributes."""
+        return damaged_files(self.files, self._metadata())
 
     @classmethod
     def open(cls, place: Path | Files, direct: bool = True) -> "ActivationStore":
         """A store whose metadata is complete.
 
-        Raises UserError when there is none, or it is of a newer schema.
+        Raises UserError when there is none, or its root group does not describe one that this code reads.
         """
         files = local_or(place)
-        path = files.place()
-        if files.size("created.json") is None:
-            raise UserError(f"{path}: no activation store there, or one that was never begun properly")
-        attributes = read_store_json(files, "zarr.json").get("attributes", {})
-        if attributes.get("schema") != SCHEMA:
-            raise UserError(f"{path}: store of schema {attributes.get('schema')}; this code reads {SCHEMA}")
-        if attributes.get("stored", FORMS[0]) not in FORMS:
-            raise UserError(
-                f"{path}: its rows are stored as {attributes['stored']!r}; this code reads {', '.join(FORMS)}"
-            )
-        try:
-            values = {name: attributes[name] for name in Geometry._fields if name != "stored"}
-            values["stored"] = attributes.get("stored", FORMS[0])
-            geometry = Geometry(**{**values, "hooks": tuple(values["hooks"])})
-        except (KeyError, TypeError):
-            raise UserError(
-                f"{files.place('zarr.json')}: its attributes do not describe a store; it was damaged"
-            ) from None
-        return cls(files, geometry, attributes, direct)
+        return cls(files, *read_geometry(files), direct)
 
     def record_path(self, split: str, shard: int) -> Path | str:
         """Place of a shard's record: path or URL."""
@@ -136,6 +120,7 @@ class ActivationStore:
         if (
             not isinstance(files, dict)
             or not all(_has(file, ("bytes", "crc32c"), int) for file in files.values())
+            or record.get("rows") != self.geometry.shard_rows
             or not all(_has(norm, ("mean_norm", "sum", "sum_of_squares"), float) for norm in figures)
         ):
             raise damaged(self.record_path(split, shard), "damaged: it does not describe a shard")
@@ -164,17 +149,24 @@ class ActivationStore:
         recorded = self.recorded_shards(split)
         if split != "train" or not self.consumed():
             return recorded
-        return {
-            shard for shard in recorded if shard >= self._consumed and not self.record(split, shard).get("consumed")
-        }
+        return {shard for shard in recorded if shard >= self._consumed and not self.is_consumed(split, shard)}
 
     def consumed(self) -> int:
         """Training shards, from the first on, that were read and deleted."""
-        while self._consumed < self.geometry.train_shards and self.is_recorded("train", self._consumed):
-            if not self.record("train", self._consumed).get("consumed"):
-                break
+        while self._consumed < self.geometry.train_shards and self.is_consumed("train", self._consumed):
             self._consumed += 1
         return self._consumed
+
+    def is_consumed(self, split: str, shard: int) -> bool:
+        """Whether a shard was read and deleted, as its record says; not where that cannot be read."""
+        if not self.is_recorded(split, shard):
+            return False
+        try:
+            return bool(self.record(split, shard).get("consumed"))
+        except UnreachableError:
+            raise
+        except UserError:
+            return False
 
     def shard_files(self, split: str, shard: int) -> list[str]:
         """Names of the files with a shard's rows, in the order in which they are written, and deleted."""

@@ -5,20 +5,16 @@ chunk where it is not. Uncompressed ones are read and written directly (harvest/
 serves the compressed ones, and with `direct=False` all of them: the same bytes, more slowly.
 """
 
-from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, cast
 
 import google_crc32c
 import numpy as np
 import zarr
-from zarr.abc.buffer import Buffer
-from zarr.codecs import BloscCodec, Crc32cCodec
-from zarr.storage import MemoryStore
 
 from harvest.direct_io import CRC_BYTES, ChunkFile, Packed, Written, damaged, layout
 from harvest.store_files import Files
 
-_ALL_CHUNKS: Any = {"write_empty_chunks": True}  # not kept in the metadata; without it a chunk of fill is no file
+ALL_CHUNKS: Any = {"write_empty_chunks": True}  # not kept in the metadata; without it a chunk of fill is no file
 
 
 class StoredArray(NamedTuple):
@@ -65,31 +61,6 @@ class ArrayFiles:
     def __init__(self, files: Files, direct: bool = True) -> None:
         self._files, self._direct = files, direct
         self._zarr_arrays: dict[str, zarr.Array] = {}
-
-    def create(self, arrays: Iterable[StoredArray], attributes: Mapping[str, Any]) -> None:
-        """Write the metadata of a new store; what was there is deleted."""
-        self._files.delete_all()
-        metadata: dict[str, Buffer] = {}  # zarr would write a parent's file twice, which not every bucket can undo
-        groups = {"": zarr.open_group(MemoryStore(metadata), mode="w", attributes=dict(attributes))}
-        for array in arrays:
-            *parents, name = array.name.split("/")
-            for depth, parent in enumerate(parents):
-                above, here = "/".join(parents[:depth]), "/".join(parents[: depth + 1])
-                if here not in groups:
-                    groups[here] = groups[above].create_group(parent)
-            one, compressor = array.columns is None, BloscCodec(cname="zstd", shuffle="shuffle")
-            groups["/".join(parents)].create_array(
-                name,
-                shape=(array.rows, *array.chunk_shape[1:]),
-                shards=None if one else (array.shard_rows, *array.chunk_shape[1:]),
-                chunks=array.chunk_shape,
-                dtype=array.dtype,
-                fill_value=array.fill,
-                compressors=[compressor, Crc32cCodec()] if array.compressed else [Crc32cCodec()],
-                config=_ALL_CHUNKS,
-            )
-        for name, content in metadata.items():
-            self._files.write(name, content.to_bytes())
 
     def size(self, array: StoredArray, shard: int) -> int | None:
         """Bytes of a file; None where there is none."""
@@ -161,5 +132,5 @@ class ArrayFiles:
         if array.name not in self._zarr_arrays:
             store = self._files.zarr_store()
             found = cast(zarr.Array, zarr.open_array(store, path=array.name, mode="r+"))
-            self._zarr_arrays[array.name] = found.with_config(_ALL_CHUNKS)
+            self._zarr_arrays[array.name] = found.with_config(ALL_CHUNKS)
         return self._zarr_arrays[array.name]

@@ -2,29 +2,67 @@
 
 import hashlib
 import sys
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
 from harvest.activation_store import CONSUMED, SPLITS, ActivationStore
 from harvest.files import UnreachableError, UserError
 from harvest.progress import Progress
 from harvest.store_files import Files, local_or
+from harvest.store_metadata import CREATED, CREATED_FILE, damaged_files, read_geometry
 
 
-def verify(place: Path | Files) -> list[str]:
-    """Read every shard of a store; one line for each that is bad.
+class Bad(NamedTuple):
+    """A line for each thing that is not as it was written."""
 
-    A bad shard loses its record, so that the next harvest makes it anew. Raises UserError when there is
-    no store, or it cannot be reached.
+    metadata: list[str]  # then no shard was judged: by a damaged shape, every one would be bad
+    shards: list[str]
+
+
+def verify(place: Path | Files, changed: Collection[str] = ()) -> Bad:
+    """Read every byte of a store. What is bad is taken away, and the next harvest makes just that anew.
+
+    `changed`: names of files without rows that are not as the manifest has them. Of a bad shard the record is taken
+    away. Raises UserError when there is no store, or it cannot be reached.
     """
-    store = ActivationStore.open(place)
+    files = local_or(place)
+    if not files.names():
+        if not changed:
+            read_geometry(files)  # raises: there is none
+        return Bad([f"{files.place()}: no activation store there"], [])
+    metadata = [_taken(files, name, "missing, or changed since the harvest ended") for name in changed]
+    if damaged_files(files, CREATED_FILE):
+        metadata.append(_taken(files, CREATED, "missing or damaged"))
+    if metadata:
+        return Bad(metadata, [])
+    try:
+        store = ActivationStore.open(files)
+    except UnreachableError:
+        raise
+    except UserError as error:
+        return Bad([str(error)], [])
+    if damaged := store.damaged_metadata():
+        return Bad([f"{files.place(name)}: does not describe the store that zarr.json does" for name in damaged], [])
+    return Bad([], _bad_shards(store))
+
+
+def _taken(files: Files, name: str, why: str) -> str:
+    files.delete(name)
+    return f"{files.place(name)}: {why}"
+
+
+def _bad_shards(store: ActivationStore) -> list[str]:
     shards = [(split, shard) for split in SPLITS for shard in range(store.geometry.shards(split))]
-    if store.consumed():
-        present = store.complete_shards("train")
-        print(f"{store.path}: {len(present)} training shards are there; the others: {CONSUMED}", file=sys.stderr)
-        shards = [(split, shard) for split, shard in shards if split == "holdout" or shard in present]
+    consumed = {shard for shard in shards if store.is_consumed(*shard)}
+    if consumed:
+        print(f"{store.path}: {len(consumed)} training shards are not read: {CONSUMED}", file=sys.stderr)
+        shards = [(split, shard) for split, shard in shards if split == "holdout" or store.is_recorded(split, shard)]
     bad = []
-    with Progress("verify", len(shards), "shards") as progress:
+    with Progress("verify", len(shards) - len(consumed), "shards") as progress:
         for split, shard in shards:
+            if (split, shard) in consumed:
+                continue
             try:
                 store.verify_shard(split, shard)
             except UnreachableError:

@@ -25,7 +25,7 @@ from pipeline.command import (
     load_settings,
 )
 from pipeline.fingerprint import STAGES
-from pipeline.manifest import MANIFEST
+from pipeline.manifest import MANIFEST, changed_files, is_complete
 
 __all__ = ["app", "main", "share_commands"]  # the last adds commands of its own to app
 
@@ -178,11 +178,24 @@ def verify(
             print(verification.digest(files_of(directory)))
             return
         with locked(directory, "harvest"):
-            bad = verification.verify(files_of(directory))
-            if bad:
+            changed, damaged = [], []
+            if is_complete(directory):
+                try:
+                    changed = [n.removeprefix("store/") for n in changed_files(directory) if n.startswith("store/")]
+                except UserError as error:
+                    damaged = [str(error)]
+            metadata, shards = verification.verify(files_of(directory), changed)
+            metadata = damaged + metadata
+            if metadata or shards:
                 (directory / MANIFEST).unlink(missing_ok=True)
+            if metadata:
                 raise UserError(
-                    "\n".join(bad) + f"\n{len(bad)} bad shards are marked; `make harvest` redoes just these"
+                    "\n".join([*metadata, *shards]) + "\n`make harvest` writes these files anew; then `make verify` "
+                    "reads the shards"
+                )
+            if shards:
+                raise UserError(
+                    "\n".join(shards) + f"\n{len(shards)} bad shards are marked; `make harvest` redoes just these"
                 )
 
 

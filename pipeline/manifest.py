@@ -90,19 +90,39 @@ def finish(directory: Path, summary: dict[str, Any]) -> None:
     write_sealed(directory / MANIFEST, manifest)
 
 
+def changed_files(directory: Path) -> list[str]:
+    """Files of a complete stage without a checksum of their own that are not as its manifest has them, by name.
+
+    Raises UserError when the manifest is damaged.
+    """
+    described = read_json(directory / MANIFEST).get("files")
+    if not isinstance(described, dict):
+        return []
+    inside = [name for name in described if not Path(name).is_absolute() and ".." not in Path(name).parts]
+    paths = {name: directory / name for name in inside}
+    return [n for n, path in paths.items() if not path.is_file() or file_crc32c(path) != described[n]]
+
+
 def check_files(directory: Path) -> None:
     """Hold a complete stage's files that carry no checksum of their own against its manifest.
 
     Raises UserError that names the file.
     """
-    for name, checksum in (read_json(directory / MANIFEST).get("files") or {}).items():
-        path = directory / name
-        inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-        if inside and (not path.is_file() or file_crc32c(path) != checksum):
-            raise UserError(
-                f"{path}: missing, or changed since the stage ended (crc32c); restore it, or "
-                f"`python -m pipeline {directory.parent.name} --force` makes them anew"
-            )
+    stage = directory.parent.name
+    try:
+        changed = changed_files(directory)
+    except UserError as error:
+        mend = f"delete it and run {stage} again, which keeps what is whole"
+        raise UserError(f"{error}{'' if stage == 'evaluate' else f': {mend}'}") from None
+    if changed:
+        mend = (
+            "`make verify`, then `make harvest` writes just that anew"
+            if stage == "harvest"
+            else f"`python -m pipeline {stage} --force` makes them anew"
+        )
+        raise UserError(
+            f"{directory / changed[0]}: missing, or changed since the stage ended (crc32c); restore it, or {mend}"
+        )
 
 
 def _described(directory: Path) -> list[Path]:

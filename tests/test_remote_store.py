@@ -189,7 +189,7 @@ def test_what_the_object_store_refuses(server, monkeypatch):
         assert server.url not in str(caught.value)
         return str(caught.value)
 
-    assert "s3://other/x/created.json: there is no bucket 'other' at this endpoint; make it" in error("s3://other/x")
+    assert "s3://other/x/train/shards: there is no bucket 'other' at this endpoint; make it" in error("s3://other/x")
     for who in ("nobody", "reader"):
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", who)
         found = error()

@@ -1,3 +1,8 @@
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 from conftest import contents, only, pipeline
 
 BAD = {
@@ -45,3 +50,107 @@ def test_there_is_nothing_to_verify(fresh_folder):
     ran = pipeline("verify", "--digest")
     assert ran.status == 1
     assert "`make harvest` makes it" in ran.out
+
+
+def _edit(old: str, new: str) -> Callable[[Path], None]:
+    def edit(path: Path) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+
+    return edit
+
+
+METADATA: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "a chunk's rows": ("zarr.json", _edit('"chunk_rows": 64', '"chunk_rows": 65')),
+    "fewer shards": ("zarr.json", _edit('"train_shards": 6', '"train_shards": 2')),
+    "text for a number": ("zarr.json", _edit('"train_shards": 6', '"train_shards": "6"')),
+    "a seed": ("zarr.json", _edit('"seed": 0', '"seed": 1')),
+    "no JSON": ("zarr.json", _edit("{", "[")),
+    "no root": ("zarr.json", Path.unlink),
+    "another type": ("train/model.layers.1/acts/zarr.json", _edit('"uint16"', '"int16"')),
+    "a group's": ("train/zarr.json", _edit('"group"', '"array"')),
+    "no provenance": ("train/row/position/zarr.json", Path.unlink),
+    "created.json": ("created.json", _edit("1", "2")),
+    "no created.json": ("created.json", Path.unlink),
+}
+
+
+@pytest.mark.parametrize("fault", METADATA)
+def test_damaged_metadata_is_written_anew_and_no_good_shard_is_lost(run_folder, fault):
+    store = only(run_folder, "runs/harvest/*/store")
+    before = contents(store)
+    good = store / "train/model.layers.1/acts/c/4/0"
+    written = good.stat().st_mtime_ns
+    name, damage = METADATA[fault]
+    damage(store / name)
+    flipped = store / BAD["a flipped bit"]
+    data = bytearray(flipped.read_bytes())
+    data[77] ^= 16
+    flipped.write_bytes(data)
+
+    ran = pipeline("verify")
+    assert ran.status == 1
+    assert name in ran.out
+    assert "reads the shards" in ran.out
+    assert len(list((store / "train/shards").iterdir())) == 6
+    assert pipeline("harvest").status == 0
+    ran = pipeline("verify")  # the shards as well, by the right shape
+    assert ran.status == 1
+    assert "1 bad shards are marked" in ran.out
+    assert pipeline("harvest").status == 0
+    assert pipeline("verify").status == 0
+    assert contents(store) == before
+    assert good.stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize("record", ["", "{}", "[]"])
+def test_the_first_record_is_damaged(run_folder, record):
+    store = only(run_folder, "runs/harvest/*/store")
+    before = contents(store)
+    (store / "train/shards/00000.json").write_text(record)
+    ran = pipeline("verify")
+    assert ran.status == 1
+    assert "train shard 0: " in ran.out
+    assert pipeline("harvest").status == 0
+    assert contents(store) == before
+
+
+def test_a_record_of_other_rows_is_bad(run_folder):
+    store = only(run_folder, "runs/harvest/*/store")
+    _edit('"rows": 256', '"rows": 999')(store / "train/shards/00003.json")
+    assert "shards/00003.json" in pipeline("train", "train.seed=9").out
+    assert "1 bad shards are marked" in pipeline("verify").out
+
+
+def test_a_store_that_is_gone_is_made_again(run_folder):
+    store = only(run_folder, "runs/harvest/*/store")
+    before = contents(store)
+    shutil.rmtree(store)
+    assert "no activation store there" in pipeline("verify").out
+    assert pipeline("harvest").status == 0
+    assert contents(store) == before
+
+
+def test_a_damaged_manifest_is_written_anew(run_folder):
+    manifest = only(run_folder, "runs/harvest/*/manifest.json")
+    _edit('"stage": "harvest"', '"stage": "Harvest"')(manifest)
+    assert "delete it and run harvest again" in pipeline("train", "train.seed=9").out
+    ran = pipeline("verify")
+    assert ran.status == 1
+    assert f"{manifest.name}: does not match its own checksum" in ran.out
+    assert pipeline("harvest").status == 0
+    assert pipeline("verify").status == 0
+
+
+def test_an_unfinished_store_is_not_judged_by_a_damaged_shape(run_folder):
+    store = only(run_folder, "runs/harvest/*/store")
+    (store.parent / "manifest.json").unlink()
+    (store / "train/shards/00005.json").unlink()
+    before = contents(store)
+    _edit('"chunk_rows": 64', '"chunk_rows": 32')(store / "zarr.json")
+    ran = pipeline("verify")
+    assert ran.status == 1
+    assert "does not describe the store that zarr.json does" in ran.out
+    assert pipeline("harvest").status == 0
+    assert {name: data for name, data in contents(store).items() if name in before} == before
