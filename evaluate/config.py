@@ -126,7 +126,7 @@ class PublishedSae(Settings):
     """An SAE of others, to be measured on our rows."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
-    """How reports call it."""
+    """How reports call it: letters, digits, dots, _ and -, up to 64."""
     path: str
     """Hub id, or a local folder or file. Enters the fingerprint by commit or by content."""
     revision: str | None = None

@@ -5,10 +5,11 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 SAMPLE_VERSION = 1
 HARVEST_VERSION = 1
+LARGEST = 1e30  # of any number in the settings: products with it stay within float32
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Device = Literal["auto", "cpu", "cuda"]
@@ -20,6 +21,18 @@ class Settings(BaseModel):
     """Frozen and strict: an unknown name is an error, a derived value is a property."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_value(cls, value: Any, about: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[about.field_name or ""].annotation is not bool:
+            raise ValueError("a number or text is meant, not true or false")
+        if isinstance(value, int | float) and not abs(value) <= LARGEST:
+            raise ValueError(f"a finite number of at most {LARGEST:g} is meant")
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
+                raise ValueError("holds half of a surrogate pair, which is no character")
+        return value
 
 
 class ModelConfig(Settings):
@@ -36,7 +49,7 @@ class Source(Settings):
     """One source of text."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
-    """How reports call it."""
+    """How reports call it: small letters, digits, _ and -, up to 32."""
     path: str
     """Hub id, or local JSON Lines or parquet: a file, a folder, or a glob."""
     revision: str | None = None

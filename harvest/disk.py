@@ -41,6 +41,21 @@ def check_room(directory: Path, shards: int, geometry: Geometry) -> None:
         )
 
 
+def check_room_for_contexts(directory: Path, tokens: int) -> None:
+    """Raise UserError when the contexts of so many tokens do not fit on the folder's disk.
+
+    They take 8 bytes a token (its id, its document), and as much again in scratch files until they are shuffled.
+    """
+    scratch = sum(path.stat().st_blocks * 512 for path in directory.glob("scratch/*"))
+    needed, free = 16 * tokens - scratch, shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(
+            f"sample.train_tokens, sample.holdout_tokens: {tokens:,} tokens take {size_text(16 * tokens)} in "
+            f"{directory} while they are sampled, and its disk has {size_text(free)} free; lower them, make room "
+            "(`make prune` lists old runs), or choose another disk with --runs"
+        )
+
+
 def limit_in_shards(limit: str, shard: int, window_shards: int, train_shards: int) -> int:
     """Training shards that `harvest.runtime.disk_limit` has room for, of `shard` bytes each.
 

@@ -25,6 +25,12 @@ class UserError(Exception):
     """Something that the user can mend: one clear sentence with the file or setting, the value, the way out."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether Python, numpy or torch got no memory."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_torchs)
+
+
 class UnreachableError(UserError):
     """A file that cannot be had now, which says nothing of its bytes."""
 

@@ -231,6 +231,10 @@ def load_model(
 
     skeleton = load_skeleton(model, commit, offline)
     points = {hook: find_hook(skeleton, hook) for hook in hooks}
+    by_module = {point.module: hook for hook, point in points.items()}
+    if len(by_module) < len(points):
+        twice = [hook for hook, point in points.items() if by_module[point.module] != hook]
+        raise UserError(f"harvest.hooks: {twice[0]!r}: the same module as {by_module[points[twice[0]].module]!r}")
     config = skeleton.config
     if not with_head:
         slice_layers(config.get_text_config(), max(point.layers for point in points.values()))

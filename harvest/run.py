@@ -22,7 +22,7 @@ from harvest.config import HarvestConfig, ModelConfig, SampleConfig
 from harvest.contexts import Contexts
 from harvest.device import local_device, numerics, resolve_device, resolve_dtype, set_threads
 from harvest.disk import check_room
-from harvest.files import UserError, is_abandoned, read_json
+from harvest.files import UserError, is_abandoned, is_out_of_memory, read_json
 from harvest.language_model import HookedModel, load_model
 from harvest.products import widens
 from harvest.progress import Progress
@@ -191,8 +191,8 @@ def _memory_for(setting: str, value: int, device: torch.device) -> Iterator[None
     """Turn an error of memory into one that names the setting to lower."""
     try:
         yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
             raise UserError(
                 f"{setting}: {value}: out of memory on {device}; lower it (it is part of the settings' fingerprint, "
                 "as it changes last bits)"

@@ -30,7 +30,8 @@ from zarr.codecs import Crc32cCodec
 
 from harvest.config import ModelConfig, SampleConfig, Source
 from harvest.contexts import SPLITS, write_checksums
-from harvest.conversations import Segment, check_columns, compose, document_key, is_held_out, turns
+from harvest.conversations import COLUMNS, Segment, check_columns, compose, document_key, is_held_out, turns
+from harvest.disk import check_room_for_contexts
 from harvest.files import UserError, read_json, write_json
 from harvest.progress import Progress
 from harvest.sources import open_source
@@ -69,6 +70,7 @@ def run(
     tokenizer = load_tokenizer(model, model_commit, config.runtime.offline)
     scratch = directory / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
+    check_room_for_contexts(directory, sum(config.shards(split) * config.shard_rows for split in SPLITS))
     contexts = {split: contexts_by_source(config, split) for split in SPLITS}
     packed: list[dict[str, Packed]] = []
     summary: dict[str, Any] = {"shards": {split: config.shards(split) for split in SPLITS}}
@@ -121,10 +123,12 @@ def _pack(
     def save(start: int) -> None:
         for array in (array for files in packed.values() for array in files):
             array.flush()
-        write_json(record, state._replace(start=start)._asdict())
+        write_json(record, state._replace(start=start, unusable=unusable)._asdict())
 
     room = {split: count * size for split, count in wanted.items()}
-    for end, documents in _tokenized(index, source, commit, config, tokenizer, room, filled, state.start):
+    unusable = state.unusable
+    for end, documents, left_out in _tokenized(index, source, commit, config, tokenizer, room, filled, state.start):
+        unusable += left_out
         for split, row, tokens in documents:
             start = filled[split]
             tokens = tokens[: room[split] - start]
@@ -141,10 +145,12 @@ def _pack(
         if filled[split] < room[split]:
             fraction = "raise" if split == "holdout" else "lower"
             share = f" or the share of {source.name}" if len(config.sources) > 1 else ""
+            columns = f"{unusable:,} of {end:,} rows hold nothing usable in {', '.join(COLUMNS[source.rows])}"
             raise UserError(
                 f"sample.{split}_tokens: source {source.name!r} has {filled[split]:,} tokens for the {split} split "
                 f"and its share is {room[split]:,}; lower sample.{split}_tokens{share}, "
                 f"{fraction} sample.holdout_fraction ({config.holdout_fraction:g}), or add text"
+                + (f". {columns} (`rows: {source.rows}`)" if unusable else "")
             )
     save(end)
     return packed, {f"{split}_documents": used[split] for split in SPLITS}
@@ -156,6 +162,7 @@ class Packing(NamedTuple):
     start: int  # documents, in their random order, that are wholly in the scratch files or were left out
     filled: dict[str, int]  # tokens by split
     used: dict[str, int]  # documents by split
+    unusable: int = 0  # rows that hold no document
 
     @classmethod
     def at(cls, path: Path) -> "Packing":
@@ -166,7 +173,13 @@ class Packing(NamedTuple):
 def _scratch(path: Path, size: int) -> np.memmap:
     """A file of so many uint32 as an array; allocated now, as a full disk would kill a sparse one with SIGBUS."""
     with path.open("ab") as file:
-        os.posix_fallocate(file.fileno(), 0, 4 * size)
+        before = file.tell()
+        try:
+            os.posix_fallocate(file.fileno(), 0, 4 * size)
+        except OSError as error:
+            file.truncate(before)  # some file systems keep what they could give
+            error.filename = str(path)
+            raise
     return np.memmap(path, np.uint32, "r+", shape=(size,))
 
 
@@ -187,46 +200,56 @@ def _tokenized(
     room: dict[str, int],
     filled: dict[str, int],
     start: int,
-) -> Iterator[tuple[int, list[Document]]]:
+) -> Iterator[tuple[int, list[Document], int]]:
     """Batches of documents in random order, from `start` on, for splits that are not full; each with its end.
 
-    One batch is tokenized while the one before is packed.
+    And with the number of its rows that hold no document. One batch is tokenized while the one before is packed.
     """
     data = open_source(source, commit, config.runtime.offline)
     check_columns(source.rows, data.column_names, source.name)
     order = np.random.default_rng([config.seed, index]).permutation(len(data))
 
-    def chosen(first: int) -> list[tuple[str, int, list[Segment]]]:
+    def chosen(first: int) -> tuple[list[tuple[str, int, list[Segment]]], int]:
         numbers = order[first : first + DOCUMENTS_AT_ONCE]
-        out = []
-        for number, row in zip(numbers.tolist(), _rows(data, numbers), strict=True):
+        out, unusable = [], 0
+        for number, row in zip(numbers.tolist(), _rows(data, numbers, source), strict=True):
             document = turns(source.rows, row)
             if document is None:
+                unusable += 1
                 continue
             split = SPLITS[is_held_out(document_key(document), config.seed, config.holdout_fraction)]
             if filled[split] < room[split]:
                 out.append((split, number, compose(config.template, document, tokenizer.eos)))
-        return out
+        return out, unusable
 
     def encoded(documents: list[tuple[str, int, list[Segment]]]) -> list[Document]:
         ids = tokenizer.encode([segments for _, _, segments in documents])
         return [Document(split, row, tokens) for (split, row, _), tokens in zip(documents, ids, strict=True)]
 
     with ThreadPoolExecutor(1, "tokenizer") as thread:
-        ahead: tuple[int, Future[list[Document]]] | None = None
+        ahead: tuple[int, Future[list[Document]], int] | None = None
         for first in range(start, len(order), DOCUMENTS_AT_ONCE):
             if all(filled[split] >= room[split] for split in SPLITS):
                 return
-            task = thread.submit(encoded, chosen(first))
+            documents, unusable = chosen(first)
+            task = thread.submit(encoded, documents)
             if ahead:
-                yield ahead[0], ahead[1].result()
-            ahead = min(first + DOCUMENTS_AT_ONCE, len(order)), task
+                yield ahead[0], ahead[1].result(), ahead[2]
+            ahead = min(first + DOCUMENTS_AT_ONCE, len(order)), task, unusable
         if ahead:
-            yield ahead[0], ahead[1].result()
+            yield ahead[0], ahead[1].result(), ahead[2]
 
 
-def _rows(data: Any, numbers: np.ndarray) -> list[dict[str, Any]]:
-    columns = data[numbers]
+def _rows(data: Any, numbers: np.ndarray, source: Source) -> list[dict[str, Any]]:
+    try:
+        columns = data[numbers]
+    except UnicodeDecodeError as error:
+        if len(numbers) > 1:  # which one
+            return [row for number in numbers for row in _rows(data, numbers[numbers == number], source)]
+        raise UserError(
+            f"sample.sources ({source.name}).path: {source.path!r}: row {numbers[0]}: not UTF-8 text ({error.reason}); "
+            "mend it or leave it out"
+        ) from None
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 

@@ -3,6 +3,7 @@
 And where activations are that need no harvest: files of arrays, or a folder that `datasets` saved.
 """
 
+import glob
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,7 +58,7 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
         kinds = {"parquet" if path.suffix == ".parquet" else "json" for path in files}
         if len(kinds) > 1:
             raise UserError(f"{where}: JSON and parquet files side by side; point at one of them")
-        builder, options = kinds.pop(), {"data_files": [str(path) for path in files], "split": "train"}
+        builder, options = kinds.pop(), {"data_files": [glob.escape(str(path)) for path in files], "split": "train"}
     else:
         builder, options = source.path, {"name": source.subset, "revision": commit, "split": source.split}
         if offline or not hub_answers():
@@ -71,6 +72,8 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
                 "then `hf auth login` or set HF_TOKEN"
             ) from None
         raise UserError(f"{where}: not on the hub at this revision, or private: {_first_line(error)}") from None
+    except StopIteration:  # what `datasets` raises for files without a row
+        raise UserError(f"{where}: holds no row") from None
     except (ConnectionError, TimeoutError):
         setting = "sample.runtime.offline is set" if offline else "the hub does not answer"
         raise UserError(

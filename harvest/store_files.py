@@ -95,13 +95,20 @@ class LocalFiles(Files):
             raise UserError(f"{self.place(name)}: cannot be read: {error.strerror}") from None
 
     def write(self, name: str, data: bytes) -> None:
-        path = self.place(name)
+        path = self._free(name)
         make_folder(path.parent)
         with replacing(path) as partial:
             partial.write_bytes(data)
 
     def delete(self, name: str) -> None:
-        self.place(name).unlink(missing_ok=True)
+        self._free(name).unlink(missing_ok=True)
+
+    def _free(self, name: str) -> Path:
+        """A file's path, without the folder that may stand there: we make none of that name."""
+        path = self.place(name)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        return path
 
     def names(self, folder: str = "") -> list[str]:
         return [p.relative_to(self.path).as_posix() for p in self.place(folder).rglob("*") if p.is_file()]
@@ -110,7 +117,7 @@ class LocalFiles(Files):
         return open_chunks(self.place(name))
 
     def write_chunks(self, name: str, packed: Packed) -> Written:
-        return write_file(self.place(name), packed)
+        return write_file(self._free(name), packed)
 
     def zarr_store(self) -> str:
         return str(self.path)

@@ -80,7 +80,9 @@ def quantized(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             scale[here] = np.abs(x).max(2) / _LARGEST
             x /= scale[here, :, None]
         if np.isinf(scale[here]).any():
-            raise UserError("harvest.stored: int8: activations above 8 million do not fit its scales; use bf16")
+            raise UserError(
+                "harvest.stored (or ingest.stored): int8: activations above 8 million do not fit its scales; use bf16"
+            )
         x = np.nan_to_num(x, copy=False, nan=0).clip(-_LARGEST, _LARGEST)
         q[here] = np.rint(x).reshape(len(x), -1)[:, :d_in]
     return q, scale

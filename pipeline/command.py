@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from harvest.files import UserError
+from harvest.files import UserError, is_out_of_memory
 from pipeline import config, stages
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 DEFAULT_CONFIG = Path("configs/smollm2.yaml")
 DEFAULT_RUNS = Path("runs")
 
+FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 INTERRUPTED = 130  # the shell's status for SIGINT
 
 
@@ -48,13 +49,24 @@ def errors(root: Path = DEFAULT_RUNS) -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        where = error.filename or root
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         print(
-            f"error: {where}: {os.strerror(error.errno)}. What was complete is untouched; mend it (or choose "
-            "another folder with --runs) and run the same command again to go on",
+            f"error: out of memory ({reason}). What was complete is untouched; lower what a stage holds at once "
+            "(harvest.batch_contexts, train.batch_size, train.pool_rows, train.sae, evaluate.batch_rows): "
+            "`make estimate` says what fits",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in FULL_OR_FORBIDDEN and not error.filename:
+            raise
+        where, reason = error.filename or root, os.strerror(error.errno) if error.errno else str(error)
+        print(
+            f"error: {where}: {reason}. What was complete is untouched; mend it (or choose another folder with --runs) "
+            "and run the same command again to go on",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -209,6 +209,13 @@ def _explain(error: Any, loaded: Loaded, path: Path, kind: type[BaseModel]) -> s
         return f"{where}unknown setting; {hint}"
     if error["type"] == "missing":
         return f"{where}this setting is required"
+    if error["type"] == "model_type":
+        return f"{where}{error['input']!r}: this is a section, with {', '.join(_fields_at(kind, location))}"
+    if error["type"] == "string_pattern_mismatch":
+        about = " ".join((_section_at(kind, location[:-1]).model_fields[location[-1]].description or "").split())
+        return f"{where}{error['input']!r}: not of the form that it has: {about}"
+    if error["type"] == "tuple_type":
+        return f"{where}{error['input']!r}: input should be a list, as [{error['input']}]"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if isinstance(error["input"], dict | BaseModel):
@@ -218,6 +225,10 @@ def _explain(error: Any, loaded: Loaded, path: Path, kind: type[BaseModel]) -> s
 
 def _fields_at(kind: type[BaseModel], location: list[str]) -> list[str]:
     """Names of the settings in the section at this place."""
+    return list(_section_at(kind, location).model_fields)
+
+
+def _section_at(kind: type[BaseModel], location: list[str]) -> type[BaseModel]:
     section: Any = kind
     for part in location:
         if part.isdigit():
@@ -225,4 +236,4 @@ def _fields_at(kind: type[BaseModel], location: list[str]) -> list[str]:
         section = section.model_fields[part].annotation
         while get_args(section):  # X | None, tuple[X, ...]
             section = next(a for a in get_args(section) if isinstance(a, type) and issubclass(a, BaseModel))
-    return list(section.model_fields)
+    return section

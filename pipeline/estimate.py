@@ -121,9 +121,13 @@ def plan(
         ("write, read", f"{_rate(measured.disk_write.value)}, {_rate(measured.disk_read.value)}"),
         ("", measured.disk_read.how),
     )
-    lacks = [f"the disk of {root} lacks {size_text(total - free)}"] if total > free else []
+    limited = config.harvest.runtime.disk_limit is not None and not remote
+    needed = total - s.store + streamed_bytes(config, s) if limited else total
+    lacks = [f"the disk of {root} lacks {size_text(needed - free)}"] if needed > free else []
     for obstacle in lacks:
         yield f"warning: {obstacle}{'' if remote else '; harvest will refuse to start'}"
+    if limited and total > free >= needed:
+        yield f"warning: the disk of {root} has room for `make stream` alone, which keeps harvest.runtime.disk_limit"
     here, *elsewhere = speeds(config, s, measured)
     for speed in (here, *elsewhere):
         yield ""
@@ -133,9 +137,9 @@ def plan(
         "not measured: tokenizing, downloads of the model and the text, evaluation, several GPUs; memory is arithmetic"
     )
     obstacles = lacks + Memory.of(config, s, here).obstacles(config.harvest.batch_contexts)
-    stored = g.train_shards * g.shard_rows
+    stored = (g.train_shards + g.holdout_shards) * g.shard_rows
     harvest, training = harvest_seconds(s, here, stored, True), train_seconds(config, s, here, s.saes, True)
-    taken = f"harvest {_hours(harvest)}, training {_hours(training)}; {size_text(total)} of disk"
+    taken = f"harvest {_hours(harvest)}, training {_hours(training)}; {size_text(needed)} of disk"
     yield f"in short, on this machine: {'; '.join(obstacles) or 'it fits'}; {taken}"
 
 
@@ -218,17 +222,15 @@ def _machine(config: PipelineConfig, s: Sizes, measured: Measured, speed: Speed)
 def ways(config: PipelineConfig, s: Sizes, speed: Speed) -> list[tuple[str, ...]]:
     """Disk and hours of the three ways to feed an SAE, for one and for a sweep of five, on one such machine."""
     g, train = s.geometry, config.train
-    shards, held = min(2 * train.window_shards + 1, g.train_shards), "two windows and a shard"
-    if limit := config.harvest.runtime.disk_limit:
-        shards = limit_in_shards(limit, s.shard, train.window_shards, g.train_shards)
-        held = f"disk_limit={limit}"
+    limit, heldout = config.harvest.runtime.disk_limit, g.holdout_shards * g.shard_rows
+    held = f"disk_limit={limit}" if limit else "two windows and a shard"
     stored, seen = g.train_shards * g.shard_rows, s.steps * train.batch_size
     kept = s.contexts + s.trained(train.runtime.keep_last, 1)
     hours = f"{'GPU hours' if speed.is_gpu else 'hours'} of one such machine"
     rows: list[tuple[str, ...]] = [(hours, "disk, one SAE", "one SAE", f"{SWEEP} SAEs", "")]
     for way in (
-        Way("full store", s.store, stored, False, "any further SAE trains from it"),
-        Way("stream", s.holdout + shards * s.shard, seen, False, f"{held}; taking turns on the device"),
+        Way("full store", s.store, stored + heldout, False, "any further SAE trains from it"),
+        Way("stream", streamed_bytes(config, s), seen + heldout, False, f"{held}; taking turns on the device"),
         Way("regenerate in a buffer", 0, seen, True, "as others do: every SAE pays the forward passes again"),
     ):
         taken = []
@@ -240,6 +242,14 @@ def ways(config: PipelineConfig, s: Sizes, speed: Speed) -> list[tuple[str, ...]
         cells = ["one epoch only"] * 2 if way.name == "stream" and seen > stored else [_hours(h) for h in taken]
         rows.append((f"  {way.name}", size_text(way.disk + kept), *cells, way.note))
     return rows
+
+
+def streamed_bytes(config: PipelineConfig, s: Sizes) -> int:
+    """Bytes of activations that a stream has on the disk at once: two windows and a shard unless a limit is set."""
+    g, window = s.geometry, config.train.window_shards
+    limit = config.harvest.runtime.disk_limit
+    shards = limit_in_shards(limit, s.shard, window, g.train_shards) if limit else 2 * window + 1
+    return s.holdout + min(shards, g.train_shards) * s.shard
 
 
 def harvest_seconds(s: Sizes, speed: Speed, tokens: int, stores: bool) -> float | None:

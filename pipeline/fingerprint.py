@@ -7,6 +7,7 @@ fingerprint = sha256(stage, its version, upstream fingerprint, inputs by content
 import hashlib
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,8 +142,9 @@ class _Memory:
 
     def save(self) -> None:
         if self.changed:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, self.known)
+            with suppress(OSError):  # a folder of runs may be looked at where it cannot be written
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self.path, self.known)
 
     def get(self, key: str, make: Any) -> str:
         if not isinstance(self.known.get(key), str):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from harvest.device import device_name, resolve_device, resolve_dtype, set_threads
-from harvest.files import UserError
+from harvest.files import UserError, is_out_of_memory
 from harvest.language_model import HookedModel, load_model, slice_layers
 from harvest.progress import size_text
 from pipeline.architecture import Architecture
@@ -159,7 +159,9 @@ def _step(train: TrainConfig, d_in: int, kernel: Any, device: torch.device) -> R
         trainer = Trainer(sae, 1.0, settings, 1000, batch, dtype)
         rows = torch.randn(batch, d_in, device=device).bfloat16()
         seconds = fastest(lambda: trainer.step(rows), device)
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         return Rate(None, "not measured: out of memory")
     cut = "" if part == d_sae else f" on {part:,} of the features, times {d_sae / part:.3g}"
     active = f" at an L0 of {L0_FRACTION:.1%} of the features" if kernel == "sparse" else ""

@@ -5,6 +5,7 @@ out unless every source is known to be open, or the caller says so. The token is
 HF_TOKEN; it is passed on and never written.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from pipeline.manifest import is_complete
 from pipeline.stages import Runs
 from pipeline.terms import source_terms
 
+REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 WITHOUT_TEXT = ("metrics.json",)  # of an evaluate directory
 
 
@@ -72,6 +74,8 @@ def push(repository: str, planned: Push, *, public: bool, yes: bool, say: Callab
     A repository that is not there is made, private unless `public`. Raises UserError where nobody is logged in,
     the token may not write, or the hub cannot be reached.
     """
+    if not REPOSITORY.fullmatch(repository):
+        raise UserError(f"push: {repository!r}: a repository of the hub is OWNER/NAME")
     for place, path in planned.files.items():
         say(f"{path.stat().st_size:>15,}  {place}")
     for line in planned.left_out:

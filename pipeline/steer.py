@@ -127,6 +127,13 @@ def _checked(sweep: Sequence[Runs], request: Request) -> Runs:
         raise SettingsError(f"--max-activation: {request.max_activation}: a number above 0")
     if request.json and not request.json.parent.is_dir():
         raise SettingsError(f"--json: {request.json}: there is no folder {request.json.parent}")
+    if request.json and request.json.is_dir():
+        raise SettingsError(f"--json: {request.json}: is a folder; a file is meant")
+    for prompt in request.prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
+            raise SettingsError(f"--prompt: {prompt!r}: not UTF-8 text") from None
     if not is_complete(runs.directory("train")):
         raise UserError(
             f"steer: the train stage for these settings is not complete ({runs.directory('train')}); run "

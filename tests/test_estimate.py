@@ -52,9 +52,9 @@ def test_where_a_gpu_is_no_other_is_spoken_of():
     assert text.splitlines()[-1] == last
     full, stream, again = (next(line for line in text.splitlines() if line.startswith(f"  {n}")) for n in WAYS)
     # 999,948,288 tokens at 50,000/s and 200,000 steps of 16 ms; five SAEs take five times the steps.
-    assert full.split()[2:6] == ["8.2", "TB", "6h26m", "10h00m"]
+    assert full.split()[2:6] == ["8.2", "TB", "6h27m", "10h00m"]
     # 819.2M tokens are enough for training as it goes.
-    assert stream.split()[1:5] == ["178", "GB", "5h26m", "8h59m"]
+    assert stream.split()[1:5] == ["178", "GB", "5h26m", "9h00m"]
     assert "5h26m    27h12m" in again
 
 
@@ -73,7 +73,14 @@ def test_what_does_not_fit_is_said_and_nothing_is_refused():
     assert "in all             8.3 TB; free in runs: 1 TB" in text
     last = text.splitlines()[-1]
     assert last.startswith("in short, on this machine: the disk of runs lacks 7.3 TB; harvest.batch_contexts=16 does")
-    assert last.endswith("training does not fit into 10 GB; harvest 3,858 days, training 139 days; 8.3 TB of disk")
+    assert last.endswith("training does not fit into 10 GB; harvest 3,862 days, training 139 days; 8.3 TB of disk")
+
+
+def test_a_bounded_disk_needs_room_for_its_part_alone():
+    text = lines(GPU, "harvest.runtime.disk_limit=300GB", free=10**12)
+    assert "warning: the disk of runs has room for `make stream` alone" in text
+    assert text.splitlines()[-1].startswith("in short, on this machine: it fits; ")
+    assert "the disk of runs lacks 2" in lines(GPU, "harvest.runtime.disk_limit=300GB", free=10**11)
 
 
 def test_a_store_in_a_bucket_takes_no_disk():

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -154,6 +155,35 @@ def test_a_folder_that_cannot_be_written(run_folder, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(run_folder)
     assert pipeline("evaluate").status == 0
+
+
+def test_runs_can_be_looked_at_where_nothing_can_be_written(run_folder, monkeypatch):
+    Path("runs/.inputs.json").unlink()
+
+    def refused(path: Path, _value: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("pipeline.fingerprint.write_json", refused)
+    for command in (["status"], ["path", "train"], ["verify", "--digest"]):
+        ran = pipeline(*command)
+        assert ran.status == 0, ran.out
+    assert not Path("runs/.inputs.json").exists()
+
+
+@pytest.mark.parametrize("command", [["sample"], ["run"], ["estimate"], ["dry-run"]])
+def test_a_runs_folder_that_is_none_is_named(fresh_folder, command):
+    Path("file").touch()
+    ran = pipeline(*command, "--runs", "file/x")
+    assert ran.status in (1, 2)
+    assert "error: " in ran.out
+    assert "Traceback" not in ran.out
+
+
+def test_too_large_a_batch_is_an_error_of_memory(run_folder):
+    ran = pipeline("train", "train.batch_size=2000000000", "train.epochs=null", "train.training_tokens=2000000000")
+    assert ran.status == 1
+    assert "error: out of memory" in ran.out
+    assert "train.batch_size" in ran.out
 
 
 def test_manifests_say_what_was_run_and_hold_no_secret(finished, run_folder, monkeypatch):

@@ -75,6 +75,13 @@ def test_nothing_is_pushed_without_yes(exported, hub):
     assert hub.seen == []
 
 
+def test_a_repository_is_an_owner_and_a_name(exported, hub):
+    for name in ("", "sae", "me/", "a/b/c", "../sae"):
+        ran = pipeline("push", name)
+        assert ran.status == 1
+        assert f"push: {name!r}: a repository of the hub is OWNER/NAME" in ran.out
+
+
 def test_one_commit_without_text_and_without_the_token(exported, hub):
     ran = pipeline("push", "me/sae", "--yes")
     assert ran.status == 0, ran.out

@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -108,3 +110,53 @@ def test_shares_are_met_to_a_context():
         holdout_fraction=0.1,
     )
     assert contexts_by_source(config, "train") == [4, 2, 1]
+
+
+@pytest.mark.parametrize("name", ["data[1].jsonl", "folder[1]/data.jsonl", "a*.jsonl", "wh?t.jsonl"])
+def test_a_name_with_signs_of_patterns_is_that_file_alone(tmp_path, name):
+    for other in ("data1.jsonl", "folder1/data.jsonl", "axe.jsonl", "what.jsonl"):
+        (tmp_path / other).parent.mkdir(exist_ok=True)
+        tiny.write_jsonl(tmp_path / other, [{"text": "another"}])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    tiny.write_jsonl(tmp_path / name, [{"text": "this"}])
+    assert open_source(source(tmp_path / name, "text"), None, offline=True)[:] == {"text": ["this"]}
+
+
+TEXT = "sample.sources=[{name: t, path: t.jsonl, rows: text, share: 1}]"
+NO_SCORE = "evaluate.reason_score=null"
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "sample.sources (t).path: 't.jsonl': holds no row"),
+        (b'{"text": "good"}\n{"text": "\xff bad"}\n', "row 1: not UTF-8 text (invalid start byte)"),
+        (b'{"text": "good"}\n{"text": "\xed\xa0\x80"}\n', "row 1: not UTF-8 text"),
+        (b'{"text": 3}\n' * 40, "40 of 40 rows hold nothing usable in text (`rows: text`)"),
+    ],
+)
+def test_text_that_cannot_be_used_is_named(fresh_folder, data, says):
+    Path("t.jsonl").write_bytes(data)
+    ran = pipeline("sample", TEXT, NO_SCORE)
+    assert ran.status == 1
+    assert says in ran.out
+
+
+def test_a_budget_that_does_not_fit_on_the_disk_takes_none_of_it(fresh_folder, monkeypatch):
+    ran = pipeline("sample", "sample.train_tokens=1000000000000")
+    assert ran.status == 1
+    assert "sample.train_tokens, sample.holdout_tokens: 1,000,000,000,512 tokens take 16 TB" in ran.out
+    assert not list(Path("runs").glob("sample/*/scratch/*"))
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        os.truncate(descriptor, size // 2)  # what ext4 leaves of an allocation that failed
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    ran = pipeline("sample")
+    assert ran.status == 1
+    assert "scratch/0-train-tokens: No space left on device" in ran.out
+    assert only(fresh_folder, "runs/sample/*/scratch/0-train-tokens").stat().st_size == 0
+    monkeypatch.undo()
+    monkeypatch.chdir(fresh_folder)
+    assert pipeline("sample").status == 0

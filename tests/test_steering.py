@@ -172,6 +172,8 @@ def test_steer_shows_completions_side_by_side_and_writes_figures(run_folder):
         (["--feature", "1", "--prompt", "a", "--chat"], "no chat template"),
         (["--feature", "1", "--prompt", "a", "--hook", "model.layers.0"], "these settings have model.layers.1"),
         (["--feature", "1", "--prompt", "a", "--json", "no/folder.json"], "there is no folder no"),
+        (["--feature", "1", "--prompt", "a", "--json", "."], "--json: .: is a folder"),
+        (["--feature", "1", "--prompt", "\udcff"], "not UTF-8 text"),
         (["--feature", "1", "--prompt", "a", "train.seed=7"], "the train stage for these settings is not complete"),
     ],
 )

@@ -13,9 +13,9 @@ TRAIN_VERSION = 3
 class SaeConfig(Settings):
     """Shape and sparsity of an SAE."""
 
-    d_sae: int | None = Field(default=None, ge=1)
+    d_sae: int | None = Field(default=None, ge=1, lt=2**31)
     """Number of features. Exactly one of d_sae and expansion_factor."""
-    expansion_factor: int | None = Field(default=None, ge=1)
+    expansion_factor: int | None = Field(default=None, ge=1, lt=2**20)
     """d_sae as a multiple of d_in."""
     l1_coefficient: float = Field(default=5.0, ge=0)
     """λ: weight of the sparsity penalty. Comparable only at the input scale √d_in that we train at."""
@@ -89,7 +89,7 @@ class TrainConfig(Settings):
     """Rows that the SAE sees, whole batches. Exactly one of training_tokens and epochs."""
     epochs: float | None = Field(default=None, gt=0)
     """The same as a multiple of the training rows of the store, excluded ones not counted out."""
-    batch_size: int = Field(default=4096, ge=2)
+    batch_size: int = Field(default=4096, ge=2, lt=2**31)
     """Rows of a step."""
     lr: float = Field(default=5e-5, gt=0)
     """Adam's learning rate, constant until the decay."""
@@ -104,7 +104,7 @@ class TrainConfig(Settings):
     exclude: ExcludeConfig = ExcludeConfig()
     window_shards: int = Field(default=128, ge=1)
     """Shards of a window: consecutive shards whose chunks are read in random order."""
-    pool_rows: int = Field(default=131_072, ge=1)
+    pool_rows: int = Field(default=131_072, ge=1, lt=2**40)
     """Rows that are shuffled together in memory; two pools are held."""
     kernel: Literal["auto", "dense", "sparse"] = "auto"
     """How gradients are computed: by five dense products, from the non-zeros alone (the same, faster while

@@ -93,6 +93,8 @@ def read_marker(folder: Path) -> dict[str, Any]:
 
 
 def _check_free(folder: Path, force: bool) -> None:
+    if folder.is_symlink():
+        raise UserError(f"{folder}: is a link; choose the folder itself, or another one, with --to")
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not folder.is_dir():
