@@ -12,9 +12,9 @@ PROCS ?= $(GPUS)
 # every large tensor would be new pages otherwise (10% of a forward pass). Neither changes a result.
 RUN = OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 .venv/bin/python -m pipeline
 
-# After Ctrl-C a checkpoint is written; the launcher's own patience is 30 s. It warns at length where OMP_NUM_THREADS is
-# not set, and sets it to 1; the stages set their threads themselves.
-LAUNCH = OMP_NUM_THREADS=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-node $(PROCS) -m pipeline,$(RUN))
+# After Ctrl-C a checkpoint is written; the launcher's own patience is 30 s. It would set OMP_NUM_THREADS to 1 itself,
+# with a warning.
+LAUNCH = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-node $(PROCS) -m pipeline,$(RUN))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup all harvest stream train eval status verify prune estimate dry-run export test test-browser chromium check

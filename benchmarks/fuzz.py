@@ -69,10 +69,10 @@ TARGETS = [
     ),
     Target(
         "harvest, verified",
-        ("runs/harvest/*/store/**/*",),
+        ("runs/harvest/*/store/**/*", "runs/harvest/*/manifest.json"),
         ("runs/train", "runs/evaluate"),
-        (("verify",), ("harvest",), ("train",)),
-        WEIGHTS,
+        (("verify",), ("harvest",), ("verify",), ("harvest",), ("train",)),  # metadata first, then the shards
+        (*WEIGHTS, "runs/harvest/*/store/**/*"),
     ),
     Target(
         "checkpoint",
@@ -162,7 +162,7 @@ def outcome(folder: Path, patterns: Sequence[str]) -> dict[str, Any]:
     for path in sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file()):
         name = "/".join(path.parts[len(folder.parts) + 3 :])
         out[name] = path.read_bytes()
-        if path.suffix == ".json":  # figures, not what files say of themselves
+        if path.name == "metrics.json":  # figures, not what files say of themselves
             figures = json.loads(path.read_bytes())
             out[name] = (
                 figures["saes"],

@@ -171,12 +171,13 @@ def measure_writes(folder: Path, g: Geometry, rounds: int) -> dict[str, float]:
 
     def write(direct: bool, durable: bool) -> None:
         with mock.patch("os.fsync", os.fsync if durable else lambda _: None):
-            store = ActivationStore.create(folder, g, {}, direct)
+            store = ActivationStore.open(folder, direct)
             for shard in range(g.train_shards):
                 store.write_shard("train", shard, rows)
 
     def clear() -> None:
         shutil.rmtree(folder, ignore_errors=True)
+        ActivationStore.create(folder, g, {})
         os.sync()
 
     kinds = {"zarr API": False, "direct": True}
@@ -186,7 +187,7 @@ def measure_writes(folder: Path, g: Geometry, rounds: int) -> dict[str, float]:
         for name, direct in kinds.items()
     }
     found = in_turn(ways, rounds, clear)
-    clear()
+    shutil.rmtree(folder)
     return found
 
 

@@ -16,7 +16,7 @@ Training beside the harvest deletes shards that it has read (harvest/stream.py),
 records stay, with `consumed`, so that they are done for the harvest and absent for who reads.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from harvest.direct_io import CRC_BYTES, REDO, damaged
 from harvest.files import UnreachableError, UserError
 from harvest.store_files import Files, local_or, read_store_json, write_store_json
 from harvest.store_layout import PROVENANCE, SPLITS, Geometry, slug, stored_arrays
-from harvest.store_metadata import check_same, damaged_files, describe, is_begun, metadata_files, read_geometry
+from harvest.store_metadata import ROOT, check_same, damaged_files, describe, is_begun, metadata_files, read_geometry
 from harvest.stored_forms import FILL, as_stored, from_stored, room, row_arrays
 
 CONSUMED = (
@@ -92,9 +92,14 @@ class ActivationStore:
     def _metadata(self) -> dict[str, bytes]:
         return metadata_files([array for split in SPLITS for array in self._arrays[split].values()], self.attributes)
 
-    def damaged_metadata(self) -> list[str]:
-        """Names of the files without rows that are missing, or do not fit this store's geometry and attributes."""
-        return damaged_files(self.files, self._metadata())
+    def damaged_metadata(self, there: Iterable[str] = ()) -> list[str]:
+        """Names of the files without rows that are missing, or do not fit this store's geometry and attributes.
+
+        Or have no place in it, of the names of files that are `there`.
+        """
+        expected = self._metadata()
+        strange = [name for name in there if name.split("/")[-1] == ROOT and name not in expected]
+        return damaged_files(self.files, expected) + strange
 
     @classmethod
     def open(cls, place: Path | Files, direct: bool = True) -> "ActivationStore":
@@ -149,11 +154,15 @@ class ActivationStore:
         recorded = self.recorded_shards(split)
         if split != "train" or not self.consumed():
             return recorded
-        return {shard for shard in recorded if shard >= self._consumed and not self.is_consumed(split, shard)}
+        return {
+            shard for shard in recorded if shard >= self._consumed and not self.record(split, shard).get("consumed")
+        }
 
     def consumed(self) -> int:
         """Training shards, from the first on, that were read and deleted."""
-        while self._consumed < self.geometry.train_shards and self.is_consumed("train", self._consumed):
+        while self._consumed < self.geometry.train_shards and self.is_recorded("train", self._consumed):
+            if not self.record("train", self._consumed).get("consumed"):
+                break
             self._consumed += 1
         return self._consumed
 
@@ -206,7 +215,9 @@ class ActivationStore:
             yield f"row/{name}", getattr(rows, name)
 
     def check_complete(self, splits: Sequence[str] = SPLITS) -> None:
-        """Raise UserError unless every shard has its record and files of the recorded sizes."""
+        """Raise UserError unless the metadata are whole and every shard has its record and files of recorded sizes."""
+        for name in self.damaged_metadata():
+            raise damaged(self.files.place(name), "damaged or missing")
         if "train" in splits and self.consumed():
             raise UserError(f"{self.path}: {CONSUMED}")
         for split in splits:

@@ -3,7 +3,7 @@
 `runtime` sections hold what never changes a result and stay out of every fingerprint; all else is hashed.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
@@ -24,13 +24,21 @@ class Settings(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _check_value(cls, value: Any, about: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[about.field_name or ""].annotation is not bool:
-            raise ValueError("a number or text is meant, not true or false")
-        if isinstance(value, int | float) and not abs(value) <= LARGEST:
-            raise ValueError(f"a finite number of at most {LARGEST:g} is meant")
-        for text in value if isinstance(value, list | tuple) else (value,):
-            if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text):
+    def _check_given(cls, value: Any, about: ValidationInfo) -> Any:
+        kinds = {cls.model_fields[about.field_name or ""].annotation}
+        kinds |= {kind for union in kinds if get_origin(union) is not tuple for kind in get_args(union)}
+        for given in value if isinstance(value, list) else (value,) if kinds & {int, float, str} else ():
+            if isinstance(given, bool):
+                raise ValueError("a number or text is meant, not true or false")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _check_value(cls, value: Any) -> Any:
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, int | float) and not abs(each) <= LARGEST:
+                raise ValueError(f"a finite number of at most {LARGEST:g} is meant")
+            if isinstance(each, str) and any("\ud800" <= c <= "\udfff" for c in each):
                 raise ValueError("holds half of a surrogate pair, which is no character")
         return value
 

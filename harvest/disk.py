@@ -46,11 +46,12 @@ def check_room_for_contexts(directory: Path, tokens: int) -> None:
 
     They take 8 bytes a token (its id, its document), and as much again in scratch files until they are shuffled.
     """
-    scratch = sum(path.stat().st_blocks * 512 for path in directory.glob("scratch/*"))
-    needed, free = 16 * tokens - scratch, shutil.disk_usage(directory).free
+    begun = [path for folder in ("scratch", "contexts") for path in directory.glob(f"{folder}/**/*") if path.is_file()]
+    needed = 16 * tokens - sum(path.stat().st_blocks * 512 for path in begun)
+    free = shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(
-            f"sample.train_tokens, sample.holdout_tokens: {tokens:,} tokens take {size_text(16 * tokens)} in "
+            f"sample.train_tokens, sample.holdout_tokens: {tokens:,} tokens take {size_text(needed)} more in "
             f"{directory} while they are sampled, and its disk has {size_text(free)} free; lower them, make room "
             "(`make prune` lists old runs), or choose another disk with --runs"
         )

@@ -143,8 +143,12 @@ class RemoteFiles(Files):
 
     def delete_all(self) -> None:
         self.delete("created.json")
+        names = self.names()
+        records = [name for name in names if "/shards/" in name]
         with self.named(""):
-            self._obstore.delete(self._store, self.names())
+            for gone in (records, [name for name in names if name not in {*records}]):
+                if gone:
+                    self._obstore.delete(self._store, gone)
 
 
 class RemoteChunkFile(ChunkFile):

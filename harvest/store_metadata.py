@@ -4,6 +4,7 @@ They are a pure function of geometry and attributes. So what is damaged is found
 shard is never judged by a damaged shape.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from zarr.storage import MemoryStore
 
 from harvest.array_files import ALL_CHUNKS, StoredArray
-from harvest.files import UserError, json_bytes
+from harvest.direct_io import REDO
+from harvest.files import UnreachableError, UserError, json_bytes
 from harvest.store_files import Files, read_store_json
 from harvest.store_layout import SPLITS, Geometry
 from harvest.stored_forms import FORMS
@@ -22,7 +24,10 @@ from harvest.stored_forms import FORMS
 SCHEMA = 1
 ROOT, CREATED = "zarr.json", "created.json"
 CREATED_FILE = {CREATED: json_bytes({"schema": SCHEMA})}
-DAMAGED = "its attributes do not describe a store; it was damaged. `make verify`, then `make harvest` writes it anew"
+
+
+class DamagedError(UserError):
+    """Metadata that describe no store."""
 
 
 def describe(geometry: Geometry, attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,29 +66,34 @@ def metadata_files(arrays: Iterable[StoredArray], attributes: Mapping[str, Any])
 def read_geometry(files: Files) -> tuple[Geometry, dict[str, Any]]:
     """Shape and attributes of a store, as its root group has them.
 
-    Raises UserError when there is none, or it does not describe a store that this code reads.
+    Raises DamagedError where it does not describe a store, UserError when there is none, or one of another schema.
     """
     if files.size(CREATED) is None:
+        if is_begun(files):
+            raise DamagedError(f"{files.place(CREATED)}: missing; {REDO}")
         raise UserError(f"{files.place()}: no activation store there, or one that was never begun properly")
-    attributes = read_store_json(files, ROOT).get("attributes")
+    damaged = DamagedError(f"{files.place(ROOT)}: its attributes do not describe a store; it was damaged. {REDO}")
+    try:
+        attributes = read_store_json(files, ROOT).get("attributes")
+    except UnreachableError:
+        raise
+    except UserError as error:
+        raise DamagedError(str(error)) from None
     if not isinstance(attributes, dict):
-        raise UserError(f"{files.place(ROOT)}: {DAMAGED}")
+        raise damaged
     if attributes.get("schema") != SCHEMA:
         raise UserError(f"{files.place()}: store of schema {attributes.get('schema')}; this code reads {SCHEMA}")
-    stored = attributes.get("stored", FORMS[0])
+    stored, hooks = attributes.get("stored", FORMS[0]), attributes.get("hooks")
     if stored not in FORMS:
         raise UserError(f"{files.place()}: its rows are stored as {stored!r}; this code reads {', '.join(FORMS)}")
-    hooks = attributes.get("hooks")
-    numbers = {name: attributes.get(name) for name in Geometry._fields if name not in ("hooks", "stored")}
-    if (
-        not isinstance(hooks, list)
-        or not all(isinstance(hook, str) for hook in hooks)
-        or not all(type(number) is int and number >= 0 for number in numbers.values())
-    ):
-        raise UserError(f"{files.place(ROOT)}: {DAMAGED}")
-    geometry = Geometry(**{**numbers, "hooks": tuple(hooks), "stored": stored})
-    if not geometry.chunk_rows or not geometry.shard_rows or geometry.shard_rows % geometry.chunk_rows:
-        raise UserError(f"{files.place(ROOT)}: {DAMAGED}")
+    shape: dict[str, Any] = {name: attributes.get(name) for name in Geometry._fields if name not in ("hooks", "stored")}
+    if not all(type(shape[name]) is int and shape[name] >= (not name.endswith("_shards")) for name in shape):
+        raise damaged
+    if not isinstance(hooks, list) or not hooks or not all(isinstance(hook, str) for hook in hooks):
+        raise damaged
+    geometry = Geometry(**shape, hooks=tuple(hooks), stored=stored)
+    if geometry.shard_rows % geometry.chunk_rows:
+        raise damaged
     return geometry, attributes
 
 
@@ -117,7 +127,12 @@ def check_same(files: Files, described: Mapping[str, Any], damaged: Iterable[str
 def _is_there(files: Files, name: str, expected: bytes) -> bool:
     if files.size(name) is None:
         return False
-    found = files.read(name)
+    try:
+        found = files.read(name)
+    except UnreachableError:
+        raise
+    except UserError:
+        return False
     if found == expected or name == CREATED:
         return found == expected
     try:
@@ -126,5 +141,6 @@ def _is_there(files: Files, name: str, expected: bytes) -> bool:
         return False
 
 
-def _parsed(content: bytes) -> Any:
-    return zarr.open(MemoryStore({ROOT: cpu.Buffer.from_bytes(content)}), mode="r").metadata
+def _parsed(content: bytes) -> str:
+    metadata = zarr.open(MemoryStore({ROOT: cpu.Buffer.from_bytes(content)}), mode="r").metadata
+    return json.dumps(metadata.to_dict(), sort_keys=True, default=str)  # as text, a NaN is itself

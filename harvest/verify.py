@@ -10,7 +10,7 @@ from harvest.activation_store import CONSUMED, SPLITS, ActivationStore
 from harvest.files import UnreachableError, UserError
 from harvest.progress import Progress
 from harvest.store_files import Files, local_or
-from harvest.store_metadata import CREATED, CREATED_FILE, damaged_files, read_geometry
+from harvest.store_metadata import CREATED, CREATED_FILE, DamagedError, damaged_files
 
 
 class Bad(NamedTuple):
@@ -20,30 +20,27 @@ class Bad(NamedTuple):
     shards: list[str]
 
 
-def verify(place: Path | Files, changed: Collection[str] = ()) -> Bad:
+def verify(place: Path | Files, changed: Collection[str] = (), *, complete: bool = False) -> Bad:
     """Read every byte of a store. What is bad is taken away, and the next harvest makes just that anew.
 
-    `changed`: names of files without rows that are not as the manifest has them. Of a bad shard the record is taken
-    away. Raises UserError when there is no store, or it cannot be reached.
+    `changed`: names of files without rows that are not as the manifest has them. `complete`: whether there has to be a
+    store. Of a bad shard the record is taken away. Raises UserError when there is none, or it cannot be reached.
     """
     files = local_or(place)
-    if not files.names():
-        if not changed:
-            read_geometry(files)  # raises: there is none
+    names = files.names()
+    if not names and complete:
         return Bad([f"{files.place()}: no activation store there"], [])
     metadata = [_taken(files, name, "missing, or changed since the harvest ended") for name in changed]
-    if damaged_files(files, CREATED_FILE):
+    if names and damaged_files(files, CREATED_FILE):
         metadata.append(_taken(files, CREATED, "missing or damaged"))
     if metadata:
         return Bad(metadata, [])
     try:
         store = ActivationStore.open(files)
-    except UnreachableError:
-        raise
-    except UserError as error:
+    except DamagedError as error:
         return Bad([str(error)], [])
-    if damaged := store.damaged_metadata():
-        return Bad([f"{files.place(name)}: does not describe the store that zarr.json does" for name in damaged], [])
+    if damaged := store.damaged_metadata(names):
+        return Bad([f"{files.place(name)}: not that of the store that zarr.json describes" for name in damaged], [])
     return Bad([], _bad_shards(store))
 
 
@@ -54,14 +51,14 @@ def _taken(files: Files, name: str, why: str) -> str:
 
 def _bad_shards(store: ActivationStore) -> list[str]:
     shards = [(split, shard) for split in SPLITS for shard in range(store.geometry.shards(split))]
-    consumed = {shard for shard in shards if store.is_consumed(*shard)}
-    if consumed:
-        print(f"{store.path}: {len(consumed)} training shards are not read: {CONSUMED}", file=sys.stderr)
-        shards = [(split, shard) for split, shard in shards if split == "holdout" or store.is_recorded(split, shard)]
-    bad = []
-    with Progress("verify", len(shards) - len(consumed), "shards") as progress:
+    bad, consumed = [], 0
+    with Progress("verify", len(shards), "shards") as progress:
         for split, shard in shards:
-            if (split, shard) in consumed:
+            progress.advance(1)
+            if split == "train" and (
+                store.is_consumed(split, shard) or (consumed and not store.is_recorded(split, shard))
+            ):
+                consumed += 1
                 continue
             try:
                 store.verify_shard(split, shard)
@@ -70,7 +67,8 @@ def _bad_shards(store: ActivationStore) -> list[str]:
             except UserError as error:
                 bad.append(f"{split} shard {shard}: {error}")
                 store.forget(split, shard)
-            progress.advance(1)
+    if consumed:
+        print(f"{store.path}: {consumed} training shards are not there: {CONSUMED}", file=sys.stderr)
     return bad
 
 

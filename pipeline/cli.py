@@ -178,25 +178,22 @@ def verify(
             print(verification.digest(files_of(directory)))
             return
         with locked(directory, "harvest"):
-            changed, damaged = [], []
-            if is_complete(directory):
-                try:
-                    changed = [n.removeprefix("store/") for n in changed_files(directory) if n.startswith("store/")]
-                except UserError as error:
-                    damaged = [str(error)]
-            metadata, shards = verification.verify(files_of(directory), changed)
-            metadata = damaged + metadata
-            if metadata or shards:
-                (directory / MANIFEST).unlink(missing_ok=True)
+            complete, manifest, changed = is_complete(directory), [], []
+            try:
+                changed = changed_files(directory) if complete else []
+            except UserError as error:
+                manifest = [str(error)]
+            inside = [n.removeprefix("store/") for n in changed if n.startswith("store/") and n.endswith("/zarr.json")]
+            metadata, shards = verification.verify(files_of(directory), inside, complete=complete)
+            if not manifest and not metadata and not shards:
+                return
+            (directory / MANIFEST).unlink(missing_ok=True)
+            way_out = "`make harvest` writes it anew"
             if metadata:
-                raise UserError(
-                    "\n".join([*metadata, *shards]) + "\n`make harvest` writes these files anew; then `make verify` "
-                    "reads the shards"
-                )
-            if shards:
-                raise UserError(
-                    "\n".join(shards) + f"\n{len(shards)} bad shards are marked; `make harvest` redoes just these"
-                )
+                way_out = "`make harvest` writes these files anew; then `make verify` reads the shards"
+            elif shards:
+                way_out = f"{len(shards)} bad shards are marked; `make harvest` redoes just these"
+            raise UserError("\n".join([*manifest, *metadata, *shards, way_out]))
 
 
 @app.command()

@@ -55,8 +55,7 @@ def errors(root: Path = DEFAULT_RUNS) -> Iterator[None]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         print(
             f"error: out of memory ({reason}). What was complete is untouched; lower what a stage holds at once "
-            "(harvest.batch_contexts, train.batch_size, train.pool_rows, train.sae, evaluate.batch_rows): "
-            "`make estimate` says what fits",
+            "(harvest.batch_contexts, train.batch_size, train.pool_rows, train.sae, evaluate.batch_rows)",
             file=sys.stderr,
         )
         sys.exit(1)

@@ -126,7 +126,8 @@ def plan(
     lacks = [f"the disk of {root} lacks {size_text(needed - free)}"] if needed > free else []
     for obstacle in lacks:
         yield f"warning: {obstacle}{'' if remote else '; harvest will refuse to start'}"
-    if limited and total > free >= needed:
+    streams = limited and total > free >= needed
+    if streams:
         yield f"warning: the disk of {root} has room for `make stream` alone, which keeps harvest.runtime.disk_limit"
     here, *elsewhere = speeds(config, s, measured)
     for speed in (here, *elsewhere):
@@ -136,7 +137,12 @@ def plan(
     yield (
         "not measured: tokenizing, downloads of the model and the text, evaluation, several GPUs; memory is arithmetic"
     )
-    obstacles = lacks + Memory.of(config, s, here).obstacles(config.harvest.batch_contexts)
+    memory = Memory.of(config, s, here)
+    obstacles = lacks + memory.obstacles(config.harvest.batch_contexts)
+    if streams and memory.harvest + memory.train > MARGIN * memory.free:
+        obstacles.append(f"a stream does not fit into {size_text(memory.free)}")
+    if streams and s.steps * train.batch_size > rows:
+        obstacles.append("a stream is one epoch only")
     stored = (g.train_shards + g.holdout_shards) * g.shard_rows
     harvest, training = harvest_seconds(s, here, stored, True), train_seconds(config, s, here, s.saes, True)
     taken = f"harvest {_hours(harvest)}, training {_hours(training)}; {size_text(needed)} of disk"

@@ -112,8 +112,8 @@ def check_files(directory: Path) -> None:
     try:
         changed = changed_files(directory)
     except UserError as error:
-        mend = f"delete it and run {stage} again, which keeps what is whole"
-        raise UserError(f"{error}{'' if stage == 'evaluate' else f': {mend}'}") from None
+        keeps = "makes it anew" if stage == "sample" else "keeps what is whole"
+        raise UserError(f"{error}: delete it and run {stage} again, which {keeps}") from None
     if changed:
         mend = (
             "`make verify`, then `make harvest` writes just that anew"

@@ -53,7 +53,7 @@ def test_a_mistyped_setting_names_file_line_and_a_near_one(tmp_path):
         ("sample.train_tokens=100", "less than one shard"),
         ("train.pool_rows=100", "must hold at least one chunk"),
         ("sample.sources.0.name=all", "sources need names of their own"),
-        ("train.epochs=.inf", "finite number of at most"),
+        ("train.epochs=.inf", "finite number"),
         ("train.lr=2024-99-99", "not valid YAML"),
         ("harvest.hooks=[a,a]", "names a module twice"),
         ("nonsense", "an override is section.key=value"),

@@ -80,6 +80,13 @@ def test_a_bounded_disk_needs_room_for_its_part_alone():
     text = lines(GPU, "harvest.runtime.disk_limit=300GB", free=10**12)
     assert "warning: the disk of runs has room for `make stream` alone" in text
     assert text.splitlines()[-1].startswith("in short, on this machine: it fits; ")
+    small = GPU._replace(memory=20 * 10**9)
+    assert (
+        "a stream does not fit into 20 GB"
+        in lines(small, "harvest.runtime.disk_limit=300GB", free=10**12).splitlines()[-1]
+    )
+    twice = ("harvest.runtime.disk_limit=300GB", "train.training_tokens=2_000_000_000")
+    assert "a stream is one epoch only" in lines(GPU, *twice, free=10**12).splitlines()[-1]
     assert "the disk of runs lacks 2" in lines(GPU, "harvest.runtime.disk_limit=300GB", free=10**11)
 
 

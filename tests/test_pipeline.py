@@ -179,10 +179,14 @@ def test_a_runs_folder_that_is_none_is_named(fresh_folder, command):
     assert "Traceback" not in ran.out
 
 
-def test_too_large_a_batch_is_an_error_of_memory(run_folder):
-    ran = pipeline("train", "train.batch_size=2000000000", "train.epochs=null", "train.training_tokens=2000000000")
+def test_memory_that_is_not_there_is_an_error_that_names_what_to_lower(run_folder, monkeypatch):
+    def no_memory(*_arguments: object, **_more: object) -> None:
+        raise MemoryError("Unable to allocate 119 GiB")
+
+    monkeypatch.setattr("train.run.heldout_rows", no_memory)
+    ran = pipeline("train", "train.seed=3")
     assert ran.status == 1
-    assert "error: out of memory" in ran.out
+    assert "error: out of memory (Unable to allocate 119 GiB)" in ran.out
     assert "train.batch_size" in ran.out
 
 

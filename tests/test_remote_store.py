@@ -16,6 +16,7 @@ from harvest import remote_files
 from harvest.activation_store import ActivationStore
 from harvest.files import UserError, read_json
 from harvest.remote_files import RemoteFiles
+from harvest.store_metadata import is_begun
 from harvest.verify import digest, verify
 from train.config import ExcludeConfig
 from train.dataloader import ActivationLoader, Position
@@ -209,6 +210,41 @@ def test_plain_http_stays_on_this_machine(server, monkeypatch, endpoint):
     RemoteFiles(URL, True)
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint.replace("http:", "https:"))
     RemoteFiles(URL, False)
+
+
+def test_a_deletion_that_is_interrupted_leaves_nothing_that_passes_for_a_store(server, monkeypatch):
+    files = RemoteFiles(URL, False)
+    write(files, G)
+    delete, deleted = files._obstore.delete, []
+
+    def interrupted(store: object, paths: object) -> None:
+        if deleted[1:]:  # created.json, then the records
+            raise KeyboardInterrupt
+        deleted.append(paths)
+        delete(store, paths)
+
+    monkeypatch.setattr(files._obstore, "delete", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.delete_all()
+    monkeypatch.undo()
+    assert any("/acts/" in key for key in server.objects)
+    assert not is_begun(files)
+
+
+def test_a_store_in_a_bucket_that_is_gone_or_damaged_is_made_again(sampled, server):
+    assert pipeline("harvest", SETTING).status == 0
+    before = dict(server.objects)
+    for damage in (
+        server.objects.clear,
+        lambda: server.objects.update(
+            {k: v.replace(b'"train_shards": 6', b'"train_shards": 2') for k, v in before.items()}
+        ),
+    ):
+        damage()
+        assert pipeline("train").status == 1
+        assert pipeline("verify").status == 1
+        assert pipeline("harvest", SETTING).status == 0
+        assert server.objects == before
 
 
 def test_what_cannot_be_reached_is_not_called_bad(server):

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import datasets
@@ -143,9 +144,10 @@ def test_text_that_cannot_be_used_is_named(fresh_folder, data, says):
 
 
 def test_a_budget_that_does_not_fit_on_the_disk_takes_none_of_it(fresh_folder, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**15, 0, 10**12))
     ran = pipeline("sample", "sample.train_tokens=1000000000000")
     assert ran.status == 1
-    assert "sample.train_tokens, sample.holdout_tokens: 1,000,000,000,512 tokens take 16 TB" in ran.out
+    assert "sample.train_tokens, sample.holdout_tokens: 1,000,000,000,512 tokens take 16 TB more" in ran.out
     assert not list(Path("runs").glob("sample/*/scratch/*"))
 
     def full(descriptor: int, offset: int, size: int) -> None:

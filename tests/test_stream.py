@@ -134,7 +134,7 @@ def test_training_deletes_what_it_has_read(finished, run_folder):
     assert json.loads((directory / "store/train/shards/00003.json").read_text())["consumed"] is True
     # Each command on what is left.
     ran = pipeline("verify", ONE_EPOCH)
-    assert ran.status == 0 and "6 training shards are not read: training beside the harvest" in ran.out
+    assert ran.status == 0 and "6 training shards are not there: training beside the harvest" in ran.out
     assert "is a stream for" in pipeline("train", "train.lr=1e-4").out
     ran = pipeline("train", ONE_EPOCH, "--force", "--yes")
     assert ran.status == 1 and "has read its training rows and deleted them" in ran.out

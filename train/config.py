@@ -50,7 +50,7 @@ class SweepConfig(Settings):
     """Values of train.sae.l1_coefficient."""
     lr: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Values of train.lr."""
-    d_sae: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    d_sae: tuple[Annotated[int, Field(ge=1, lt=2**31)], ...] = ()
     """Values of train.sae.d_sae."""
 
     @model_validator(mode="after")

@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -139,8 +140,21 @@ def test_a_damaged_manifest_is_written_anew(run_folder):
     ran = pipeline("verify")
     assert ran.status == 1
     assert f"{manifest.name}: does not match its own checksum" in ran.out
+    assert ran.out.endswith("`make harvest` writes it anew\n")
     assert pipeline("harvest").status == 0
     assert pipeline("verify").status == 0
+
+
+def test_a_manifest_names_nothing_but_metadata_to_take_away(run_folder):
+    store = only(run_folder, "runs/harvest/*/store")
+    before = contents(store)
+    manifest = only(run_folder, "runs/harvest/*/manifest.json")
+    value = json.loads(manifest.read_text())
+    del value["crc32c"]
+    value["files"] |= {"store/train": 1, "store/": 1, "store/train/shards/00000.json": 1}
+    manifest.write_text(json.dumps(value))
+    pipeline("verify")
+    assert contents(store) == before
 
 
 def test_an_unfinished_store_is_not_judged_by_a_damaged_shape(run_folder):
@@ -151,6 +165,6 @@ def test_an_unfinished_store_is_not_judged_by_a_damaged_shape(run_folder):
     _edit('"chunk_rows": 64', '"chunk_rows": 32')(store / "zarr.json")
     ran = pipeline("verify")
     assert ran.status == 1
-    assert "does not describe the store that zarr.json does" in ran.out
+    assert "not that of the store that zarr.json describes" in ran.out
     assert pipeline("harvest").status == 0
     assert {name: data for name, data in contents(store).items() if name in before} == before
