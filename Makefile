@@ -4,6 +4,8 @@
 
 CONFIG ?= configs/smollm2.yaml
 SET ?=
+# Options of the command, as ARGS=--force
+ARGS ?=
 PYTHON ?= python3
 # Processes that share the harvest's shards, and that training splits the features over: one a GPU, or PROCS on a CPU.
 GPUS ?= 1
@@ -22,6 +24,7 @@ LAUNCH = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
 	@echo 'CONFIG=file chooses the settings, SET="section.key=value ..." changes some of them'
+	@echo 'ARGS=--option passes an option of the command on (.venv/bin/python -m pipeline COMMAND --help)'
 	@echo 'PROCS=N on a CPU is what GPUS=N is with GPUs'
 	@echo 'without a target: .venv/bin/python -m pipeline ingest, steer, compare, push, path (COMMAND --help)'
 
@@ -44,38 +47,38 @@ assets/.complete: .venv/.dependencies configs/assets.txt pipeline/assets.py
 	@touch $@
 
 all: setup ## set up, then harvest, train and evaluate; ends with the path of report.html
-	@$(RUN) run --config $(CONFIG) $(SET)
+	@$(RUN) run --config $(CONFIG) $(SET) $(ARGS)
 
 harvest: setup ## sample the text and write the model's activations into a store; GPUS=N takes N GPUs
-	@$(RUN) sample --config $(CONFIG) $(SET)
-	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) harvest --config $(CONFIG) $(SET)
+	@$(RUN) sample --config $(CONFIG) $(SET) $(ARGS)
+	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) harvest --config $(CONFIG) $(SET) $(ARGS)
 
 stream: setup ## harvest and train side by side within SET="harvest.runtime.disk_limit=..."; GPUS=N shares them out
-	@$(RUN) stream --processes $(PROCS) --config $(CONFIG) $(SET)
+	@$(RUN) stream --processes $(PROCS) --config $(CONFIG) $(SET) $(ARGS)
 
 train: setup ## train an SAE for each hook from the store; GPUS=N splits its features over N GPUs
-	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) train --config $(CONFIG) $(SET)
+	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) train --config $(CONFIG) $(SET) $(ARGS)
 
 eval: setup ## measure the SAE on held-out text; write the report and the pages of features
-	@$(RUN) evaluate --config $(CONFIG) $(SET)
+	@$(RUN) evaluate --config $(CONFIG) $(SET) $(ARGS)
 
 status: setup ## which stage is complete, which would run, and why
-	@$(RUN) status --config $(CONFIG) $(SET)
+	@$(RUN) status --config $(CONFIG) $(SET) $(ARGS)
 
 verify: setup ## read every byte of the store; what is bad is made anew by the next harvest
-	@$(RUN) verify --config $(CONFIG) $(SET)
+	@$(RUN) verify --config $(CONFIG) $(SET) $(ARGS)
 
 estimate: setup ## what CONFIG needs: disk, memory, hours, from a short measurement of this machine
-	@$(RUN) estimate --config $(CONFIG) $(SET)
+	@$(RUN) estimate --config $(CONFIG) $(SET) $(ARGS)
 
 dry-run: setup ## rehearse every stage of CONFIG in a minute, on a narrow random model and made-up text
-	@$(RUN) dry-run --config $(CONFIG) $(SET)
+	@$(RUN) dry-run --config $(CONFIG) $(SET) $(ARGS)
 
 prune: setup ## list the runs with size, age and users; delete what CONFIG does not use, after asking
-	@$(RUN) prune --config $(CONFIG) $(SET)
+	@$(RUN) prune --config $(CONFIG) $(SET) $(ARGS)
 
 export: setup ## write the trained SAEs as SAELens folders with a model card
-	@$(RUN) export --config $(CONFIG) $(SET)
+	@$(RUN) export --config $(CONFIG) $(SET) $(ARGS)
 
 test: setup .venv/.dev ## the tests
 	.venv/bin/python -m pytest

@@ -24,7 +24,7 @@ class FeaturesConfig(Settings):
     """Pages of single features."""
 
     count: int = Field(default=200, ge=1, le=2000)
-    """Features that get a page: the best by ReasonScore (by density where there is none) and a random part."""
+    """Features that get a page: the best by ReasonScore and a random part; all at random where there is none."""
     random_share: float = Field(default=0.25, ge=0, le=1)
     """Part of them that is drawn at random from those that fire, so that not only the best are seen."""
     include: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -75,8 +75,9 @@ class SteeringConfig(Settings):
     """How many features are amplified, those of the highest ReasonScore."""
     feature_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """These features instead."""
-    strengths: tuple[float, ...] = Field(default=(1.0, 2.0, 4.0), min_length=1)
-    """Times the feature's largest held-out activation; the text without (0) is written in any case."""
+    strengths: tuple[float, ...] = Field(default=(0.5, 1.0, 2.0), min_length=1)
+    """Times the feature's largest held-out activation; the text without (0) is written in any case. Where the text
+    repeats itself, it is too much."""
     prompts: tuple[str, ...] = ()
     """What the model is asked; the first `built_in_prompts` of evaluate/prompts.txt if empty."""
     built_in_prompts: int = Field(default=6, ge=1, le=60)

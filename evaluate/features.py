@@ -86,18 +86,19 @@ class Activity(NamedTuple):
 def choose_features(config: FeaturesConfig, density_F: np.ndarray, score_F: np.ndarray | None) -> np.ndarray:
     """Features that get a page, int64 (K,): those asked for, the best ranked, and a random part of the living.
 
-    Ranked by ReasonScore, or by density where there is none. Raises UserError for a number out of range.
+    Ranked by ReasonScore; where there is none, all are drawn at random. Raises UserError for a number out of range.
     """
     wrong = [number for number in config.include if number >= len(density_F)]
     if wrong:
         raise UserError(
             f"evaluate.features.include: {wrong[0]}: the SAE has {len(density_F):,} features, 0 to {len(density_F) - 1}"
         )
-    ranking = density_F if score_F is None else np.where(density_F > 0, np.nan_to_num(score_F, nan=-np.inf), -np.inf)
+    scored = score_F is not None
+    ranking = np.where(density_F > 0, np.nan_to_num(score_F, nan=-np.inf) if scored else 0, -np.inf)
     living = int((density_F > 0).sum())
     ranked = np.argsort(-ranking, kind="stable")[:living]
     drawn = np.random.default_rng(config.seed).permutation(ranked)
-    ranked_count = config.count - round(config.count * config.random_share)
+    ranked_count = config.count - round(config.count * config.random_share) if scored else 0
     wanted = [*config.include, *ranked[:ranked_count].tolist(), *drawn.tolist()]
     return np.array(list(dict.fromkeys(wanted))[: max(config.count, len(set(config.include)))], np.int64)
 

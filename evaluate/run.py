@@ -157,26 +157,9 @@ def _load(folder: Path, hook: str, config: EvaluateConfig, store: ActivationStor
 
 
 def _main_figures(figures: dict[str, Any]) -> dict[str, Any]:
+    """Those of the report's first lines, without outliers; metrics.json has all."""
     kept = figures["fidelity"]["outliers_excluded"]["all"]
-    every = figures["fidelity"]["all_rows"]["all"]
-    out = {
-        "L0": kept.get("l0"),
-        "explained variance": kept.get("explained_variance"),
-        "explained variance (legacy)": kept.get("explained_variance_legacy"),
-        "dead features": f"{figures['features']['dead_fraction']:.2%}",
-        "all rows: L0": every["l0"],
-        "all rows: explained variance": every["explained_variance"],
-        "all rows: explained variance (legacy)": every["explained_variance_legacy"],
-    }
+    out = {"L0": kept.get("l0"), "explained variance": kept.get("explained_variance")}
     if "downstream" in figures:
-        down = figures["downstream"]["all"]
-        for name in (
-            "ce_clean",
-            "ce_sae",
-            "ce_zero_ablated",
-            "ce_loss_score",
-            "ce_sae_all_rows",
-            "ce_loss_score_all_rows",
-        ):
-            out[name] = down.get(name)
-    return out
+        out["loss recovered (ce_loss_score)"] = figures["downstream"]["all"].get("ce_loss_score")
+    return out | {"dead features": f"{figures['features']['dead_fraction']:.2%}"}

@@ -77,6 +77,11 @@ def analyse(subject: Subject, heldout: Fidelity) -> dict[str, Any] | None:
         print(f"evaluate.steering: left out, as they fire on no held-out row: {silent}", flush=True)
     wanted = tuple(feature for feature in wanted if feature not in silent)
     if not wanted:
+        print(
+            "evaluate.steering: left out, as no feature is chosen: evaluate.reason_score.words or "
+            "evaluate.steering.feature_ids chooses some",
+            flush=True,
+        )
         return None
     maxima = max_activations(subject.store, subject.saved, subject.exclude, wanted)
     prompts = config.prompts or built_in_prompts()[: config.built_in_prompts]

@@ -71,6 +71,13 @@ def _layer_list(model: nn.Module, config: Any) -> str | None:
     return min(lists, key=len, default=None)
 
 
+def check_hooks(model: ModelConfig, commit: str | None, hooks: Sequence[str], offline: bool) -> None:
+    """Raise UserError for a hook that the model does not have, from its configuration alone."""
+    skeleton = load_skeleton(model, commit, offline)
+    for hook in hooks:
+        find_hook(skeleton, hook)
+
+
 def find_hook(skeleton: Skeleton, hook: str) -> HookPoint:
     """Resolve a hook's name.
 

@@ -70,8 +70,8 @@ class Progress:
         self._last_line = self._last_file = self._first.time
         self._bar: Bar | None = None
         if sys.stderr.isatty() and not quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
-            self._bar = Bar(*columns, console=Console(stderr=True))
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[text]}"))
+            self._bar = Bar(*columns, console=Console(stderr=True), expand=True)
             self._task = self._bar.add_task(title, total=total, completed=start, text="")
 
     def __enter__(self) -> "Progress":

@@ -4,6 +4,7 @@ And where activations are that need no harvest: files of arrays, or a folder tha
 """
 
 import glob
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,7 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
     where = f"sample.sources ({source.name}).path: {source.path!r}"
     files = local_files(source.path)
     if files:

@@ -215,6 +215,8 @@ def _excluded(runs: Runs) -> Iterator[str]:
 
     from harvest.contexts import Contexts
 
+    tokenizer: Any = read_json(Path(runs.config.model.name) / "tokenizer.json")
+    text = {added["id"]: added["content"] for added in tokenizer.get("added_tokens", [])}
     contexts = Contexts(runs.directory("sample") / "contexts")
     tokens = contexts.read("train", "tokens", 0, contexts.count("train"))
     for token in runs.config.train.exclude.token_ids:
@@ -224,4 +226,4 @@ def _excluded(runs: Runs) -> Iterator[str]:
                 f"train.exclude.token_ids: {token}: never occurs in text that this template and tokenizer make, so it "
                 "excludes nothing; name the ids of the tokens that you mean"
             )
-        yield f"token {token} is excluded: {count:,} of {tokens.size:,} training rows"
+        yield f"token {token} ({text.get(token)}) is excluded, as set: {count:,} of {tokens.size:,} training rows"

@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from harvest.files import UserError, read_json
 from harvest.sources import looks_local
 from pipeline.manifest import MANIFEST, is_complete
-from pipeline.stages import Runs
+from pipeline.stages import Runs, swept
 from pipeline.terms import Terms, source_terms
 
 # Figures of the card: section of metrics.json, its groups, name, and how it is written.
@@ -86,20 +86,9 @@ def _saes(runs: Runs, sweep: Sequence[Runs]) -> list[Exported]:
         source = directory / slug(hook)
         if best and not (source / "best").exists():
             raise UserError(f"evaluate.sae: 'best': {source / 'best'} does not exist; export the last one instead")
-        folder = "/".join(filter(None, (slug(saelens_hook(hook) or hook), swept(runs, sweep))))
+        folder = "/".join(filter(None, (slug(saelens_hook(hook) or hook), swept(runs, sweep, "_", "-"))))
         out.append(Exported(runs, hook, folder, source / "best" if best else source))
     return out
-
-
-def swept(runs: Runs, sweep: Sequence[Runs]) -> str:
-    """What sets this run apart from the others of its sweep, as `l1_coefficient-5`; empty without a sweep."""
-
-    def values(each: Runs) -> dict[str, float | int | None]:
-        train = each.config.train
-        return {"l1_coefficient": train.sae.l1_coefficient, "lr": train.lr, "d_sae": train.sae.d_sae}
-
-    mine, all_values = values(runs), [values(each) for each in sweep]
-    return "_".join(f"{name}-{value:g}" for name, value in mine.items() if len({v[name] for v in all_values}) > 1)
 
 
 def _about(sae: Exported) -> dict[str, Any]:

@@ -4,6 +4,7 @@ fingerprint = sha256(stage, its version, upstream fingerprint, inputs by content
 `runtime`). Local models and data enter by content, hub ones by commit; neither by path.
 """
 
+import difflib
 import hashlib
 import json
 import re
@@ -27,6 +28,7 @@ VERSIONS: dict[str, int] = dict(
 TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges)\.(json|txt|model)")
 WEIGHT_FILES = re.compile(r"config\.json|.*\.safetensors|.*\.safetensors\.index\.json")
 SLOW_BYTES = 10 << 30  # hashing more shows its progress
+SETUP = ("assets/smollm2-135m", "assets/chitchat", "assets/champ")  # pipeline/assets.py
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -233,6 +235,11 @@ def _source_identity(i: int, source: Source, memory: _Memory) -> str:
     if files:
         return memory.files_hash(files)
     if looks_local(source.path):
+        if Path(source.path).is_file():
+            raise UserError(
+                f"sample.sources.{i}.path: {source.path!r}: neither .jsonl, .json nor .parquet; plain text goes into a "
+                '.jsonl file, one {"text": "..."} a line, with rows: text'
+            )
         raise UserError(
             f"sample.sources.{i}.path: {source.path!r}: no .jsonl, .json or .parquet file there"
             f"{_setup_hint(source.path)}"
@@ -253,4 +260,8 @@ def _published_identity(i: int, published: PublishedSae, memory: _Memory) -> str
 
 
 def _setup_hint(name: str) -> str:
-    return "; `make setup` puts it there" if name.startswith("assets/") else ""
+    if name in SETUP:
+        return "; `make setup` puts it there"
+    beside = [str(path) for path in Path(name).parent.glob("*")] if name else []
+    close = difflib.get_close_matches(name, [*SETUP, *beside], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

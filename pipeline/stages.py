@@ -87,6 +87,18 @@ class Runs(NamedTuple, Generic[Config]):
 AnyRuns = Runs[PipelineConfig | IngestedConfig]
 
 
+def swept(runs: AnyRuns, sweep: Sequence[AnyRuns], between: str = " ", equals: str = "=") -> str:
+    """What sets a run apart from the others of its sweep, as `l1_coefficient=5`; empty without a sweep."""
+
+    def values(each: AnyRuns) -> dict[str, float | int | None]:
+        train = each.config.train
+        return {"l1_coefficient": train.sae.l1_coefficient, "lr": train.lr, "d_sae": train.sae.d_sae}
+
+    mine, all_values = values(runs), [values(each) for each in sweep]
+    apart = [name for name in mine if len({each[name] for each in all_values}) > 1]
+    return between.join(f"{name}{equals}{mine[name]:g}" for name in apart)
+
+
 def find_runs(config: Config, root: Path) -> list[Runs[Config]]:
     """Identify inputs and fingerprints, of every single setting of a sweep.
 
@@ -240,9 +252,11 @@ def _run_one(stage: str, runs: AnyRuns, begin_run: Begin) -> dict[str, Any]:
         return _run_ingested(stage, config, runs, begin_run)
     if stage == "sample":
         from harvest import sampling
+        from harvest.language_model import check_hooks
 
         commits = [resolved_commit(identity) for identity in inputs.sources]
         commit = resolved_commit(inputs.tokenizer)
+        check_hooks(config.model, commit, config.harvest.hooks, config.harvest.runtime.offline)  # not hours later
         return sampling.run(config.model, commit, config.sample, commits, here("sample"), begin_run)
     commit = resolved_commit(inputs.model)
     if stage == "harvest":
@@ -286,7 +300,7 @@ def _run_ingested(stage: str, config: IngestedConfig, runs: AnyRuns, begin_run: 
 def _clear(directory: Path, confirm: Callable[[str], bool]) -> None:
     """Empty a run directory for --force, after asking where it is complete."""
     if is_complete(directory) and not confirm(f"{directory} is complete. Delete it and run anew?"):
-        raise UserError(f"{directory}: left as it was")
+        raise UserError(f"{directory}: left as it was; --yes deletes it without asking")
     (directory / MANIFEST).unlink(missing_ok=True)  # first: what is half deleted must not pass for complete
     if remote_store(directory):
         from harvest.store_place import files_of

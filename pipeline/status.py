@@ -10,12 +10,17 @@ from typing import Any
 from harvest.files import UserError, is_locked, read_json
 from pipeline.fingerprint import STAGES, VERSIONS
 from pipeline.manifest import BEGUN, is_complete
-from pipeline.stages import AnyRuns
+from pipeline.stages import AnyRuns, swept
 
 
 def status_lines(sweep: Sequence[AnyRuns]) -> list[str]:
     """One line a stage (and setting of a sweep): complete, running, interrupted, or why it would run."""
-    lines = {line: STAGES.index(line.split()[0]) for runs in sweep for line in _status_lines(runs)}
+    lines: dict[str, int] = {}
+    for runs in sweep:
+        which = swept(runs, sweep)
+        for line in _status_lines(runs):
+            stage = STAGES.index(line.split()[0])
+            lines[line if stage < STAGES.index("train") or not which else f"{line}  ({which})"] = stage
     return sorted(lines, key=lambda line: lines[line])
 
 
@@ -40,8 +45,10 @@ def _status_lines(runs: AnyRuns) -> list[str]:
 
 
 def why(runs: AnyRuns, stage: str, stale: str | None) -> str:
-    """Why a stage has no directory yet, by comparison with the newest one of the same stage."""
+    """Why a stage has no directory yet: what the nearest one, of the newest, on the same stage before has otherwise."""
     siblings = sorted((runs.root / stage).glob(f"*/{BEGUN}"), key=lambda path: path.stat().st_mtime, reverse=True)
+    upstream = runs.upstream(stage)
+    nearest: list[str] | None = None
     for path in siblings:
         try:
             other = read_json(path)
@@ -49,17 +56,19 @@ def why(runs: AnyRuns, stage: str, stale: str | None) -> str:
             continue
         if ("ingest" in other.get("settings", {})) != ("ingest" in runs.settings(stage)):
             continue
-        if other.get("version") != VERSIONS[stage]:
-            return f"{stage} version: {other.get('version')} -> {VERSIONS[stage]}"
+        if upstream and Path(str(other.get("upstream"))).name != runs.fingerprints[upstream]:
+            continue
         changes = _differences(other.get("settings", {}), runs.settings(stage))
+        if other.get("version") != VERSIONS[stage]:
+            changes.insert(0, f"{stage} version: {other.get('version')} -> {VERSIONS[stage]}")
         if stage in ("sample", "harvest") and not changes:
             changes = _differences(other.get("inputs", {}), runs.inputs.known(stage))
-        if changes:
-            return "; ".join(changes)
-        break
+        if changes and (nearest is None or len(changes) < len(nearest)):
+            nearest = changes
+    if nearest:
+        return "; ".join(nearest)
     if stale:
         return f"{stale} would run before it"
-    upstream = runs.upstream(stage)
     return f"its {upstream} is another one" if siblings else "it has not been run yet"
 
 

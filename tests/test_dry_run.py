@@ -24,7 +24,7 @@ def test_it_ends_with_the_report_and_can_be_run_again(fresh_folder):
     report = Path(ran.out.splitlines()[-1])
     assert report.is_relative_to("runs/dry-run/tiny")
     assert "<html" in report.read_text()
-    assert "token 2 is excluded: " in ran.out
+    assert ") is excluded, as set: " in ran.out
     assert "dry-run  passed: every stage of " in ran.out
     assert {path.name for path in Path("runs").iterdir()} == {"dry-run"}
     left = report.parent / "left"

@@ -63,6 +63,28 @@ def test_status_of_an_upstream_change(run_folder):
     assert "sample would run before it" in lines[2]
 
 
+def test_status_compares_with_the_nearest_run_on_the_same_harvest(run_folder):
+    assert pipeline("train", "train.seed=5", "train.lr=2e-3").status == 0
+    assert "would run: sae.l1_coefficient: 1 -> 2\n" in pipeline("status", "train.sae.l1_coefficient=2").out
+    lines = pipeline("status", "sample.seed=1", "train.lr=5e-4").out.splitlines()
+    assert "train     would run: sample would run before it" in lines  # those that are there are of another harvest
+
+
+def test_status_of_a_sweep_says_which_is_which(run_folder):
+    lines = pipeline("status", "train.sweep.l1_coefficient=[1,2]").out.splitlines()
+    assert len(lines) == 2 + 2 + 2
+    assert lines[2].startswith("train     complete") and lines[2].endswith("(l1_coefficient=1)")
+    assert lines[3] == "train     would run: sae.l1_coefficient: 1 -> 2  (l1_coefficient=2)"
+    assert lines[5] == "evaluate  would run: train would run before it  (l1_coefficient=2)"
+
+
+def test_a_hook_that_the_model_lacks_is_named_before_any_text_is_read(fresh_folder):
+    ran = pipeline("sample", "harvest.hooks=[modle.layers.1]")
+    assert ran.status == 1
+    assert "harvest.hooks: 'modle.layers.1': no such module" in ran.out
+    assert not list(Path("runs").glob("sample/*/begun.json"))
+
+
 def test_path_prints_the_directory_and_nothing_else(finished, run_folder):
     ran = pipeline("path", "evaluate")
     assert ran.out == f"{only(finished, 'runs/evaluate/*').relative_to(finished)}\n"

@@ -99,6 +99,16 @@ def test_missing_columns_and_files(fresh_folder):
     assert "cannot be read as json" in ran.out
 
 
+def test_what_a_path_may_have_meant(fresh_folder):
+    Path("notes.txt").write_text("text")
+    ran = pipeline("status", "sample.sources.0.path=notes.txt")
+    assert "neither .jsonl, .json nor .parquet; plain text goes into a .jsonl file" in ran.out
+    ran = pipeline("status", "sample.sources.0.path=assets/tiny-chta.jsonl")
+    assert "did you mean 'assets/tiny-chat.jsonl'?" in ran.out
+    assert "did you mean 'assets/champ'?" in pipeline("status", "sample.sources.0.path=assets/chmp").out
+    assert "`make setup` puts it there" in pipeline("status", "sample.sources.0.path=assets/champ").out
+
+
 def test_shares_are_met_to_a_context():
     sources = tuple(Source(name=n, path="x", rows="text", share=s) for n, s in (("a", 0.5), ("b", 0.3), ("c", 0.2)))
     config = SampleConfig(

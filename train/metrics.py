@@ -130,7 +130,7 @@ class Metrics:
         schedule = {"lr": stepped.lr, "l1_coefficient": stepped.l1_coefficient, "dead_features": dead}
         self._write(head | figures | schedule | {"timings": timings})
         waits = timings.get("stall_fraction", 0) > 0.1
-        note = f"L0 {figures['l0']:.1f}  explained variance {figures['explained_variance']:.3f}"
+        note = f"L0 {figures['l0']:.1f}  EV {figures['explained_variance']:.3f}"
         return f"{note}  waits for the disk {timings['stall_fraction']:.0%} of the time" if waits else note
 
     def log_validation(self, step: int, validation: Validation) -> None:

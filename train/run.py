@@ -162,7 +162,8 @@ def _train(tasks: Sequence[Task], hooks: Sequence[str], place: Place, harvest_di
     saes = [sae for training in trainings.values() for sae in training.saes]
     batch_size = tasks[0].config.batch_size
     total, done = (sum(getattr(sae, name) for sae in saes) * batch_size for name in ("steps", "step"))
-    title = f"train {', '.join(trainings)}" + (f" ({len(saes)} SAEs)" if len(saes) > 1 else "")
+    several = f" {', '.join(trainings)}" if len(place.store.geometry.hooks) > 1 else ""
+    title = f"train{several}" + (f" ({len(saes)} SAEs)" if len(saes) > 1 else "")
     with ExitStack() as stack:
         for sae in saes:
             stack.enter_context(closing(sae))
