@@ -50,7 +50,7 @@ all: setup ## set up, then harvest, train and evaluate; ends with the path of re
 	@$(RUN) run --config $(CONFIG) $(SET) $(ARGS)
 
 harvest: setup ## sample the text and write the model's activations into a store; GPUS=N takes N GPUs
-	@$(RUN) sample --config $(CONFIG) $(SET) $(ARGS)
+	@$(RUN) sample --config $(CONFIG) $(SET) $(filter-out --force --yes,$(ARGS))
 	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) harvest --config $(CONFIG) $(SET) $(ARGS)
 
 stream: setup ## harvest and train side by side within SET="harvest.runtime.disk_limit=..."; GPUS=N shares them out

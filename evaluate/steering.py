@@ -77,11 +77,9 @@ def analyse(subject: Subject, heldout: Fidelity) -> dict[str, Any] | None:
         print(f"evaluate.steering: left out, as they fire on no held-out row: {silent}", flush=True)
     wanted = tuple(feature for feature in wanted if feature not in silent)
     if not wanted:
-        print(
-            "evaluate.steering: left out, as no feature is chosen: evaluate.reason_score.words or "
-            "evaluate.steering.feature_ids chooses some",
-            flush=True,
-        )
+        if not silent:
+            why = "no feature has a ReasonScore above 0" if subject.config.reason_score else "there is no ReasonScore"
+            print(f"evaluate.steering: left out, as {why}; evaluate.steering.feature_ids chooses some", flush=True)
         return None
     maxima = max_activations(subject.store, subject.saved, subject.exclude, wanted)
     prompts = config.prompts or built_in_prompts()[: config.built_in_prompts]

@@ -186,7 +186,7 @@ def verify(
             inside = [n.removeprefix("store/") for n in changed if n.startswith("store/") and n.endswith("/zarr.json")]
             metadata, shards = verification.verify(files_of(directory), inside, complete=complete)
             if not manifest and not metadata and not shards:
-                print(f"{directory}: every byte is as it was written")
+                print(f"{directory}: every byte that is there is as it was written")
                 return
             (directory / MANIFEST).unlink(missing_ok=True)
             way_out = "`make harvest` writes it anew"

@@ -212,11 +212,11 @@ def _excluded(runs: Runs) -> Iterator[str]:
     Raises UserError for a token that never occurs: it excludes nothing, so it is not the one that was meant.
     """
     import numpy as np
+    from tokenizers import Tokenizer
 
     from harvest.contexts import Contexts
 
-    tokenizer: Any = read_json(Path(runs.config.model.name) / "tokenizer.json")
-    text = {added["id"]: added["content"] for added in tokenizer.get("added_tokens", [])}
+    tokenizer = Tokenizer.from_file(str(Path(runs.config.model.name) / "tokenizer.json"))
     contexts = Contexts(runs.directory("sample") / "contexts")
     tokens = contexts.read("train", "tokens", 0, contexts.count("train"))
     for token in runs.config.train.exclude.token_ids:
@@ -226,4 +226,5 @@ def _excluded(runs: Runs) -> Iterator[str]:
                 f"train.exclude.token_ids: {token}: never occurs in text that this template and tokenizer make, so it "
                 "excludes nothing; name the ids of the tokens that you mean"
             )
-        yield f"token {token} ({text.get(token)}) is excluded, as set: {count:,} of {tokens.size:,} training rows"
+        name = tokenizer.id_to_token(token)
+        yield f"token {token} ({name}) is excluded, as set: {count:,} of {tokens.size:,} training rows"

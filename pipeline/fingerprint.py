@@ -262,6 +262,8 @@ def _published_identity(i: int, published: PublishedSae, memory: _Memory) -> str
 def _setup_hint(name: str) -> str:
     if name in SETUP:
         return "; `make setup` puts it there"
-    beside = [str(path) for path in Path(name).parent.glob("*")] if name else []
+    if not name or Path(name).exists():
+        return ""
+    beside = [str(path) for path in Path(name).parent.glob("*")]
     close = difflib.get_close_matches(name, [*SETUP, *beside], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""

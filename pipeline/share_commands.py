@@ -32,7 +32,7 @@ def steer(
     config_file: ConfigFile = DEFAULT_CONFIG,
     runs: Root = DEFAULT_RUNS,
     strength: Annotated[
-        list[float] | None, typer.Option(help="Times the feature's largest activation; may be repeated. Default: 4.")
+        list[float] | None, typer.Option(help="Times the feature's largest activation; may be repeated. Default: 1.")
     ] = None,
     prompt: Annotated[list[str] | None, typer.Option(help="What to answer; may be repeated.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="File of prompts, one a line.")] = None,
@@ -59,7 +59,7 @@ def steer(
 
         request = steering.Request(
             features=tuple(feature),
-            strengths=tuple(strength or [4.0]),
+            strengths=tuple(strength or [1.0]),
             prompts=tuple(prompt or ()),
             prompts_file=prompts,
             measure=measure,

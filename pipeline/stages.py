@@ -96,7 +96,13 @@ def swept(runs: AnyRuns, sweep: Sequence[AnyRuns], between: str = " ", equals: s
 
     mine, all_values = values(runs), [values(each) for each in sweep]
     apart = [name for name in mine if len({each[name] for each in all_values}) > 1]
-    return between.join(f"{name}{equals}{mine[name]:g}" for name in apart)
+    return between.join(f"{name}{equals}{_exactly(mine[name])}" for name in apart)
+
+
+def _exactly(value: float | int | None) -> str:
+    """A number in as few digits as tell it apart."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if value is None or float(short) == value else repr(value)
 
 
 def find_runs(config: Config, root: Path) -> list[Runs[Config]]:
@@ -136,6 +142,7 @@ def run_stage(
         todo[directory] = runs
     if todo:
         _check_processes(sweep[0].config, stage, force)
+        _check_hooks(sweep[0], stage)
     if _is_follower():
         _beside_rank_0(todo, stage, allow_mixed, follow)
         return
@@ -196,6 +203,16 @@ def _check_processes(config: PipelineConfig | IngestedConfig, stage: str, force:
         )
 
 
+def _check_hooks(runs: AnyRuns, stage: str) -> None:
+    """Raise UserError before any text is read for hooks that the harvest would refuse hours later."""
+    if stage == "sample" and isinstance(runs.config, PipelineConfig):
+        from harvest.language_model import check_hooks
+
+        config = runs.config
+        offline = config.sample.runtime.offline or config.harvest.runtime.offline
+        check_hooks(config.model, resolved_commit(runs.inputs.tokenizer), config.harvest.hooks, offline)
+
+
 def _ignore(_numerics: dict[str, Any]) -> None:
     """What a follower does with its numerics where rank 0's are those that count."""
 
@@ -252,11 +269,9 @@ def _run_one(stage: str, runs: AnyRuns, begin_run: Begin) -> dict[str, Any]:
         return _run_ingested(stage, config, runs, begin_run)
     if stage == "sample":
         from harvest import sampling
-        from harvest.language_model import check_hooks
 
         commits = [resolved_commit(identity) for identity in inputs.sources]
         commit = resolved_commit(inputs.tokenizer)
-        check_hooks(config.model, commit, config.harvest.hooks, config.harvest.runtime.offline)  # not hours later
         return sampling.run(config.model, commit, config.sample, commits, here("sample"), begin_run)
     commit = resolved_commit(inputs.model)
     if stage == "harvest":

@@ -48,7 +48,7 @@ def why(runs: AnyRuns, stage: str, stale: str | None) -> str:
     """Why a stage has no directory yet: what the nearest one, of the newest, on the same stage before has otherwise."""
     siblings = sorted((runs.root / stage).glob(f"*/{BEGUN}"), key=lambda path: path.stat().st_mtime, reverse=True)
     upstream = runs.upstream(stage)
-    nearest: list[str] | None = None
+    nearest, was_run = None, False
     for path in siblings:
         try:
             other = read_json(path)
@@ -56,12 +56,13 @@ def why(runs: AnyRuns, stage: str, stale: str | None) -> str:
             continue
         if ("ingest" in other.get("settings", {})) != ("ingest" in runs.settings(stage)):
             continue
+        was_run = True
         if upstream and Path(str(other.get("upstream"))).name != runs.fingerprints[upstream]:
             continue
         changes = _differences(other.get("settings", {}), runs.settings(stage))
         if other.get("version") != VERSIONS[stage]:
             changes.insert(0, f"{stage} version: {other.get('version')} -> {VERSIONS[stage]}")
-        if stage in ("sample", "harvest") and not changes:
+        if not changes:
             changes = _differences(other.get("inputs", {}), runs.inputs.known(stage))
         if changes and (nearest is None or len(changes) < len(nearest)):
             nearest = changes
@@ -69,7 +70,7 @@ def why(runs: AnyRuns, stage: str, stale: str | None) -> str:
         return "; ".join(nearest)
     if stale:
         return f"{stale} would run before it"
-    return f"its {upstream} is another one" if siblings else "it has not been run yet"
+    return f"its {upstream} is another one" if was_run and upstream else "it has not been run yet"
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:

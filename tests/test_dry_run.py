@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, pipeline
+from tokenizers import Tokenizer
 
 from harvest.config import Source
 from harvest.conversations import Turn, compose, turns
@@ -21,10 +22,11 @@ R1 = ROOT / "configs" / "r1-llama-8b.yaml"
 def test_it_ends_with_the_report_and_can_be_run_again(fresh_folder):
     ran = pipeline("dry-run", "train.exclude.token_ids=[2]")
     assert ran.status == 0, ran.out
+    name = Tokenizer.from_file("assets/tiny-llama/tokenizer.json").id_to_token(2)
     report = Path(ran.out.splitlines()[-1])
     assert report.is_relative_to("runs/dry-run/tiny")
     assert "<html" in report.read_text()
-    assert ") is excluded, as set: " in ran.out
+    assert f"token 2 ({name}) is excluded, as set: " in ran.out
     assert "dry-run  passed: every stage of " in ran.out
     assert {path.name for path in Path("runs").iterdir()} == {"dry-run"}
     left = report.parent / "left"

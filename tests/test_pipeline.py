@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT, TINY, contents, only, pipeline
+from safetensors.torch import load_file, save_file
 
 from harvest.files import locked, read_json, write_sealed
+from pipeline.stages import _exactly
 
 
 def test_everything_twice_gives_the_same_bytes(finished, fresh_folder):
@@ -76,6 +79,38 @@ def test_status_of_a_sweep_says_which_is_which(run_folder):
     assert lines[2].startswith("train     complete") and lines[2].endswith("(l1_coefficient=1)")
     assert lines[3] == "train     would run: sae.l1_coefficient: 1 -> 2  (l1_coefficient=2)"
     assert lines[5] == "evaluate  would run: train would run before it  (l1_coefficient=2)"
+
+
+def test_numbers_of_a_sweep_are_told_apart():
+    assert [_exactly(value) for value in (5.0, 1e-3, 1.00000001e-3, 1_048_576)] == [
+        "5",
+        "0.001",
+        "0.00100000001",
+        "1048576",
+    ]
+
+
+def test_status_of_activations_beside_a_harvest_of_text(run_folder):
+    np.save("given.npy", np.zeros((64, 8), np.float32))
+    file = Path("ingest.yaml")
+    file.write_text("ingest: {path: given.npy}\ntrain: {sae: {d_sae: 8}, epochs: 1}\n")
+    assert "harvest   would run: it has not been run yet" in pipeline("status", config=file).out
+
+
+def test_status_sees_another_second_model(run_folder):
+    shutil.copytree("assets/tiny-llama", "assets/other")
+    setting = "evaluate.diff.model.name=assets/other"
+    assert pipeline("evaluate", setting).status == 0
+    weights = next(Path("assets/other").glob("*.safetensors"))
+    tensors = load_file(weights)
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, weights)
+    assert "evaluate  would run: diff: sha256:" in pipeline("status", setting).out
+
+
+def test_a_forced_sample_is_not_cleared_for_a_hook_that_is_none(run_folder):
+    before = contents(only(run_folder, "runs/sample/*"))
+    assert pipeline("sample", "--force", "--yes", "harvest.hooks=[modle.layers.1]").status == 1
+    assert contents(only(run_folder, "runs/sample/*")) == before
 
 
 def test_a_hook_that_the_model_lacks_is_named_before_any_text_is_read(fresh_folder):

@@ -103,6 +103,9 @@ def test_what_a_path_may_have_meant(fresh_folder):
     Path("notes.txt").write_text("text")
     ran = pipeline("status", "sample.sources.0.path=notes.txt")
     assert "neither .jsonl, .json nor .parquet; plain text goes into a .jsonl file" in ran.out
+    Path("notes").mkdir()
+    ran = pipeline("status", "sample.sources.0.path=notes")
+    assert ran.out.endswith("no .jsonl, .json or .parquet file there\n")
     ran = pipeline("status", "sample.sources.0.path=assets/tiny-chta.jsonl")
     assert "did you mean 'assets/tiny-chat.jsonl'?" in ran.out
     assert "did you mean 'assets/champ'?" in pipeline("status", "sample.sources.0.path=assets/chmp").out
