@@ -80,7 +80,7 @@ class ActivationStore:
         store = cls(place, geometry, describe(geometry, attributes), direct)
         expected = store._metadata()
         if is_begun(store.files):
-            damaged = store.damaged_metadata()
+            damaged = damaged_files(store.files, expected)
             check_same(store.files, store.attributes, damaged)
         else:
             store.files.delete_all()

@@ -73,9 +73,20 @@ def _layer_list(model: nn.Module, config: Any) -> str | None:
 
 def check_hooks(model: ModelConfig, commit: str | None, hooks: Sequence[str], offline: bool) -> None:
     """Raise UserError for a hook that the model does not have, from its configuration alone."""
-    skeleton = load_skeleton(model, commit, offline)
-    for hook in hooks:
-        find_hook(skeleton, hook)
+    find_hooks(load_skeleton(model, commit, offline), hooks)
+
+
+def find_hooks(skeleton: Skeleton, hooks: Sequence[str]) -> dict[str, HookPoint]:
+    """Resolve the names of hooks.
+
+    Raises UserError as `find_hook` does, and for two names of one module.
+    """
+    points = {hook: find_hook(skeleton, hook) for hook in hooks}
+    by_module: dict[str, str] = {}
+    for hook, point in points.items():
+        if by_module.setdefault(point.module, hook) != hook:
+            raise UserError(f"harvest.hooks: {hook!r}: the same module as {by_module[point.module]!r}")
+    return points
 
 
 def find_hook(skeleton: Skeleton, hook: str) -> HookPoint:
@@ -237,11 +248,7 @@ def load_model(
     from transformers import AutoModel, AutoModelForCausalLM
 
     skeleton = load_skeleton(model, commit, offline)
-    points = {hook: find_hook(skeleton, hook) for hook in hooks}
-    by_module = {point.module: hook for hook, point in points.items()}
-    if len(by_module) < len(points):
-        twice = [hook for hook, point in points.items() if by_module[point.module] != hook]
-        raise UserError(f"harvest.hooks: {twice[0]!r}: the same module as {by_module[points[twice[0]].module]!r}")
+    points = find_hooks(skeleton, hooks)
     config = skeleton.config
     if not with_head:
         slice_layers(config.get_text_config(), max(point.layers for point in points.values()))

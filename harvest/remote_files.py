@@ -144,10 +144,9 @@ class RemoteFiles(Files):
     def delete_all(self) -> None:
         self.delete("created.json")
         names = self.names()
-        records = [name for name in names if "/shards/" in name]
         with self.named(""):
-            for gone in (records, [name for name in names if name not in {*records}]):
-                if gone:
+            for records in (True, False):
+                if gone := [name for name in names if ("/shards/" in name) is records]:
                     self._obstore.delete(self._store, gone)
 
 

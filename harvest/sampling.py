@@ -127,8 +127,8 @@ def _pack(
 
     room = {split: count * size for split, count in wanted.items()}
     unusable = state.unusable
-    for end, documents, left_out in _tokenized(index, source, commit, config, tokenizer, room, filled, state.start):
-        unusable += left_out
+    for end, documents, without in _tokenized(index, source, commit, config, tokenizer, room, filled, state.start):
+        unusable += without
         for split, row, tokens in documents:
             start = filled[split]
             tokens = tokens[: room[split] - start]
@@ -145,12 +145,12 @@ def _pack(
         if filled[split] < room[split]:
             fraction = "raise" if split == "holdout" else "lower"
             share = f" or the share of {source.name}" if len(config.sources) > 1 else ""
-            columns = f"{unusable:,} of {end:,} rows hold nothing usable in {', '.join(COLUMNS[source.rows])}"
+            columns = f"{', '.join(COLUMNS[source.rows])} (`rows: {source.rows}`)"
+            empty = f". {unusable:,} of {end:,} rows hold nothing usable in {columns}" if unusable else ""
             raise UserError(
                 f"sample.{split}_tokens: source {source.name!r} has {filled[split]:,} tokens for the {split} split "
                 f"and its share is {room[split]:,}; lower sample.{split}_tokens{share}, "
-                f"{fraction} sample.holdout_fraction ({config.holdout_fraction:g}), or add text"
-                + (f". {columns} (`rows: {source.rows}`)" if unusable else "")
+                f"{fraction} sample.holdout_fraction ({config.holdout_fraction:g}), or add text{empty}"
             )
     save(end)
     return packed, {f"{split}_documents": used[split] for split in SPLITS}
@@ -191,6 +191,14 @@ class Document(NamedTuple):
     tokens: np.ndarray
 
 
+class Batch(NamedTuple):
+    """What some rows of a data set gave."""
+
+    end: int  # documents, in their random order, up to here
+    documents: list[Document]
+    without: int  # rows that hold no document
+
+
 def _tokenized(
     index: int,
     source: Source,
@@ -200,10 +208,10 @@ def _tokenized(
     room: dict[str, int],
     filled: dict[str, int],
     start: int,
-) -> Iterator[tuple[int, list[Document], int]]:
-    """Batches of documents in random order, from `start` on, for splits that are not full; each with its end.
+) -> Iterator[Batch]:
+    """Batches of documents in random order, from `start` on, for splits that are not full.
 
-    And with the number of its rows that hold no document. One batch is tokenized while the one before is packed.
+    One batch is tokenized while the one before is packed.
     """
     data = open_source(source, commit, config.runtime.offline)
     check_columns(source.rows, data.column_names, source.name)
@@ -222,22 +230,22 @@ def _tokenized(
                 out.append((split, number, compose(config.template, document, tokenizer.eos)))
         return out, unusable
 
-    def encoded(documents: list[tuple[str, int, list[Segment]]]) -> list[Document]:
+    def encoded(end: int, documents: list[tuple[str, int, list[Segment]]], without: int) -> Batch:
         ids = tokenizer.encode([segments for _, _, segments in documents])
-        return [Document(split, row, tokens) for (split, row, _), tokens in zip(documents, ids, strict=True)]
+        rows = [Document(split, row, tokens) for (split, row, _), tokens in zip(documents, ids, strict=True)]
+        return Batch(end, rows, without)
 
     with ThreadPoolExecutor(1, "tokenizer") as thread:
-        ahead: tuple[int, Future[list[Document]], int] | None = None
+        ahead: Future[Batch] | None = None
         for first in range(start, len(order), DOCUMENTS_AT_ONCE):
             if all(filled[split] >= room[split] for split in SPLITS):
                 return
-            documents, unusable = chosen(first)
-            task = thread.submit(encoded, documents)
+            task = thread.submit(encoded, min(first + DOCUMENTS_AT_ONCE, len(order)), *chosen(first))
             if ahead:
-                yield ahead[0], ahead[1].result(), ahead[2]
-            ahead = min(first + DOCUMENTS_AT_ONCE, len(order)), task, unusable
+                yield ahead.result()
+            ahead = task
         if ahead:
-            yield ahead[0], ahead[1].result(), ahead[2]
+            yield ahead.result()
 
 
 def _rows(data: Any, numbers: np.ndarray, source: Source) -> list[dict[str, Any]]:

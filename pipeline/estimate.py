@@ -66,6 +66,11 @@ class Memory(NamedTuple):
             training,
         )
 
+    @property
+    def holds_stream(self) -> bool:
+        """Whether both sides of a stream fit at once."""
+        return self.harvest + self.train <= MARGIN * self.free
+
     def obstacles(self, batch_contexts: int) -> list[str]:
         """What does not fit."""
         batch = f"harvest.batch_contexts={batch_contexts}" if batch_contexts > self.largest_batch else ""
@@ -139,7 +144,7 @@ def plan(
     )
     memory = Memory.of(config, s, here)
     obstacles = lacks + memory.obstacles(config.harvest.batch_contexts)
-    if streams and memory.harvest + memory.train > MARGIN * memory.free:
+    if streams and not memory.holds_stream:
         obstacles.append(f"a stream does not fit into {size_text(memory.free)}")
     if streams and s.steps * train.batch_size > rows:
         obstacles.append("a stream is one epoch only")
@@ -216,7 +221,7 @@ def _machine(config: PipelineConfig, s: Sizes, measured: Measured, speed: Speed)
     obstacles = memory.obstacles(batch)
     for obstacle in obstacles:
         yield f"warning: {obstacle}"
-    if not obstacles and memory.harvest + memory.train > MARGIN * memory.free:
+    if not obstacles and not memory.holds_stream:
         yield f"warning: a stream does not fit into {size_text(memory.free)}; it needs a device for each side"
     if _slower(measured.disk_write.value, written):
         yield "warning: the harvest would be bound by the disk here"

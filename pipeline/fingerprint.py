@@ -18,6 +18,7 @@ from harvest.files import UserError, read_json, write_json
 from harvest.hub import hub_answers
 from harvest.progress import Progress
 from harvest.sources import files_within, hub_errors, ingest_files, local_files, looks_local
+from pipeline import assets
 from pipeline.config import IngestedConfig, PipelineConfig
 from train.config import TRAIN_VERSION
 
@@ -28,7 +29,7 @@ VERSIONS: dict[str, int] = dict(
 TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges)\.(json|txt|model)")
 WEIGHT_FILES = re.compile(r"config\.json|.*\.safetensors|.*\.safetensors\.index\.json")
 SLOW_BYTES = 10 << 30  # hashing more shows its progress
-SETUP = ("assets/smollm2-135m", "assets/chitchat", "assets/champ")  # pipeline/assets.py
+SETUP = [str(assets.ASSETS / name) for name in assets.NAMES]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from harvest.activation_store import Geometry
 from harvest.disk import shard_bytes
-from harvest.language_model import find_hook
+from harvest.language_model import find_hooks
 from pipeline.architecture import Architecture
 from pipeline.config import PipelineConfig
 from train.training import total_steps
@@ -49,7 +49,7 @@ def sizes(config: PipelineConfig, shape: Architecture) -> Sizes:
     sample, train, hooks = config.sample, config.train, config.harvest.hooks
     text = shape.skeleton.config.get_text_config()
     d_in = text.hidden_size
-    layers = max(find_hook(shape.skeleton, hook).layers for hook in hooks)
+    layers = max(point.layers for point in find_hooks(shape.skeleton, hooks).values())
     model: Any = shape.skeleton.model
     run = list(model.get_submodule(shape.skeleton.layer_list))[:layers]
     matrices = [p for layer in run for p in layer.parameters() if p.dim() == 2]

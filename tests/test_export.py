@@ -152,3 +152,12 @@ def test_an_export_that_breaks_off_leaves_nothing(run_folder):
 )
 def test_saelens_names(hook, name):
     assert saelens_hook(hook) == name
+
+
+def test_an_export_never_goes_through_a_link(run_folder):
+    Path("target").mkdir()
+    Path("link").symlink_to("target")
+    ran = pipeline("export", "--to", "link", "--force")
+    assert ran.status == 1
+    assert "link: is a link; choose the folder itself" in ran.out
+    assert not list(Path("target").iterdir())

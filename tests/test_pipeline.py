@@ -120,6 +120,12 @@ def test_a_hook_that_the_model_lacks_is_named_before_any_text_is_read(fresh_fold
     assert not list(Path("runs").glob("sample/*/begun.json"))
 
 
+def test_one_module_under_two_names_is_named(fresh_folder):
+    ran = pipeline("sample", "harvest.hooks=[model.layers.1,blocks.1.hook_resid_post]")
+    assert ran.status == 1
+    assert "harvest.hooks: 'blocks.1.hook_resid_post': the same module as 'model.layers.1'" in ran.out
+
+
 def test_path_prints_the_directory_and_nothing_else(finished, run_folder):
     ran = pipeline("path", "evaluate")
     assert ran.out == f"{only(finished, 'runs/evaluate/*').relative_to(finished)}\n"
