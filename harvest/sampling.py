@@ -30,11 +30,12 @@ from zarr.codecs import Crc32cCodec
 
 from harvest.config import ModelConfig, SampleConfig, Source
 from harvest.contexts import SPLITS, write_checksums
-from harvest.conversations import COLUMNS, Segment, check_columns, compose, document_key, is_held_out, turns
+from harvest.conversations import COLUMNS, check_columns, document_key, is_held_out, turns
 from harvest.disk import check_room_for_contexts
 from harvest.files import UserError, read_json, write_json
 from harvest.progress import Progress
 from harvest.sources import open_source
+from harvest.templates import Segment, compose
 from harvest.tokenizer import SegmentTokenizer, load_tokenizer
 
 DOCUMENTS_AT_ONCE = 512

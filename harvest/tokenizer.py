@@ -9,8 +9,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from harvest.config import ModelConfig
-from harvest.conversations import Segment
 from harvest.files import UserError
+from harvest.templates import Segment
 
 # GPT-2's alphabet: these bytes stand for themselves, the others are the characters from 256 on.
 _PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]

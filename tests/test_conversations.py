@@ -1,8 +1,9 @@
 import pytest
 import tiny
 
-from harvest.conversations import Turn, check_columns, compose, document_key, is_held_out, turns
+from harvest.conversations import Turn, check_columns, document_key, is_held_out, turns
 from harvest.files import UserError
+from harvest.templates import compose
 from harvest.tokenizer import SegmentTokenizer
 
 

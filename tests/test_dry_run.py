@@ -7,9 +7,10 @@ from conftest import ROOT, TINY, pipeline
 from tokenizers import Tokenizer
 
 from harvest.config import Source
-from harvest.conversations import Turn, compose, turns
+from harvest.conversations import Turn, turns
 from harvest.files import UserError, read_json
 from harvest.sources import open_source
+from harvest.templates import compose
 from harvest.tokenizer import SegmentTokenizer
 from pipeline.architecture import find_architecture, shipped_folder
 from pipeline.config import load
