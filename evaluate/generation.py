@@ -22,9 +22,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from harvest.chat_rendering import has_chat_template, render, writes_bos
 from harvest.files import UserError
 from harvest.language_model import HookedModel
 from harvest.progress import Progress
+from harvest.templates import Refused
 
 
 class Sampling(NamedTuple):
@@ -65,15 +67,35 @@ def prompt_texts(tokenizer: Any, prompts: Sequence[str], chat: bool | None) -> l
     for number, prompt in enumerate(prompts):
         if not prompt.strip():
             raise UserError(f"prompt {number + 1} of {len(prompts)} is empty; give it text or leave it out")
-    has_template = bool(getattr(tokenizer, "chat_template", None))
+    has_template = has_chat_template(tokenizer)
     if chat and not has_template:
         raise UserError("--chat: this model's tokenizer has no chat template; use --no-chat")
     if chat is False or not has_template:
         return list(prompts)
-    return [
-        tokenizer.apply_chat_template([{"role": "user", "content": p}], add_generation_prompt=True, tokenize=False)
-        for p in prompts
-    ]
+    try:
+        return [render(tokenizer, [{"role": "user", "content": p}], add_generation_prompt=True) for p in prompts]
+    except Refused as refused:
+        raise UserError(f"a prompt cannot be put as a user's turn ({refused}); use --no-chat") from None
+
+
+def prompt_ids(
+    tokenizer: Any, prompts: Sequence[str], chat: bool | None = None, bos: str | None = None
+) -> list[list[int]]:
+    """Token ids of the prompts, as the model reads them; `chat` as in `prompt_texts`.
+
+    They begin with a BOS exactly where the documents or contexts of the sample do (`bos`, as in `Contexts.bos`), and
+    never with two. None: what the tokenizer or its chat template does by itself.
+    """
+    texts = prompt_texts(tokenizer, prompts, chat)
+    templated = texts != list(prompts)
+    ids = [tokenizer(text, add_special_tokens=not templated and bos is None)["input_ids"] for text in texts]
+    first = tokenizer.bos_token_id
+    if bos is None or first is None:
+        return ids
+    if bos != "none":
+        return [row if row[:1] == [first] else [first, *row] for row in ids]
+    own = templated and writes_bos(tokenizer)
+    return [row[1:] if own and row[:1] == [first] else row for row in ids]
 
 
 @torch.inference_mode()
@@ -86,18 +108,17 @@ def complete(
     sampling: Sampling,
     *,
     chat: bool | None = None,
+    bos: str | None = None,
     batch_sequences: int = 64,
     progress: Progress | None = None,
 ) -> list[list[Completion]]:
     """Completions [prompt][intervention]; row i of `interventions_ID` is added at the hook at every position,
-    of the prompt and of what is generated.
+    of the prompt and of what is generated. `chat` and `bos` are those of `prompt_ids`.
 
     Raises UserError for prompts that are empty or too long for the model.
     """
     causal: Any = model.model
-    texts = prompt_texts(tokenizer, prompts, chat)
-    templated = texts != list(prompts)
-    ids = [tokenizer(text, add_special_tokens=not templated)["input_ids"] for text in texts]
+    ids = prompt_ids(tokenizer, prompts, chat, bos)
     _check_lengths(causal, ids, sampling.max_new_tokens)
     ends = _end_tokens(causal, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)

@@ -290,7 +290,7 @@ def _suggested(subject: Subject, chosen: list[int]) -> list[dict[str, Any]]:
     if len(chosen) == len(subject.contexts.sources):
         return []
     count = min(TEXT_CONTEXTS, len(subject.context_source))
-    texts = subject.tokenizer().plain.decode_batch(subject.contexts.read("holdout", "tokens", 0, count).tolist())
+    texts = subject.tokenizer().whole.decode_batch(subject.contexts.read("holdout", "tokens", 0, count).tolist())
     is_chosen = np.isin(subject.context_source[:count], chosen)
     here, elsewhere = ([text for text, c in zip(texts, is_chosen, strict=True) if c == side] for side in (True, False))
     return overrepresented(here, elsewhere)

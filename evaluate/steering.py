@@ -95,6 +95,7 @@ def analyse(subject: Subject, heldout: Fidelity) -> dict[str, Any] | None:
             config.strengths,
             prompts,
             Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed),
+            bos=subject.contexts.bos,
             progress=progress,
         )
     features = [figures(steered, words) | {"examples": _examples(steered)} for steered in found]
@@ -207,6 +208,7 @@ def steer(
     sampling: Sampling,
     *,
     chat: bool | None = None,
+    bos: str | None = None,
     batch_sequences: int = 64,
     progress: Progress | None = None,
 ) -> list[Steered]:
@@ -229,6 +231,7 @@ def steer(
         interventions_ID,
         sampling,
         chat=chat,
+        bos=bos,
         batch_sequences=batch_sequences,
         progress=progress,
     )

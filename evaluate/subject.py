@@ -23,6 +23,7 @@ class NoText(Contexts):
 
     def __init__(self) -> None:
         self.sources = []
+        self.bos = None
 
     def count(self, split: str) -> int:  # noqa: ARG002
         """No contexts."""

@@ -46,7 +46,7 @@ def word_groups(words: Sequence[str], tokenizer: SegmentTokenizer) -> Groups:
     for entry in words:
         name = entry.split("|")[0].strip().lower()
         for text in spellings(entry):
-            ids = tuple(tokenizer.plain.encode(text, add_special_tokens=False).ids)
+            ids = tuple(tokenizer.encode_text(text))
             group = groups.setdefault(name, [])
             if ids and ids not in group:
                 group.append(ids)

@@ -85,8 +85,12 @@ class SampleConfig(Settings):
 
     sources: tuple[Source, ...] = Field(min_length=1, max_length=255)
     """Where text comes from; the shares sum to 1."""
-    template: Literal["chatml", "deepseek-r1"] | None = None
-    """How a conversation becomes text (harvest/conversations.py); needed unless all sources are `rows: text`."""
+    template: Literal["model", "chatml", "deepseek-r1", "deepseek-r1-paper"] | None = None
+    """How a conversation becomes text. `model` is the chat template of the model's tokenizer, and what null means where
+    there is one; the others are written out in harvest/templates.py. `rows: text` takes none."""
+    bos: Literal["auto", "document", "context", "none"] = Field(default="auto", json_schema_extra={"added": True})
+    """Where the tokenizer's BOS stands: at the start of each document, or of each context, or nowhere. auto: each
+    document where the template writes one or the tokenizer puts one in front of a text (Gemma, Llama), else nowhere."""
     context_size: int = Field(ge=2, le=65_535)
     """Tokens of a context, the sequence that the model sees."""
     shard_contexts: int = Field(ge=1)
@@ -116,13 +120,8 @@ class SampleConfig(Settings):
         if abs(total - 1) > 1e-6:
             raise ValueError(f"the shares of sources sum to {total:g}; they must sum to 1")
         names = [source.name for source in self.sources]
-        if len(set(names)) < len(names) or {"all", "shards"} & set(names):
-            raise ValueError(f"sources need names of their own, not 'all' or 'shards': {', '.join(names)}")
-        if self.template is None and (turns := [s.name for s in self.sources if s.rows != "text"]):
-            raise ValueError(
-                f"template is not set; {', '.join(turns)} needs chatml or deepseek-r1, the one that the model was "
-                "trained with"
-            )
+        if len(set(names)) < len(names) or {"all", "shards", "bos"} & set(names):
+            raise ValueError(f"sources need names of their own, not 'all', 'shards' or 'bos': {', '.join(names)}")
         for split in ("train", "holdout"):
             if self.shards(split) < 1:
                 raise ValueError(

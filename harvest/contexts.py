@@ -31,6 +31,8 @@ class Contexts:
         try:
             self._root = zarr.open_group(str(path), mode="r")
             self.sources = [str(name) for name in cast("list[str]", self._root.attrs["sources"])]
+            # Where a BOS stands, as `sample.bos`; None where nothing says so.
+            self.bos = cast("str | None", self._root.attrs.get("bos"))
         except (OSError, KeyError, ValueError) as error:
             raise UserError(f"{path}: no contexts there, or damaged ones ({error}); {RESAMPLE}") from None
 

@@ -32,11 +32,11 @@ from harvest.config import ModelConfig, SampleConfig, Source
 from harvest.contexts import SPLITS, write_checksums
 from harvest.conversations import COLUMNS, check_columns, document_key, is_held_out, turns
 from harvest.disk import check_room_for_contexts
+from harvest.documents import DocumentTokenizer, load_document_tokenizer
 from harvest.files import UserError, read_json, write_json
 from harvest.progress import Progress
 from harvest.sources import open_source
-from harvest.templates import Segment, compose
-from harvest.tokenizer import SegmentTokenizer, load_tokenizer
+from harvest.templates import Segment
 
 DOCUMENTS_AT_ONCE = 512
 SAVE_SECONDS = 30.0  # between records of how far it is
@@ -68,13 +68,15 @@ def run(
         if used != asked:
             shards = f"{config.shards(split)} whole shards of {config.shard_rows:,}"
             print(f"sample.{split}_tokens: {asked:,} is no whole number of shards; {used:,} are used ({shards})")
-    tokenizer = load_tokenizer(model, model_commit, config.runtime.offline)
+    tokenizer = load_document_tokenizer(model, model_commit, config)
+    for line in tokenizer.notes():
+        print(f"sample: {line}")
     scratch = directory / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
     check_room_for_contexts(directory, sum(config.shards(split) * config.shard_rows for split in SPLITS))
     contexts = {split: contexts_by_source(config, split) for split in SPLITS}
     packed: list[dict[str, Packed]] = []
-    summary: dict[str, Any] = {"shards": {split: config.shards(split) for split in SPLITS}}
+    summary: dict[str, Any] = {"shards": {split: config.shards(split) for split in SPLITS}, "bos": tokenizer.bos}
     total = sum(sum(counts) for counts in contexts.values()) * config.context_size
     states = [Packing.at(scratch / f"{i}.json") for i in range(len(config.sources))]
     done = sum(sum(state.filled.values()) for state in states)
@@ -84,7 +86,7 @@ def run(
             files, used_documents = _pack(i, source, commit, config, tokenizer, wanted, states[i], scratch, progress)
             packed.append(files)
             summary[source.name] = used_documents | {f"{s}_contexts": wanted[s] for s in SPLITS}
-    _write(config, packed, directory / "contexts")
+    _write(config, tokenizer.bos, packed, directory / "contexts")
     write_checksums(directory / "contexts")
     shutil.rmtree(scratch)
     return summary
@@ -106,7 +108,7 @@ def _pack(
     source: Source,
     commit: str | None,
     config: SampleConfig,
-    tokenizer: SegmentTokenizer,
+    tokenizer: DocumentTokenizer,
     wanted: dict[str, int],
     state: "Packing",
     scratch: Path,
@@ -205,7 +207,7 @@ def _tokenized(
     source: Source,
     commit: str | None,
     config: SampleConfig,
-    tokenizer: SegmentTokenizer,
+    tokenizer: DocumentTokenizer,
     room: dict[str, int],
     filled: dict[str, int],
     start: int,
@@ -228,7 +230,7 @@ def _tokenized(
                 continue
             split = SPLITS[is_held_out(document_key(document), config.seed, config.holdout_fraction)]
             if filled[split] < room[split]:
-                out.append((split, number, compose(config.template, document, tokenizer.eos)))
+                out.append((split, number, tokenizer.compose(document)))
         return out, unusable
 
     def encoded(end: int, documents: list[tuple[str, int, list[Segment]]], without: int) -> Batch:
@@ -262,7 +264,7 @@ def _rows(data: Any, numbers: np.ndarray, source: Source) -> list[dict[str, Any]
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
-def _write(config: SampleConfig, packed: list[dict[str, Packed]], path: Path) -> None:
+def _write(config: SampleConfig, bos: str, packed: list[dict[str, Packed]], path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     root = zarr.create_group(
         str(path),
@@ -271,6 +273,7 @@ def _write(config: SampleConfig, packed: list[dict[str, Packed]], path: Path) ->
             "sources": [source.name for source in config.sources],
             "context_size": config.context_size,
             "seed": config.seed,
+            "bos": bos,
         },
     )
     size, step = config.context_size, config.shard_contexts

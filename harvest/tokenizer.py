@@ -1,54 +1,97 @@
-"""A model's tokenizer, used two ways: markers make special tokens, content never does."""
+"""A model's tokenizer, for documents in which markers make special tokens and content never does.
+
+A document is read as one string, so that its tokens are those that the model would have read. Content that spells a
+protected token (a special one, or a marker of a template) shows in the ids, which then hold more of them
+than the markers make; such a document is read again under other names for these tokens (renamed_tokens.py).
+"""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from harvest.config import ModelConfig
 from harvest.files import UserError
-from harvest.templates import Segment
+from harvest.long_text import encode_long
+from harvest.renamed_tokens import RenamedTokens, opening, rename_tokens
+from harvest.templates import ALL_MARKERS, Segment
 
 # GPT-2's alphabet: these bytes stand for themselves, the others are the characters from 256 on.
 _PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTES = {chr(byte): byte for byte in _PLAIN} | {
     chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PLAIN)))
 }
+LONG_TEXT = 500_000  # characters from which a text is read in parts
+BATCH_CHARACTERS = 1_500_000  # read at once: 200 MB within `tokenizers`
+MARKERS_KEPT = 10_000  # texts between two contents whose tokens are remembered
 
 
 class SegmentTokenizer:
     """Token ids of documents.
 
-    `whole` knows all added tokens and reads the markers; `plain` has none but those that are white
-    space (GPT-NeoX keeps runs of blanks so), and reads the content.
+    `protected` are the tokens that content never makes: special ones, and those added tokens that a written
+    template or one of `markers` names. Other added tokens, such as runs of blanks, are ordinary text.
+    `rows` of the model's embedding are the ids that it can read; None where that is not known.
     """
 
-    def __init__(self, whole: Tokenizer, eos: str) -> None:
-        spec: dict[str, Any] = json.loads(whole.to_str())
-        spec["added_tokens"] = [t for t in spec["added_tokens"] if not t["content"].strip() and not t["special"]]
-        spec["post_processor"] = spec["truncation"] = spec["padding"] = None
-        self.plain = Tokenizer.from_str(json.dumps(spec))
-        self.whole = whole
-        self.eos = eos
-        self._markers: dict[str, list[int]] = {}
+    def __init__(self, whole: Tokenizer, eos: str = "", markers: Collection[str] = (), rows: int | None = None) -> None:
+        whole.no_truncation()
+        whole.no_padding()
+        self.whole, self.eos, self.rows = whole, eos, rows
+        added = whole.get_added_tokens_decoder()
+        self.protected = {t.content for t in added.values() if t.special or t.content in {*ALL_MARKERS, *markers}}
+        self._unspelled = _unspelled_tokens(whole) & self.protected
+        counted = [i for i, t in added.items() if t.content in self.protected - self._unspelled]
+        self._counted = np.zeros(max([*whole.get_vocab().values(), 0]) + 1, bool)
+        self._counted[counted] = True
+        # Where one can begin within another, equal counts do not say which of two was made.
+        starts = {name[:n] for name in self.protected for n in range(1, len(name))}
+        self._ambiguous = any(name[n:] in starts for name in self.protected for n in range(1, len(name)))
+        self._made_by: dict[str, np.ndarray] = {}
+        self._others: dict[tuple[int, bool], RenamedTokens] = {}
 
     def encode(self, documents: Sequence[Sequence[Segment]]) -> list[np.ndarray]:
         """Token ids, uint32 (tokens,), of each document; no token is added that no segment asks for.
 
-        Raises UserError when a marker holds no token of this tokenizer: the template is another model's.
+        Raises UserError for an id that the model's embedding does not have.
         """
-        contents = [s.text for document in documents for s in document if not s.is_marker]
-        ids = iter(self.plain.encode_batch_fast(contents, add_special_tokens=False))
-        return [
-            np.fromiter(
-                (i for s in document for i in (self._marker(s.text) if s.is_marker else next(ids).ids)),
-                np.uint32,
-            )
-            for document in documents
-        ]
+        merged = [_merged(document) for document in documents]
+        found = self._encoded(self.whole, ["".join(s.text for s in document) for document in merged])
+        out = []
+        for document, ids in zip(merged, found, strict=True):
+            kept = ids if self._is_as_written(document, ids) else self._encode_apart(document)
+            self._check_rows(kept)
+            out.append(kept)
+        return out
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of content that stands alone."""
+        return self.encode([[Segment(text, False)]])[0].tolist()
+
+    def has_token(self, name: str) -> bool:
+        """Whether a marker is one token."""
+        return self.whole.token_to_id(name) is not None
+
+    def check(self) -> None:
+        """Compare the tokenizer with the one of other names: every id, and a text with each of the markers.
+
+        Raises UserError when they differ.
+        """
+        renamed = self._renamed(0)
+        for name, other in renamed.names.items():
+            whole = self.whole.encode(f"b {name} a\n\n  b", add_special_tokens=False).ids
+            apart = renamed.tokenizer.encode(f"b {other} a\n\n  b", add_special_tokens=False).ids
+            if self.whole.token_to_id(name) in whole and whole != renamed.ids[apart].tolist():
+                raise UserError(
+                    f"model.name: its tokenizer reads the text around {name!r} otherwise when its special tokens have "
+                    "other names, so text that spells one of them could not be kept apart"
+                )
 
     def text(self, token_id: int) -> str:
         """What a token adds to a text, its leading blank included; bytes that are no whole character as \\xe2\\x80.
@@ -66,20 +109,113 @@ class SegmentTokenizer:
             return "".join(f"\\x{_BYTES[c]:02x}" if _BYTES[c] > 126 else chr(_BYTES[c]) for c in piece)
         return piece if "\ufffd" in text else text
 
-    def _marker(self, text: str) -> list[int]:
-        if text not in self._markers:
-            known = {token.content for token in self.whole.get_added_tokens_decoder().values()}
-            if not any(name in text for name in known if name.strip()):
-                raise UserError(
-                    f"sample.template: writes the marker {text.strip()!r}, which holds no token of this model's "
-                    "tokenizer; choose the template that the model was trained with"
-                )
-            self._markers[text] = self.whole.encode(text, add_special_tokens=False).ids
-        return self._markers[text]
+    def _encoded(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+        return [ids for batch in _batches(texts) for ids in _encoded_batch(tokenizer, batch)]
+
+    def _is_as_written(self, document: Sequence[Segment], ids: np.ndarray) -> bool:
+        """Whether the markers alone made the protected tokens of a document."""
+        if any(name in s.text for name in self._unspelled for s in document if not s.is_marker):
+            return False
+        made = ids[self._counted[ids]]
+        written = [self._made(s.text) for s in document if s.is_marker]
+        if self._ambiguous and (len(made) or written):
+            return False
+        return np.array_equal(made, np.concatenate([*written, np.zeros(0, np.uint32)]))
+
+    def _made(self, marker: str) -> np.ndarray:
+        """The protected tokens of a marker."""
+        if marker not in self._made_by:
+            if len(self._made_by) >= MARKERS_KEPT:
+                self._made_by.clear()
+            ids = np.array(self.whole.encode(marker, add_special_tokens=False).ids, np.uint32)
+            self._made_by[marker] = ids[self._counted[ids]]
+        return self._made_by[marker]
+
+    def _encode_apart(self, document: Sequence[Segment]) -> np.ndarray:
+        contents = [s.text for s in document if not s.is_marker]
+        variant = 0
+        while any(opening(variant) in text for text in contents):
+            variant += 1
+        written = sum(
+            match[0] not in self._unspelled
+            for s in document
+            if s.is_marker
+            for match in self._spelling.finditer(s.text)
+        )
+        ids = np.zeros(0, np.uint32)
+        for anywhere in (False, True):
+            renamed = self._renamed(variant, anywhere=anywhere)
+            text = "".join(self._with_other_names(s.text, renamed) if s.is_marker else s.text for s in document)
+            ids = renamed.ids[self._encoded(renamed.tokenizer, [text])[0]]
+            if self._counted[ids].sum() == written:
+                break
+        return ids
+
+    def _with_other_names(self, marker: str, renamed: RenamedTokens) -> str:
+        return self._spelling.sub(lambda match: renamed.names[match[0]], marker)
+
+    @cached_property
+    def _spelling(self) -> re.Pattern[str]:
+        return spelling_of(self.protected)
+
+    def _renamed(self, variant: int, *, anywhere: bool = False) -> RenamedTokens:
+        if (variant, anywhere) not in self._others:
+            self._others[variant, anywhere] = rename_tokens(self.whole, self.protected, variant, anywhere=anywhere)
+        return self._others[variant, anywhere]
+
+    def _check_rows(self, ids: np.ndarray) -> None:
+        if self.rows is not None and len(ids) and (largest := int(ids.max())) >= self.rows:
+            raise UserError(
+                f"model.name: its tokenizer makes token {largest} ({self.whole.id_to_token(largest)!r}), but the "
+                f"model's embedding has {self.rows:,} rows; take the tokenizer that belongs to the model"
+            )
+
+
+def spelling_of(names: Iterable[str]) -> re.Pattern[str]:
+    """What finds any of these names, of several at one place the longest."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
+def _unspelled_tokens(whole: Tokenizer) -> set[str]:
+    """What the model itself makes of characters that its vocabulary lacks, without their being spelt."""
+    unknown = getattr(whole.model, "unk_token", None)
+    if isinstance(whole.model, models.Unigram):
+        number = json.loads(whole.to_str())["model"].get("unk_id")
+        unknown = None if number is None else whole.id_to_token(number)
+    return {f"<0x{byte:02X}>" for byte in range(256)} | ({unknown} if unknown else set())
+
+
+def _merged(document: Sequence[Segment]) -> list[Segment]:
+    """The same with neighbours of one kind as one segment: a token may lie across two markers."""
+    groups = groupby((s for s in document if s.text), key=lambda s: s.is_marker)
+    return [Segment("".join(s.text for s in segments), is_marker) for is_marker, segments in groups]
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Texts that together take a bounded amount of memory, in their order."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+def _encoded_batch(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    short = [text for text in texts if len(text) < LONG_TEXT]
+    encodings = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
+    return [
+        np.array(next(encodings).ids, np.uint32) if len(text) < LONG_TEXT else encode_long(tokenizer, text)
+        for text in texts
+    ]
 
 
 def load_tokenizer(model: ModelConfig, commit: str | None, offline: bool) -> SegmentTokenizer:
-    """The tokenizer of a local folder or a hub model, for documents.
+    """The tokenizer of a local folder or a hub model, for text without a template.
 
     Raises UserError when it cannot be had, or is not of the `tokenizers` kind.
     """
@@ -109,3 +245,20 @@ def load_whole_tokenizer(model: ModelConfig, commit: str | None, offline: bool) 
     if not isinstance(getattr(loaded, "backend_tokenizer", None), Tokenizer):
         raise UserError(f"model.name: {model.name!r}: its tokenizer has no tokenizer.json, which is needed")
     return loaded
+
+
+def embedding_rows(model: ModelConfig, commit: str | None, offline: bool) -> int | None:
+    """Rows of the model's embedding, by its config.json; None where that does not say."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            model.name,
+            revision=commit,
+            local_files_only=offline or Path(model.name).is_dir(),
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError):
+        return None
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) and rows > 0 else None

@@ -110,12 +110,18 @@ def _metadata(sae: Exported, model: str) -> dict[str, Any]:
         "hf_hook_name": sae.hook,
         "hook_head_index": None,
         "context_size": config.sample.context_size,
-        "prepend_bos": False,
+        "prepend_bos": _bos(sae.runs) in ("document", "context"),
         "exclude_special_tokens": list(config.train.exclude.token_ids) or False,
         # Of several, a name that no loader takes for one of them.
         "dataset_path": ", ".join(_public_name(source.path) for source in config.sample.sources),
         "reasoning_sae": {"train": sae.runs.fingerprints["train"], "which_sae": config.evaluate.sae},
     }
+
+
+def _bos(runs: Runs) -> str | None:
+    """Where a BOS stands in the sample's text; None where its manifest is gone."""
+    manifest = runs.directory("sample") / MANIFEST
+    return read_json(manifest)["summary"].get("bos") if manifest.exists() else None
 
 
 def _public_name(name: str) -> str:

@@ -88,6 +88,7 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
             prompts,
             Sampling(*request.sampling),
             chat=request.chat,
+            bos=_bos(runs),
             progress=progress,
         )
     words = request.words or _default_words(settings)
@@ -110,6 +111,13 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
         }
         write_json(request.json, document)
         print(request.json)
+
+
+def _bos(runs: Runs) -> str | None:
+    from harvest.contexts import Contexts
+
+    contexts = runs.directory("sample") / "contexts"
+    return Contexts(contexts).bos if contexts.exists() else None
 
 
 def _checked(sweep: Sequence[Runs], request: Request) -> Runs:

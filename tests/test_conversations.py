@@ -59,7 +59,7 @@ def test_deepseek_keeps_the_reasoning_and_has_one_bos(tokenizer):
     document = [Turn("user", "the sum"), Turn("assistant", "is even", "wait so"), Turn("user", "again")]
     text = text_of("deepseek-r1", document)
     assert (
-        "<｜User｜>the sum<｜Assistant｜><think>\nwait so\n</think>\nis even<｜end▁of▁sentence｜><｜User｜>again"
+        "<｜User｜>the sum<｜Assistant｜><think>\nwait so\n</think>\n\nis even<｜end▁of▁sentence｜><｜User｜>again"
         in text
     )
     ids = tokenizer.encode([compose("deepseek-r1", document, "")])[0].tolist()
@@ -78,15 +78,6 @@ def test_text_that_looks_like_a_special_token_stays_text(tokenizer, marker):
     token = tokenizer.whole.token_to_id(marker)
     assert hostile.count(token) == plain.count(token)
     assert tokenizer.whole.decode(hostile, skip_special_tokens=False).count(marker) == 1 + plain.count(token)
-
-
-def test_a_template_of_another_model_is_an_error():
-    other = tiny.tokenizer().backend_tokenizer.to_str().replace("<｜User｜>", "<other>")
-    from tokenizers import Tokenizer
-
-    known = SegmentTokenizer(Tokenizer.from_str(other), "")
-    with pytest.raises(UserError, match=r"sample\.template: writes the marker '<｜User｜>'"):
-        known.encode([compose("deepseek-r1", [Turn("user", "a")], "")])
 
 
 def test_equal_prompts_fall_on_one_side():

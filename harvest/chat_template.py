@@ -1,0 +1,272 @@
+"""A model's own chat template: conversations as transformers renders them, with markers and content told apart.
+
+A conversation is rendered twice: as it is, and with placeholders in place of what it says. The second shows the
+markers, by which the first is split. What a template does with reasoning, and what it adds by itself, is found by
+rendering probes. Dates are fixed, so that the same settings give the same text.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from harvest.chat_rendering import SLOT, TODAY, placeholder, render, template_markers
+from harvest.conversations import Turn
+from harvest.files import UserError
+from harvest.templates import THINK, THINK_END, Refused, Segment, reasoning_segments, with_gap
+from harvest.tokenizer import spelling_of
+
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+STRUCTURES_KEPT = 10_000
+SWITCH = 32  # characters of a word for the template that it takes out of the text
+_OPENING_TAG = re.compile(r"[<\[](\w+)[>\]]\s*$")
+
+
+class _Piece(NamedTuple):
+    """A marker, or what fills a placeholder."""
+
+    text: str
+    slot: int | None  # None for a marker
+
+
+def _slot(turn: int, part: int) -> int:
+    """Number of a placeholder; a turn's parts are its content (0), its reasoning (1) and what stands before it (2)."""
+    return 3 * turn + part
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer, as transformers has it.
+
+    `reasoning` is where it takes an assistant's reasoning: a field of the message, "inline" in the content,
+    "inserted" between tags in front of the answer where the template would drop it, or "plain" text.
+    Raises UserError for a template that cannot write a user's turn and an answer.
+    """
+
+    def __init__(self, loaded: Any) -> None:
+        self.loaded = loaded
+        self.source = str(loaded.get_chat_template())
+        self.added = {token.content for token in loaded.added_tokens_decoder.values()}
+        self.counted: Counter[str] = Counter()
+        self._spelling = spelling_of(self.added)
+        special = {token.content for token in loaded.added_tokens_decoder.values() if token.special}
+        self._protected = spelling_of(special | template_markers(loaded))
+        self._structures: dict[tuple[Any, ...], list[_Piece]] = {}
+        try:
+            self._base = self._probe([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")])
+        except Refused as refused:
+            raise UserError(
+                f"sample.template: the model's own chat template cannot write a plain conversation ({refused}); choose "
+                "chatml, deepseek-r1 or deepseek-r1-paper"
+            ) from None
+        self.joins_system = not self._takes_system()
+        self.reasoning = self._reasoning_form()
+
+    def compose(self, document: Sequence[Turn]) -> list[Segment]:
+        """The text of a conversation as transformers renders it, as marker and content segments.
+
+        Raises Refused for a conversation that the template does not take, or would leave out a part of.
+        """
+        turns = self._system_joined(document)
+        shape = self._shape(turns)
+        try:
+            text = render(self.loaded, self._messages(turns))
+        except Refused:  # of what is said, as the placeholders were taken
+            text = ""
+        pieces = self._split(text, shape, turns)
+        if pieces is None:
+            self.counted["the template looks into what is said"] += 1
+            if self._is_safe(text, shape, turns):
+                return [Segment(text, True)]
+            pieces = [p if p.slot is None else p._replace(text=_said(turns, p.slot)) for p in shape]
+        return [Segment(p.text, p.slot is None) for p in self._completed(pieces, turns) if p.text]
+
+    def notes(self) -> list[str]:
+        """What a user should know of the template, a line each."""
+        out = []
+        added = self._added_text()
+        if added:
+            out.append(f"the model's chat template begins a conversation without a system turn with {added!r}")
+        if "strftime_now" in self.source:
+            out.append(f"the chat template asks for the date; it is always {TODAY:%d %B %Y}")
+        if self.joins_system:
+            out.append("the chat template has no system turn; its text goes in front of the first user turn")
+        if self.reasoning == "inserted":
+            out.append(
+                "the chat template drops an assistant's reasoning; it is written in front of the answer, between "
+                f"{THINK} and {THINK_END}"
+            )
+        elif self.reasoning == "plain":
+            out.append(
+                "the chat template has no place for reasoning; it is written in front of the answer, as plain text"
+            )
+        return out
+
+    def _messages(self, turns: Sequence[Turn], *, placeholders: bool = False) -> list[dict[str, Any]]:
+        return [self._message(i, turn, placeholders) for i, turn in enumerate(turns)]
+
+    def _message(self, i: int, turn: Turn, placeholders: bool) -> dict[str, Any]:
+        content, reasoning, before = (
+            placeholder(_slot(i, part)) if text and placeholders else text
+            for part, text in enumerate((turn.content, turn.reasoning or "", with_gap(turn.before)))
+        )
+        message: dict[str, Any] = {"role": turn.role}
+        if turn.reasoning is None:
+            return message | {"content": before + content}
+        if self.reasoning == "inline":
+            content = f"{before}{THINK}\n{reasoning}\n{THINK_END}\n\n{content}"
+        elif self.reasoning == "plain":
+            content = before + "\n\n".join(part for part in (reasoning, content) if part)
+        elif self.reasoning == "inserted":
+            content = content or placeholder(_slot(i, 0))  # where the reasoning goes; the answer itself is empty
+        else:
+            message[self.reasoning] = reasoning
+        return message | {"content": content}
+
+    def _shape(self, turns: Sequence[Turn]) -> list[_Piece]:
+        """Markers and placeholders, in the order of the text."""
+        key = tuple((t.role, t.reasoning and 1, bool(t.content), bool(t.before)) for t in turns)
+        if key not in self._structures:
+            if len(self._structures) >= STRUCTURES_KEPT:
+                self._structures.clear()
+            self._structures[key] = _pieces(render(self.loaded, self._messages(turns, placeholders=True)))
+        shape = self._structures[key]
+        found = {piece.slot for piece in shape}
+        for i, turn in enumerate(turns):
+            if turn.content and _slot(i, 0) not in found:
+                raise Refused(f"the chat template leaves out what the {turn.role} says")
+            if turn.reasoning and self.reasoning != "inserted" and _slot(i, 1) not in found:
+                self.counted["reasoning that the template leaves out, as the model never reads it"] += 1
+        return shape
+
+    def _split(self, text: str, shape: list[_Piece], turns: Sequence[Turn]) -> list[_Piece] | None:
+        """The rendered text in the pieces of a shape; None where they are not found in it."""
+        out, place = [], 0
+        for n, piece in enumerate(shape):
+            after = shape[n + 1].text if n + 1 < len(shape) and shape[n + 1].slot is None else ""
+            is_last = n + 1 == len(shape) or (n + 2 == len(shape) and shape[n + 1].slot is None)
+            forms = [piece.text] if piece.slot is None else _forms(_rendered(turns, piece.slot))
+            for form in forms:
+                end = place + len(form)
+                if text.startswith(form, place) and text.startswith(after, end):
+                    if is_last and end + len(after) != len(text):
+                        continue
+                    out.append(_Piece(form, piece.slot))
+                    place = end
+                    break
+            else:
+                return None
+        return out
+
+    def _is_safe(self, text: str, shape: list[_Piece], turns: Sequence[Turn]) -> bool:
+        """Whether a text that could not be split holds all that is said, but for a switch such as /no_think, and none
+        of it spells a protected token."""
+        said = [part for turn in turns for part in (turn.content, turn.reasoning or "", turn.before) if part]
+        expected = sum(len(piece.text) for piece in shape) + sum(len(part.strip()) for part in said)
+        as_it_is = self.reasoning != "inserted" and not any(turn.before for turn in turns)
+        return as_it_is and len(text) >= expected - SWITCH and not any(map(self._protected.search, said))
+
+    def _completed(self, pieces: list[_Piece], turns: Sequence[Turn]) -> list[_Piece]:
+        """The pieces with what the template has no place for: text before the reasoning, and inserted reasoning."""
+        placed = {piece.slot for piece in pieces}
+        out: list[_Piece] = []
+        for piece in pieces:
+            number, part = divmod(piece.slot or 0, 3)
+            turn = turns[number]
+            if piece.slot is None or part == 2 or turn.reasoning is None:
+                out.append(piece)
+                continue
+            before = with_gap(turn.before) if _slot(number, 2) not in placed else ""
+            if part == 0 and self.reasoning == "inserted":
+                out += [_Piece(s.text, None if s.is_marker else piece.slot) for s in reasoning_segments(turn)]
+                piece = piece if turn.content else piece._replace(text="")
+            elif part == 0:
+                out.append(_Piece(before, _slot(number, 2)))
+            elif tag := _OPENING_TAG.search(out[-1].text):
+                marker = out.pop().text
+                place = tag.start()
+                out += [_Piece(marker[:place], None), _Piece(before, _slot(number, 2)), _Piece(marker[place:], None)]
+                placed.add(_slot(number, 2))
+            elif not turn.content:
+                out.append(_Piece(before, _slot(number, 2)))
+            out.append(piece)
+        return out
+
+    def _system_joined(self, document: Sequence[Turn]) -> Sequence[Turn]:
+        system = [turn.content for turn in document if turn.role == "system"]
+        first = next((i for i, turn in enumerate(document) if turn.role == "user"), None)
+        if not self.joins_system or not system or first is None:
+            return document
+        user = document[first]
+        joined = user._replace(content="\n\n".join([*system, user.content]))
+        return [joined if i == first else turn for i, turn in enumerate(document) if turn.role != "system"]
+
+    def _probe(self, turns: Sequence[Turn], **options: Any) -> list[_Piece]:
+        messages = [
+            {"role": turn.role, "content": placeholder(_slot(i, 0)) if turn.content else ""}
+            for i, turn in enumerate(turns)
+        ]
+        return _pieces(render(self.loaded, messages, **options))
+
+    def _takes_system(self) -> bool:
+        try:
+            found = self._probe([Turn("system", "s"), Turn("user", "a"), Turn("assistant", "b")])
+        except Refused:
+            return False
+        return any(piece.slot == 0 for piece in found)
+
+    def _reasoning_form(self) -> str:
+        content, reasoning = placeholder(1), placeholder(2)
+        user = {"role": "user", "content": placeholder(0)}
+        for field in REASONING_FIELDS:
+            if self._survives([user, {"role": "assistant", "content": content, field: reasoning}]):
+                return field
+        if THINK not in self.added and THINK not in self.source:
+            return "plain"
+        inline = f"{THINK}\n{reasoning}\n{THINK_END}\n\n{content}"
+        return "inline" if self._survives([user, {"role": "assistant", "content": inline}]) else "inserted"
+
+    def _survives(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether the reasoning (2) stands once in the text, and before the answer (1)."""
+        try:
+            slots = [piece.slot for piece in _pieces(render(self.loaded, messages)) if piece.slot is not None]
+        except Refused:
+            return False
+        return slots.count(1) == slots.count(2) == 1 and slots.index(2) < slots.index(1)
+
+    def _added_text(self) -> str:
+        """What stands before a first user turn and not before a second one, but for a BOS."""
+        slots = [piece.slot for piece in self._base]
+        first, second = (
+            self._tokens("".join(piece.text for piece in self._base[start : slots.index(_slot(turn, 0))]))
+            for turn, start in ((0, 0), (2, slots.index(_slot(1, 0))))
+        )
+        while first and second and first[-1] == second[-1]:
+            first, second = first[:-1], second[:-1]
+        return "".join(first).removeprefix(self.loaded.bos_token or "").strip()
+
+    def _tokens(self, text: str) -> list[str]:
+        """A text in added tokens and what is between them."""
+        return [part for part in re.split(f"({self._spelling.pattern})", text) if part]
+
+
+def _pieces(text: str) -> list[_Piece]:
+    parts = SLOT.split(text)
+    pieces = [_Piece(part, None) if n % 2 == 0 else _Piece("", int(part)) for n, part in enumerate(parts)]
+    return [piece for piece in pieces if piece.text or piece.slot is not None]
+
+
+def _said(turns: Sequence[Turn], slot: int) -> str:
+    turn = turns[slot // 3]
+    return (turn.content, turn.reasoning or "", with_gap(turn.before))[slot % 3]
+
+
+def _rendered(turns: Sequence[Turn], slot: int) -> str:
+    """What stands at a placeholder in the text of the conversation itself."""
+    return _said(turns, slot) or placeholder(slot)
+
+
+def _forms(text: str) -> list[str]:
+    """A text as a template may write it: as it is, trimmed, without line feeds around it, or within JSON."""
+    trimmed = (text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"), text.rstrip("\n"), text.lstrip("\n"))
+    return list(dict.fromkeys((text, *trimmed, json.dumps(text, ensure_ascii=False)[1:-1])))
