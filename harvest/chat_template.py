@@ -8,10 +8,10 @@ rendering probes. Dates are fixed, so that the same settings give the same text.
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from harvest.chat_rendering import SLOT, TODAY, placeholder, render, template_markers
+from harvest.chat_rendering import SLOT, TODAY, placeholder, render, template_markers, writes_bos
 from harvest.conversations import Turn
 from harvest.files import UserError
 from harvest.templates import THINK, THINK_END, Refused, Segment, reasoning_segments, with_gap
@@ -143,20 +143,17 @@ class ChatTemplate:
         """The rendered text in the pieces of a shape; None where they are not found in it."""
         out, place = [], 0
         for n, piece in enumerate(shape):
-            after = shape[n + 1].text if n + 1 < len(shape) and shape[n + 1].slot is None else ""
-            is_last = n + 1 == len(shape) or (n + 2 == len(shape) and shape[n + 1].slot is None)
-            forms = [piece.text] if piece.slot is None else _forms(_rendered(turns, piece.slot))
-            for form in forms:
-                end = place + len(form)
-                if text.startswith(form, place) and text.startswith(after, end):
-                    if is_last and end + len(after) != len(text):
-                        continue
-                    out.append(_Piece(form, piece.slot))
-                    place = end
-                    break
+            if piece.slot is None:
+                found = piece.text if text.startswith(piece.text, place) else None
             else:
+                after = shape[n + 1].text if n + 1 < len(shape) and shape[n + 1].slot is None else ""
+                said = _said(turns, piece.slot) or placeholder(piece.slot)
+                found = next((f for f in _forms(said) if text.startswith(f + after, place)), None)
+            if found is None:
                 return None
-        return out
+            out.append(_Piece(found, piece.slot))
+            place += len(found)
+        return out if place == len(text) else None
 
     def _is_safe(self, text: str, shape: list[_Piece], turns: Sequence[Turn]) -> bool:
         """Whether a text that could not be split holds all that is said, but for a switch such as /no_think, and none
@@ -243,7 +240,7 @@ class ChatTemplate:
         )
         while first and second and first[-1] == second[-1]:
             first, second = first[:-1], second[:-1]
-        return "".join(first).removeprefix(self.loaded.bos_token or "").strip()
+        return "".join(first).removeprefix(self.loaded.bos_token if writes_bos(self.loaded) else "").strip()
 
     def _tokens(self, text: str) -> list[str]:
         """A text in added tokens and what is between them."""
@@ -261,12 +258,8 @@ def _said(turns: Sequence[Turn], slot: int) -> str:
     return (turn.content, turn.reasoning or "", with_gap(turn.before))[slot % 3]
 
 
-def _rendered(turns: Sequence[Turn], slot: int) -> str:
-    """What stands at a placeholder in the text of the conversation itself."""
-    return _said(turns, slot) or placeholder(slot)
-
-
-def _forms(text: str) -> list[str]:
+def _forms(text: str) -> Iterator[str]:
     """A text as a template may write it: as it is, trimmed, without line feeds around it, or within JSON."""
-    trimmed = (text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"), text.rstrip("\n"), text.lstrip("\n"))
-    return list(dict.fromkeys((text, *trimmed, json.dumps(text, ensure_ascii=False)[1:-1])))
+    yield text
+    yield from (text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"), text.rstrip("\n"), text.lstrip("\n"))
+    yield json.dumps(text, ensure_ascii=False)[1:-1]

@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ class SegmentTokenizer:
         # Where one can begin within another, equal counts do not say which of two was made.
         starts = {name[:n] for name in self.protected for n in range(1, len(name))}
         self._ambiguous = any(name[n:] in starts for name in self.protected for n in range(1, len(name)))
-        self._made_by: dict[str, np.ndarray] = {}
+        self._made_by: dict[str, list[int]] = {}
         self._others: dict[tuple[int, bool], RenamedTokens] = {}
 
     def encode(self, documents: Sequence[Sequence[Segment]]) -> list[np.ndarray]:
@@ -116,19 +115,17 @@ class SegmentTokenizer:
         """Whether the markers alone made the protected tokens of a document."""
         if any(name in s.text for name in self._unspelled for s in document if not s.is_marker):
             return False
-        made = ids[self._counted[ids]]
-        written = [self._made(s.text) for s in document if s.is_marker]
-        if self._ambiguous and (len(made) or written):
-            return False
-        return np.array_equal(made, np.concatenate([*written, np.zeros(0, np.uint32)]))
+        made = ids[self._counted[ids]].tolist()
+        written = [token_id for s in document if s.is_marker for token_id in self._made(s.text)]
+        return made == written and not (self._ambiguous and made)
 
-    def _made(self, marker: str) -> np.ndarray:
+    def _made(self, marker: str) -> list[int]:
         """The protected tokens of a marker."""
         if marker not in self._made_by:
             if len(self._made_by) >= MARKERS_KEPT:
                 self._made_by.clear()
             ids = np.array(self.whole.encode(marker, add_special_tokens=False).ids, np.uint32)
-            self._made_by[marker] = ids[self._counted[ids]]
+            self._made_by[marker] = ids[self._counted[ids]].tolist()
         return self._made_by[marker]
 
     def _encode_apart(self, document: Sequence[Segment]) -> np.ndarray:
@@ -187,8 +184,13 @@ def _unspelled_tokens(whole: Tokenizer) -> set[str]:
 
 def _merged(document: Sequence[Segment]) -> list[Segment]:
     """The same with neighbours of one kind as one segment: a token may lie across two markers."""
-    groups = groupby((s for s in document if s.text), key=lambda s: s.is_marker)
-    return [Segment("".join(s.text for s in segments), is_marker) for is_marker, segments in groups]
+    out: list[Segment] = []
+    for segment in document:
+        if out and out[-1].is_marker == segment.is_marker:
+            out[-1] = Segment(out[-1].text + segment.text, segment.is_marker)
+        elif segment.text:
+            out.append(segment)
+    return out
 
 
 def _batches(texts: Sequence[str]) -> Iterator[list[str]]:

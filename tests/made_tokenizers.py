@@ -49,7 +49,7 @@ LLAMA3 = (
 WORDS = (
     "wait so the sum of two odd numbers is even. Let me check this: 17 + 25 = 42!\n\nThen what?\nYes.\n "
     "def f(x):\n    if x > 0:\n        return x\n\treturn -x # über  naïve café 東京 is fine, isn't it? user assistant "
-    "system think It's 3.14159, hmm...\r\nOK.\n"
+    "system think It's 3.14159, hmm...\r\nOK.\n done.\n \n\n so"
 )
 EXTRAS = "".join(map(chr, range(33, 127)))
 
