@@ -19,7 +19,7 @@ from harvest.tokenizer import spelling_of
 
 REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 STRUCTURES_KEPT = 10_000
-SWITCH = 32  # characters of a word for the template that it takes out of the text
+SWITCH = re.compile(r"/\w+")  # a word for the template, which it takes out of the text
 _OPENING_TAG = re.compile(r"[<\[](\w+)[>\]]\s*$")
 
 
@@ -75,9 +75,10 @@ class ChatTemplate:
             text = ""
         pieces = self._split(text, shape, turns)
         if pieces is None:
-            self.counted["the template looks into what is said"] += 1
-            if self._is_safe(text, shape, turns):
+            if self._is_whole(text, turns):
+                self.counted["the chat template followed a switch within the text"] += 1
                 return [Segment(text, True)]
+            self.counted["the chat template would have cut or refused what was said; it was kept whole"] += 1
             pieces = [p if p.slot is None else p._replace(text=_said(turns, p.slot)) for p in shape]
         return [Segment(p.text, p.slot is None) for p in self._completed(pieces, turns) if p.text]
 
@@ -136,7 +137,9 @@ class ChatTemplate:
             if turn.content and _slot(i, 0) not in found:
                 raise Refused(f"the chat template leaves out what the {turn.role} says")
             if turn.reasoning and self.reasoning != "inserted" and _slot(i, 1) not in found:
-                self.counted["reasoning that the template leaves out, as the model never reads it"] += 1
+                self.counted[
+                    "the chat template left out the reasoning of an earlier turn, which the model never reads"
+                ] += 1
         return shape
 
     def _split(self, text: str, shape: list[_Piece], turns: Sequence[Turn]) -> list[_Piece] | None:
@@ -155,13 +158,13 @@ class ChatTemplate:
             place += len(found)
         return out if place == len(text) else None
 
-    def _is_safe(self, text: str, shape: list[_Piece], turns: Sequence[Turn]) -> bool:
-        """Whether a text that could not be split holds all that is said, but for a switch such as /no_think, and none
-        of it spells a protected token."""
+    def _is_whole(self, text: str, turns: Sequence[Turn]) -> bool:
+        """Whether a text that could not be split holds all that is said but for switches such as /no_think, and none of
+        it spells a protected token."""
         said = [part for turn in turns for part in (turn.content, turn.reasoning or "", turn.before) if part]
-        expected = sum(len(piece.text) for piece in shape) + sum(len(part.strip()) for part in said)
-        as_it_is = self.reasoning != "inserted" and not any(turn.before for turn in turns)
-        return as_it_is and len(text) >= expected - SWITCH and not any(map(self._protected.search, said))
+        if self.reasoning == "inserted" or any(map(self._protected.search, said)):
+            return False
+        return all(_words(part) in _words(text) for part in said)
 
     def _completed(self, pieces: list[_Piece], turns: Sequence[Turn]) -> list[_Piece]:
         """The pieces with what the template has no place for: text before the reasoning, and inserted reasoning."""
@@ -256,6 +259,10 @@ def _pieces(text: str) -> list[_Piece]:
 def _said(turns: Sequence[Turn], slot: int) -> str:
     turn = turns[slot // 3]
     return (turn.content, turn.reasoning or "", with_gap(turn.before))[slot % 3]
+
+
+def _words(text: str) -> str:
+    return " ".join(SWITCH.sub(" ", text).split())
 
 
 def _forms(text: str) -> Iterator[str]:

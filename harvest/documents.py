@@ -73,6 +73,11 @@ class DocumentTokenizer(SegmentTokenizer):
             out.append(f"text makes none of the tokenizer's {special} special tokens{also}: spelt out, they stay text")
         return out
 
+    def counted(self) -> list[str]:
+        """What the model's template did to conversations so far, a line each."""
+        counts = self.chat.counted.items() if self.chat else ()
+        return [f"{count:,} times {what}" for what, count in sorted(counts)]
+
     def _with_bos(self, ids: np.ndarray) -> np.ndarray:
         starts = len(ids) > 0 and int(ids[0]) == self.bos_id
         if self.bos == "document":

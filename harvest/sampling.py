@@ -86,6 +86,8 @@ def run(
             files, used_documents = _pack(i, source, commit, config, tokenizer, wanted, states[i], scratch, progress)
             packed.append(files)
             summary[source.name] = used_documents | {f"{s}_contexts": wanted[s] for s in SPLITS}
+    for line in tokenizer.counted():
+        print(f"sample: {line}")
     _write(config, tokenizer.bos, packed, directory / "contexts")
     write_checksums(directory / "contexts")
     shutil.rmtree(scratch)

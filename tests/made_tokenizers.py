@@ -61,8 +61,12 @@ def text(pieces: int, seed: int = 0) -> list[str]:
 
 
 def _finished(tokenizer: Tokenizer, bos: str | None = None) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer.from_str(tokenizer.to_str())  # as from a file
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token=bos)
+    return from_json(tokenizer.to_str(), bos)
+
+
+def from_json(spec: str, bos: str | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer as from a file of this content."""
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(spec), eos_token="<|endoftext|>", bos_token=bos)
 
 
 def _add(tokenizer: Tokenizer, *, blanks: bool = False) -> Tokenizer:

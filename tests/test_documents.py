@@ -274,28 +274,20 @@ def test_without_a_chat_template_the_others_are_named():
 
 
 def test_a_template_of_another_model_is_an_error():
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
     other = made_tokenizers.byte_level().backend_tokenizer.to_str().replace("<｜User｜>", "<other>")
-    loaded = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(other))
+    loaded = made_tokenizers.from_json(other)
     with pytest.raises(UserError, match=r"sample\.template: writes the marker '<｜User｜>'"):
         DocumentTokenizer(loaded, settings("deepseek-r1"))
     other = other.replace('"</think>"', '"</thunk>"').replace("<other>", "<｜User｜>")
-    tokenizer = DocumentTokenizer(
-        PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(other)), settings("deepseek-r1")
-    )
+    tokenizer = DocumentTokenizer(made_tokenizers.from_json(other), settings("deepseek-r1"))
     assert tokenizer.compose([Turn("user", "a"), Turn("assistant", "b")])
     with pytest.raises(UserError, match=r"writes the marker '</think>'"):
         tokenizer.compose([Turn("user", "a"), Turn("assistant", "b", "c")])
 
 
 def test_a_tools_turn_without_markers_is_refused():
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
     other = made_tokenizers.byte_level().backend_tokenizer.to_str().replace("<｜tool▁output▁end｜>", "<other>")
-    loaded = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(other))
+    loaded = made_tokenizers.from_json(other)
     tokenizer = DocumentTokenizer(loaded, settings("deepseek-r1"))
     with pytest.raises(Refused, match="no markers for it"):
         tokenizer.compose([Turn("user", "a"), Turn("assistant", "b"), Turn("tool", "c")])
