@@ -66,7 +66,7 @@ def test_a_mistyped_setting_names_file_line_and_a_near_one(tmp_path):
         ("train.sae=3", "this is a section, with d_sae, expansion_factor, l1_coefficient"),
         ("harvest.runtime.disk_limit=lots", "not of the form that it has: Of `make stream` only"),
         ("evaluate.reason_score.words=[wait,", "a value with spaces takes quotes within SET"),  # what make passes on
-        ("sample.template=null", "template is not set; chat, reasoning needs chatml or deepseek-r1"),
+        ("sample.template=vicuna", "input should be 'model', 'chatml', 'deepseek-r1' or 'deepseek-r1-paper'"),
         ("model.name.x=1", "there is no model.name.x to set"),
     ],
 )
