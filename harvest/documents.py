@@ -13,6 +13,8 @@ from harvest.files import UserError
 from harvest.templates import BOS, MARKERS, THINK, THINK_END, TOOL_MARKERS, Refused, Segment, compose
 from harvest.tokenizer import SegmentTokenizer, embedding_rows, load_whole_tokenizer
 
+SHOWN = 12  # names of added tokens in a line
+
 
 class DocumentTokenizer(SegmentTokenizer):
     """Documents of one sample, as text with markers and as token ids.
@@ -23,7 +25,7 @@ class DocumentTokenizer(SegmentTokenizer):
     """
 
     def __init__(self, loaded: Any, config: SampleConfig, rows: int | None = None) -> None:
-        chats = [source.name for source in config.sources if source.rows != "text"]
+        chats = [source.name for source in config.sources if source.rows not in ("text", "tokens")]
         self.template = _template(config, loaded, chats[0]) if chats else None
         self.chat = ChatTemplate(loaded) if self.template == "model" else None
         super().__init__(loaded.backend_tokenizer, str(loaded.eos_token or ""), template_markers(loaded), rows)
@@ -66,11 +68,12 @@ class DocumentTokenizer(SegmentTokenizer):
         if self.bos != "none":
             out.append(f"a BOS ({self.whole.id_to_token(self.bos_id or 0)}) stands at the start of each {self.bos}")
         added = self.whole.get_added_tokens_decoder().values()
-        special = sum(token.special for token in added)
-        others = sorted(token.content for token in added if token.content in self.protected and not token.special)
+        special = [token.content for token in added if token.special]
+        others = [token.content for token in added if token.content in self.protected and not token.special]
         if self.protected:
-            also = f", nor the markers {' '.join(others)}" if others else ""
-            out.append(f"text makes none of the tokenizer's {special} special tokens{also}: spelt out, they stay text")
+            named = f"{len(special)} special tokens ({_some(special)})"
+            also = f" and none of the markers {_some(others)}" if others else ""
+            out.append(f"text makes none of the tokenizer's {named}{also}: spelt out, they stay text")
         return out
 
     def counted(self) -> list[str]:
@@ -114,6 +117,10 @@ def load_document_tokenizer(model: ModelConfig, commit: str | None, config: Samp
     offline = config.runtime.offline
     rows = embedding_rows(model, commit, offline)
     return DocumentTokenizer(load_whole_tokenizer(model, commit, offline), config, rows)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def _template(config: SampleConfig, loaded: Any, source: str) -> str:

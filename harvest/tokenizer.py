@@ -65,7 +65,7 @@ class SegmentTokenizer:
         out = []
         for document, ids in zip(merged, found, strict=True):
             kept = ids if self._is_as_written(document, ids) else self._encode_apart(document)
-            self._check_rows(kept)
+            self.check_ids(kept)
             out.append(kept)
         return out
 
@@ -92,6 +92,14 @@ class SegmentTokenizer:
                     "other names, so text that spells one of them could not be kept apart"
                 )
 
+    def check_ids(self, ids: np.ndarray) -> None:
+        """Raise UserError for one of the ids, (tokens,), that the model's embedding does not have."""
+        if self.rows is not None and len(ids) and (largest := int(ids.max())) >= self.rows:
+            raise UserError(
+                f"model.name: its tokenizer makes token {largest} ({self.whole.id_to_token(largest)!r}), but the "
+                f"model's embedding has {self.rows:,} rows; take the tokenizer that belongs to the model"
+            )
+
     def text(self, token_id: int) -> str:
         """What a token adds to a text, its leading blank included; bytes that are no whole character as \\xe2\\x80.
 
@@ -113,6 +121,8 @@ class SegmentTokenizer:
 
     def _is_as_written(self, document: Sequence[Segment], ids: np.ndarray) -> bool:
         """Whether the markers alone made the protected tokens of a document."""
+        if all(s.is_marker for s in document):
+            return True
         if any(name in s.text for name in self._unspelled for s in document if not s.is_marker):
             return False
         made = ids[self._counted[ids]].tolist()
@@ -159,13 +169,6 @@ class SegmentTokenizer:
         if (variant, anywhere) not in self._others:
             self._others[variant, anywhere] = rename_tokens(self.whole, self.protected, variant, anywhere=anywhere)
         return self._others[variant, anywhere]
-
-    def _check_rows(self, ids: np.ndarray) -> None:
-        if self.rows is not None and len(ids) and (largest := int(ids.max())) >= self.rows:
-            raise UserError(
-                f"model.name: its tokenizer makes token {largest} ({self.whole.id_to_token(largest)!r}), but the "
-                f"model's embedding has {self.rows:,} rows; take the tokenizer that belongs to the model"
-            )
 
 
 def spelling_of(names: Iterable[str]) -> re.Pattern[str]:

@@ -26,7 +26,7 @@ def test_the_papers_settings():
     assert (train.sae.d_sae, train.sae.l1_coefficient, train.lr, train.batch_size) == (65_536, 5, 5e-5, 4096)
     assert (train.clip_norm, train.l1_warmup_fraction, train.lr_decay_fraction) == (1.0, 0.05, 0.2)
     assert train.training_tokens == 819_200_000
-    assert train.exclude.token_ids == (128000, 128001)
+    assert train.exclude.token_ids == (128001,)
     assert config.harvest.hooks == ("model.layers.19",)
     assert [source.share * config.sample.train_tokens for source in config.sample.sources] == [5e8, 5e8]
 

@@ -75,8 +75,8 @@ def test_the_stand_in_tokenizer_has_the_special_tokens_of_the_settings():
     assert tokenizer.whole.get_vocab_size() == 128_256
     document = [Turn("user", "a <think> b"), Turn("assistant", "yes", "hm")]
     ids = tokenizer.encode([compose(config.sample.template, document, "")])[0].tolist()
-    assert [i for i in ids if i >= 128_000] == [128_000, 128_011, 128_012, 128_013, 128_014, 128_001]
-    assert set(config.train.exclude.token_ids) < set(ids)
+    assert [i for i in ids if i >= 128_000] == [128_011, 128_012, 128_013, 128_014, 128_001]
+    assert set(config.train.exclude.token_ids) <= set(ids)
 
 
 def test_the_shape_comes_from_the_shipped_facts_where_the_hub_cannot_be_reached():

@@ -178,10 +178,10 @@ def test_words_of_several_tokens_are_matched_as_sequences(finished):
     tokenizer = load_tokenizer(ModelConfig(name=str(finished / "assets/tiny-llama")), None, True)
     groups = word_groups(["let me", "perhaps"], tokenizer)
     assert all(len(ids) > 1 for ids in groups["perhaps"])
-    text = tokenizer.plain.encode("so let me wait perhaps", add_special_tokens=False).ids
+    text = tokenizer.encode_text("so let me wait perhaps")
     found = find_words(np.array([text, text[::-1]], np.uint32), groups, (0, 0))
     words = [
-        tokenizer.plain.decode([t for t, inside in zip(text, mask, strict=True) if inside])
+        tokenizer.whole.decode([t for t, inside in zip(text, mask, strict=True) if inside])
         for mask in found.inside_WCS[:, 0]
     ]
     assert words == [" let me", " perhaps"]
