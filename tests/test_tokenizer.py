@@ -92,6 +92,23 @@ def test_ids_are_the_same_where_tokens_are_numbered_with_gaps():
     assert ids_of(tokenizer, "<|late2|>", "a <|late1|> <|late0|>", "<|late1|>")[-2:] == [late[0], late[1]]
 
 
+def test_ids_that_are_others_in_the_renamed_tokenizer_are_mapped_back():
+    """Bytes that are marked special keep their names in the model, so that the names in their place get new ids."""
+    loaded = made_tokenizers.metaspace("first")
+    spec = json.loads(loaded.backend_tokenizer.to_str())
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    spec["added_tokens"].append({"id": spec["model"]["vocab"]["<0x0A>"], "content": "<0x0A>", "special": True, **plain})
+    spec["added_tokens"].sort(key=lambda token: token["id"])
+    loaded = made_tokenizers.from_json(json.dumps(spec), "<bos>")
+    tokenizer = SegmentTokenizer(loaded.backend_tokenizer)
+    tokenizer.check()
+    renamed = tokenizer._renamed(0)
+    assert (renamed.ids != np.arange(len(renamed.ids))).any()
+    found = ids_of(tokenizer, "<bos>", "so\n<eos> <h1>", "<eos>\n")
+    assert found[-2:] == whole_string(loaded, "<bos>so\n<eos>\n")[-2:]
+    assert [found.count(loaded.convert_tokens_to_ids(name)) for name in ("<eos>", "<0x0A>", "<h1>")] == [1, 2, 1]
+
+
 def test_the_token_of_unknown_characters_is_spelt_out_too():
     loaded = made_tokenizers.unigram()
     tokenizer = SegmentTokenizer(loaded.backend_tokenizer)
