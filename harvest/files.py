@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import google_crc32c
 
@@ -103,26 +103,41 @@ def file_crc32c(path: Path, size: int | None = None) -> int:
     return checksum
 
 
+class Stamp(NamedTuple):
+    """What changes when a file's content does."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int  # the kernel's own: it is not set back with mtime
+    inode: int
+
+
+def file_stamp(path: Path) -> Stamp:
+    """The stamp of a file as it is now."""
+    stat = path.stat()
+    return Stamp(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
 def json_bytes(value: Any) -> bytes:
     """A JSON file as we write it."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, without its seal.
+def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
+    """A JSON object from a file, without its seal; with `sealed`, it has to have one.
 
     Raises UserError when it is missing, too large, not a JSON object, or not what was sealed.
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path}: larger than {MAX_JSON_BYTES} bytes; this is not a file of ours")
-        return parse_json(path.read_bytes(), path)
+        return parse_json(path.read_bytes(), path, sealed=sealed)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def parse_json(data: bytes, place: Path | str) -> dict[str, Any]:
-    """A JSON object from a file's bytes; `place` is the file's name in errors.
+def parse_json(data: bytes, place: Path | str, *, sealed: bool = False) -> dict[str, Any]:
+    """A JSON object from a file's bytes, as `read_json` gives it; `place` is the file's name in errors.
 
     Raises UserError when it is too large, or not a JSON object.
     """
@@ -134,7 +149,7 @@ def parse_json(data: bytes, place: Path | str) -> dict[str, Any]:
         raise UserError(f"{place}: not valid JSON; it was damaged or half copied") from None
     if not isinstance(value, dict):
         raise UserError(f"{place}: not a JSON object; it was damaged or half copied")
-    if SEAL in value and value.pop(SEAL) != google_crc32c.value(json_bytes(value)):
+    if (sealed or SEAL in value) and value.pop(SEAL, None) != google_crc32c.value(json_bytes(value)):
         raise UserError(
             f"{place}: does not match its own checksum; it was changed or damaged. Restore it, or make it anew"
         )

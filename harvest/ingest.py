@@ -18,11 +18,11 @@ from harvest.activation_store import SPLITS, ActivationStore, Geometry, ShardRow
 from harvest.config import IngestConfig
 from harvest.device import numerics
 from harvest.disk import check_room
-from harvest.files import UserError, is_abandoned, read_json
+from harvest.files import Stamp, UserError, file_stamp, is_abandoned, read_json
 from harvest.given_rows import GivenRows, look_through
 from harvest.progress import Progress
 from harvest.run import store_summary
-from harvest.sources import ingest_files
+from harvest.sources import files_within, ingest_files
 
 
 class Order(NamedTuple):
@@ -51,7 +51,9 @@ def run(config: IngestConfig, directory: Path, begin: Callable[[dict[str, Any]],
 
     Raises UserError for files that cannot be used, with the file's name, and for a NaN or infinity, with the row's.
     """
-    given = look_through(config, *ingest_files(config))
+    paths = ingest_files(config)
+    stamps = {file: file_stamp(file) for path in (*paths[0], *paths[1]) for file in files_within(path)}
+    given = look_through(config, *paths)
     orders = split(given, config)
     begin(numerics(torch.device("cpu"), torch.bfloat16))
     shards = {name: len_rows(order) // config.shard_rows for name, order in orders.items()}
@@ -74,7 +76,7 @@ def run(config: IngestConfig, directory: Path, begin: Callable[[dict[str, Any]],
     store.sweep(lambda partial: is_abandoned(partial, alone=True))
     done = sum(len(store.complete_shards(name)) for name in SPLITS)
     check_room(directory, sum(shards.values()) - done, geometry)
-    _write(store, given, orders, config.seed, directory / "progress.json")
+    _write(store, given, stamps, orders, config.seed, directory / "progress.json")
     return {**store_summary(store), "rows_left_out": left_out, "files": len(given.acts.paths)}
 
 
@@ -122,7 +124,14 @@ def split(given: GivenRows, config: IngestConfig) -> dict[str, Order]:
     return orders
 
 
-def _write(store: ActivationStore, given: GivenRows, orders: dict[str, Order], seed: int, progress_path: Path) -> None:
+def _write(
+    store: ActivationStore,
+    given: GivenRows,
+    stamps: dict[Path, Stamp],
+    orders: dict[str, Order],
+    seed: int,
+    progress_path: Path,
+) -> None:
     g = store.geometry
     every = [(name, shard) for name in ("holdout", "train") for shard in range(g.shards(name))]
     done = {(name, shard) for name in SPLITS for shard in store.complete_shards(name)}
@@ -136,12 +145,22 @@ def _write(store: ActivationStore, given: GivenRows, orders: dict[str, Order], s
             if (name, shard) in done:
                 continue
             rows = shard_rows(given, orders[name], name, shard, g.shard_rows, seed)
+            _check_unchanged(stamps)  # the files are mapped: what is written into them now is in these rows
             if writing:
                 writing.result()  # one shard is written while the next is read; never more wait
             writing = writer.submit(store.write_shard, name, shard, rows)
             progress.advance(g.shard_rows)
         if writing:
             writing.result()
+
+
+def _check_unchanged(stamps: dict[Path, Stamp]) -> None:
+    for path, stamp in stamps.items():
+        if not path.exists() or file_stamp(path) != stamp:
+            raise UserError(
+                f"{path}: has changed while it was read; no shard was written of it since. Run the same command again "
+                "once it is as it should be"
+            )
 
 
 def shard_rows(given: GivenRows, order: Order, split: str, shard: int, rows: int, seed: int) -> ShardRows:

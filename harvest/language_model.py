@@ -264,7 +264,7 @@ def load_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model.name: {model.name!r}: its weights cannot be loaded: {first}") from None
-    loaded = loaded.to(device).eval().requires_grad_(False)
+    loaded = _apart_from_files(loaded.to(device)).eval().requires_grad_(False)
     if compute_dtype == torch.float32:
         loaded = loaded.float()  # never the other way: bfloat16 would round the rotary frequencies, which stay float32
     elif widens(device, compute_dtype):
@@ -280,6 +280,14 @@ def load_model(
             f"harvest.hooks: {', '.join(hooks)}: {error}; hooks are taken in decoder layers, as {skeleton.layer_list}.0"
         ) from None
     return HookedModel(loaded, modules, device)
+
+
+def _apart_from_files(model: Any) -> Any:
+    """The model with weights of its own: on a CPU they are pages of its files, and change with those."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    return model
 
 
 def _where(model: ModelConfig, commit: str | None, offline: bool) -> dict[str, Any]:

@@ -8,29 +8,36 @@ import difflib
 import hashlib
 import json
 import re
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluate.config import EVALUATE_VERSION, PublishedSae
 from harvest.config import HARVEST_VERSION, SAMPLE_VERSION, ModelConfig, Settings, Source
-from harvest.files import UserError, read_json, write_json
+from harvest.files import UserError
 from harvest.hub import hub_answers
-from harvest.progress import Progress
 from harvest.sources import files_within, hub_errors, ingest_files, local_files, looks_local
 from pipeline import assets
 from pipeline.config import IngestedConfig, PipelineConfig
+from pipeline.content import ContentHashes
 from train.config import TRAIN_VERSION
 
 STAGES = ("sample", "harvest", "train", "evaluate")
 VERSIONS: dict[str, int] = dict(
     zip(STAGES, (SAMPLE_VERSION, HARVEST_VERSION, TRAIN_VERSION, EVALUATE_VERSION), strict=True)
 )
-TOKENIZER_FILES = re.compile(r"(tokenizer.*|special_tokens_map|added_tokens|vocab|merges)\.(json|txt|model)")
-WEIGHT_FILES = re.compile(r"config\.json|.*\.safetensors|.*\.safetensors\.index\.json")
-SLOW_BYTES = 10 << 30  # hashing more shows its progress
+# What transformers may read of a model's folder; tests/test_inputs.py holds it against what it opens.
+WEIGHT_FILES = re.compile(r"(adapter_)?config(\..+)?\.json|.*\.safetensors|.*\.safetensors\.index\.json")
+TOKENIZER_FILES = re.compile(
+    r"config(\..+)?\.json|(tokenizer.*|special_tokens_map|added_tokens|vocab.*|.*_vocab|merges|dict|tekken|normalizer"
+    r"|emoji|byte_maps|word_.*)\.(json|txt)|tokenizer\.model.*|.*\.(model|spm|codes|tokenizer)"
+)
+CHAT_TEMPLATE_FILES = re.compile(r"chat_template\.(jinja|json)|additional_chat_templates/.*\.jinja")
+GENERATION_FILES = re.compile(r"generation_config\.json")
+WRITTEN_TEMPLATES = ("chatml", "deepseek-r1", "deepseek-r1-paper")  # those that are not the model's own
 SETUP = [str(assets.ASSETS / name) for name in assets.NAMES]
 COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB = "hub:"  # begins an identity that is a commit, not content
 
 
 class Inputs(NamedTuple):
@@ -42,10 +49,11 @@ class Inputs(NamedTuple):
     activations: str | None = None
     also: tuple[str, ...] = ()  # evaluate.also
     diff: str | None = None  # the second model of evaluate.diff
+    generation: str | None = None  # how a local model begins and ends its answers, which evaluate.steering reads
 
     def known(self, stage: str) -> dict[str, Any]:
-        """Those that there are; the SAEs of others and a second model concern evaluate alone."""
-        of_others = () if stage == "evaluate" else ("also", "diff")
+        """Those that there are; the SAEs of others, a second model and generation concern evaluate alone."""
+        of_others = () if stage == "evaluate" else ("also", "diff", "generation")
         return {name: value for name, value in self._asdict().items() if value and name not in of_others}
 
 
@@ -86,7 +94,8 @@ def fingerprints(config: PipelineConfig | IngestedConfig, inputs: Inputs) -> dic
         del published["path"], published["revision"], published["file"]
         published["content"] = content
     parts["train"] = (hashed_settings(config.train), None)
-    parts["evaluate"] = (_without_name(evaluate), inputs.diff)
+    read = {"diff": inputs.diff, "generation": inputs.generation} if inputs.generation else inputs.diff
+    parts["evaluate"] = (_without_name(evaluate), read)
     out: dict[str, str] = {}
     upstream = None
     for stage, (settings, content) in parts.items():
@@ -107,77 +116,62 @@ def find_inputs(config: PipelineConfig | IngestedConfig, runs: Path) -> Inputs:
 
     Raises UserError for what is not there, or a hub branch that cannot be resolved.
     """
-    memory = _Memory(runs / ".inputs.json")
-    also = tuple(_published_identity(i, published, memory) for i, published in enumerate(config.evaluate.also))
-    second = config.evaluate.diff.model if config.evaluate.diff else None
-    identity = _model_identity(second, WEIGHT_FILES, memory, "evaluate.diff.model.name") if second else None
-    if isinstance(config, IngestedConfig):
-        parts = [[file for path in paths for file in files_within(path)] for paths in ingest_files(config.ingest)]
-        hashes = [memory.files_hash(files) for files in parts if files]
-        memory.save()
-        return Inputs(None, None, (), "+".join(hashes), also, identity)
-    inputs = Inputs(
-        _model_identity(config.model, TOKENIZER_FILES, memory),
-        _model_identity(config.model, WEIGHT_FILES, memory),
-        tuple(_source_identity(i, source, memory) for i, source in enumerate(config.sample.sources)),
-        also=also,
-        diff=identity,
-    )
+    memory = Memory(runs / ".inputs.json")
+    inputs = identify(config, memory)
     memory.save()
     return inputs
 
 
+def identify(config: PipelineConfig | IngestedConfig, memory: "Memory", stages: Sequence[str] = STAGES) -> Inputs:
+    """What these stages read of models, data and activations; what others read is left empty.
+
+    Raises UserError as `find_inputs` does.
+    """
+    also, second, activations = (), None, None
+    if "evaluate" in stages:
+        also = tuple(_published_identity(i, published, memory) for i, published in enumerate(config.evaluate.also))
+        model = config.evaluate.diff.model if config.evaluate.diff else None
+        both = (WEIGHT_FILES, TOKENIZER_FILES)
+        second = _model_identity(model, both, memory, "evaluate.diff.model.name") if model else None
+    if isinstance(config, IngestedConfig):
+        if "harvest" in stages:
+            parts = [[file for path in paths for file in files_within(path)] for paths in ingest_files(config.ingest)]
+            activations = "+".join(memory.files_hash(files) for files in parts if files)
+        return Inputs(None, None, (), activations, also, second)
+    own = config.sample.template not in WRITTEN_TEMPLATES
+    tokenizer = (TOKENIZER_FILES, CHAT_TEMPLATE_FILES) if own else (TOKENIZER_FILES,)
+    model, sources, generation = None, (), None
+    if "harvest" in stages or "evaluate" in stages:
+        model = _model_identity(config.model, (WEIGHT_FILES,), memory)
+    if "sample" in stages:
+        sources = tuple(_source_identity(i, source, memory) for i, source in enumerate(config.sample.sources))
+    if "evaluate" in stages and config.evaluate.steering and Path(config.model.name).is_dir():
+        generation = _model_identity(config.model, (CHAT_TEMPLATE_FILES, GENERATION_FILES), memory)
+    reads_tokenizer = "sample" in stages or "evaluate" in stages
+    return Inputs(
+        _model_identity(config.model, tokenizer, memory) if reads_tokenizer else None,
+        model,
+        sources,
+        activations,
+        also,
+        second,
+        generation,
+    )
+
+
 def resolved_commit(identity: str | None) -> str | None:
     """The commit of a hub identity; None for local content."""
-    return identity.rpartition("@")[2].partition("/")[0] if identity and identity.startswith("hub:") else None
+    return identity.rpartition("@")[2].partition("/")[0] if identity and identity.startswith(HUB) else None
 
 
-class _Memory:
-    """Content hashes by path, size and mtime; hub commits by name and branch."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self.known = read_json(path)
-        except UserError:
-            self.known = {}  # a cache: what is lost is computed again
-        self.changed = False
-
-    def save(self) -> None:
-        if self.changed:
-            with suppress(OSError):  # a folder of runs may be looked at where it cannot be written
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(self.path, self.known)
-
-    def get(self, key: str, make: Any) -> str:
-        if not isinstance(self.known.get(key), str):
-            self.known[key] = make()
-            self.changed = True
-        return self.known[key]
-
-    def file_hash(self, path: Path) -> str:
-        stat = path.stat()
-
-        def digest() -> str:
-            with path.open("rb") as file:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-
-        return self.get(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}", digest)
-
-    def files_hash(self, files: list[Path]) -> str:
-        size = sum(path.stat().st_size for path in files)
-        hashes = []
-        with Progress("content of files", size, "bytes", quiet=size < SLOW_BYTES) as progress:
-            try:
-                for path in files:
-                    hashes.append([path.name, self.file_hash(path)])
-                    progress.advance(path.stat().st_size)
-            except KeyboardInterrupt:
-                self.save()  # terabytes take hours; what is known stays known
-                raise
-        return "sha256:" + hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+class Memory(ContentHashes):
+    """Content hashes of files; hub commits by name and branch."""
 
     def commit(self, kind: str, name: str, revision: str | None, setting: str) -> str:
+        """`hub:<name>@<commit>` of a model or data set; the commit of a branch is asked for once.
+
+        Raises UserError where the hub does not give it.
+        """
         branch = revision or "main"
         if COMMIT.fullmatch(branch):
             return f"hub:{name}@{branch}"
@@ -216,22 +210,29 @@ def _page(kind: str, name: str) -> str:
     return f"datasets/{name}" if kind == "dataset" else name
 
 
-def _model_identity(model: ModelConfig, files: re.Pattern[str], memory: _Memory, setting: str = "model.name") -> str:
+def _model_identity(
+    model: ModelConfig, kinds: Sequence[re.Pattern[str]], memory: Memory, setting: str = "model.name"
+) -> str:
+    """The content of a model's files of some kinds.
+
+    Raises UserError for a folder that holds no model, or no tokenizer where that is asked for.
+    """
     folder = Path(model.name)
     if not folder.is_dir():
         if looks_local(model.name):
             raise UserError(f"{setting}: {model.name!r}: no such folder{_setup_hint(model.name)}")
         return memory.commit("model", model.name, model.revision, setting)
-    found = sorted(path for path in folder.iterdir() if files.fullmatch(path.name))
-    if not (folder / "config.json").exists() or not found:
+    inside = {path.relative_to(folder).as_posix(): path for path in [*folder.iterdir(), *folder.glob("*/*.jinja")]}
+    names = sorted(name for name in inside if any(kind.fullmatch(name) for kind in kinds) and inside[name].is_file())
+    if "config.json" not in inside or (names == ["config.json"] and TOKENIZER_FILES in kinds):
         raise UserError(
-            f"{setting}: {model.name!r}: needs config.json, *.safetensors and tokenizer files; "
-            f"nothing there matches {files.pattern!r}"
+            f"{setting}: {model.name!r}: needs config.json, *.safetensors and tokenizer files; it holds "
+            f"{', '.join(sorted(inside)[:8]) or 'nothing'}"
         )
-    return memory.files_hash(found)
+    return memory.files_hash([inside[name] for name in names], folder)
 
 
-def _source_identity(i: int, source: Source, memory: _Memory) -> str:
+def _source_identity(i: int, source: Source, memory: Memory) -> str:
     files = local_files(source.path)
     if files:
         return memory.files_hash(files)
@@ -248,7 +249,7 @@ def _source_identity(i: int, source: Source, memory: _Memory) -> str:
     return memory.commit("dataset", source.path, source.revision, f"sample.sources.{i}.path")
 
 
-def _published_identity(i: int, published: PublishedSae, memory: _Memory) -> str:
+def _published_identity(i: int, published: PublishedSae, memory: Memory) -> str:
     setting = f"evaluate.also.{i}.path"
     if not looks_local(published.path) and not Path(published.path).exists():
         commit = memory.commit("model", published.path, published.revision, setting)

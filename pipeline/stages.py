@@ -27,6 +27,7 @@ from pipeline.fingerprint import (
     resolved_commit,
 )
 from pipeline.manifest import BEGUN, MANIFEST, begin, check_files, finish, is_complete, join, remote_store
+from pipeline.watch import Watch
 
 TRASH = ".trash-"
 Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
@@ -140,11 +141,13 @@ def run_stage(
             continue
         _check_upstream(runs, stage, follow)
         todo[directory] = runs
-    if todo:
-        _check_processes(sweep[0].config, stage, force)
-        _check_hooks(sweep[0], stage)
+    if not todo:
+        return
+    _check_processes(sweep[0].config, stage, force)
+    _check_hooks(sweep[0], stage)
+    watch = Watch(sweep[0].config, sweep[0].inputs, sweep[0].root, stage)
     if _is_follower():
-        _beside_rank_0(todo, stage, allow_mixed, follow)
+        _beside_rank_0(todo, stage, watch, allow_mixed, follow)
         return
     with ExitStack() as stack:
         begins = []
@@ -155,25 +158,37 @@ def run_stage(
             _empty_trash(directory)
             verb = "resumes" if (directory / BEGUN).exists() else "runs"
             print(f"{stage:9} {verb}  {directory}", flush=True)
-            begins.append(partial(begin, directory, runs.identity(stage), allow_mixed=allow_mixed))
+            begins.append(watched(watch, partial(begin, directory, runs.identity(stage), allow_mixed=allow_mixed)))
         summaries = _run(stage, list(todo.values()), begins, follow)
         for (directory, _), summary in zip(todo.items(), summaries, strict=True):
+            watch.check_unchanged()
             finish(directory, summary)
             print(summary_table(stage, summary), flush=True)
             print(f"{stage:9} complete  {directory}", flush=True)
 
 
-def _beside_rank_0(todo: dict[Path, AnyRuns], stage: str, allow_mixed: bool, follow: bool) -> None:
+def watched(watch: Watch, begin_run: Begin) -> Begin:
+    """What begins a run, once the files that it reads were found to be those of its fingerprint."""
+
+    def begin_watched(numerics: dict[str, Any]) -> None:
+        watch.check()
+        begin_run(numerics)
+
+    return begin_watched
+
+
+def _beside_rank_0(todo: dict[Path, AnyRuns], stage: str, watch: Watch, allow_mixed: bool, follow: bool) -> None:
     """This process's part of a stage, beside rank 0, which begins and finishes it and speaks."""
     begins: list[Begin] = [_ignore] * len(todo)  # in training, rank 0 compares the numerics
     with ExitStack() as stack:
         if stage == "harvest":
             for directory in todo:
                 stack.enter_context(_lock(directory, stage, force=False))
+            configs = {directory: runs.config for directory, runs in todo.items()}
+            harvests = {d: config.harvest for d, config in configs.items() if isinstance(config, PipelineConfig)}
             begins = [
-                partial(join, directory, allow_mixed=allow_mixed, seconds=runs.config.harvest.runtime.wait_seconds)
-                for directory, runs in todo.items()
-                if isinstance(runs.config, PipelineConfig)
+                watched(watch, partial(join, directory, allow_mixed=allow_mixed, seconds=harvest.runtime.wait_seconds))
+                for directory, harvest in harvests.items()
             ]
         for _ in _run(stage, list(todo.values()), begins, follow):
             pass

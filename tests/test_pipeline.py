@@ -226,7 +226,7 @@ def test_runs_can_be_looked_at_where_nothing_can_be_written(run_folder, monkeypa
     def refused(path: Path, _value: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr("pipeline.fingerprint.write_json", refused)
+    monkeypatch.setattr("pipeline.content.write_sealed", refused)
     for command in (["status"], ["path", "train"], ["verify", "--digest"]):
         ran = pipeline(*command)
         assert ran.status == 0, ran.out

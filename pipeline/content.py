@@ -1,0 +1,98 @@
+"""Content of local files, as sha256; what is known of a file is remembered while nothing about it has changed.
+
+A file is taken for the same while its size, mtime, ctime and inode are. mtime alone says little: unzip, `cp -p` and
+rsync set it back. ctime is the kernel's, and only as fine as its tick, so a file that was changed just before it was
+hashed is hashed again the next time.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from harvest.files import Stamp, UserError, file_stamp, read_json, write_sealed
+from harvest.progress import Progress
+
+SLOW_BYTES = 10 << 30  # hashing more shows its progress
+RECENT_NS = 3_000_000_000  # clocks of file systems are coarse: FAT's counts in 2 seconds
+TRIES = 3  # for a file that is being written
+
+
+class ContentHashes:
+    """sha256 of files, and other texts that take long to find, remembered in a file; without one, nothing is."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.known: dict[str, Any] = {}
+        if path:
+            self.known = _remembered(path)
+        self.changed = False
+
+    def save(self) -> None:
+        """Write what is known, where anything new is."""
+        if self.path and self.changed:
+            with suppress(OSError):  # a folder of runs may be looked at where it cannot be written
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_sealed(self.path, self.known)
+
+    def get(self, key: str, make: Callable[[], str]) -> str:
+        """The text of a key, made where it is not known."""
+        if not isinstance(self.known.get(key), str):
+            self.known[key] = make()
+            self.changed = True
+        return self.known[key]
+
+    def file_hash(self, path: Path) -> str:
+        """sha256 of a file, hexadecimal.
+
+        Raises UserError for one that changes while it is read.
+        """
+        key = str(path.resolve())
+        for _ in range(TRIES):
+            stamp, now = file_stamp(path), time.time_ns()
+            known = self.known.get(key)
+            if _is_of(known, stamp):
+                return known["sha256"]
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if file_stamp(path) == stamp:
+                self.known[key] = {"stamp": [*stamp], "hashed_ns": now, "sha256": found}
+                self.changed = True
+                return found
+        raise UserError(f"{path}: changes while it is read; wait until it is written, then run the same command again")
+
+    def files_hash(self, files: Sequence[Path], root: Path | None = None) -> str:
+        """`sha256:` and the hash of the files' names (relative to `root`) and contents."""
+        size = sum(path.stat().st_size for path in files)
+        hashes = []
+        with Progress("content of files", size, "bytes", quiet=size < SLOW_BYTES) as progress:
+            try:
+                for path in files:
+                    name = path.relative_to(root).as_posix() if root else path.name
+                    hashes.append([name, self.file_hash(path)])
+                    progress.advance(path.stat().st_size)
+            except KeyboardInterrupt:
+                self.save()  # terabytes take hours; what is known stays known
+                raise
+        return "sha256:" + hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+
+
+def _is_of(known: Any, stamp: Stamp) -> bool:
+    """Whether a hash that is remembered is surely that of a file with this stamp."""
+    if not isinstance(known, dict) or known.get("stamp") != [*stamp] or not isinstance(known.get("sha256"), str):
+        return False
+    hashed_ns = known.get("hashed_ns")
+    return isinstance(hashed_ns, int) and stamp.ctime_ns < hashed_ns - RECENT_NS
+
+
+def _remembered(path: Path) -> dict[str, Any]:
+    """What such a file holds; what is lost or damaged is found again. Of a file of earlier versions, without a seal,
+    just the texts: its hashes went by size and mtime."""
+    with suppress(UserError):
+        return read_json(path, sealed=True)
+    with suppress(UserError):
+        return {key: text for key, text in read_json(path).items() if isinstance(text, str) and "|" not in key}
+    return {}
