@@ -126,6 +126,7 @@ def run(
     inputs = {name: manifest["fingerprint"] for name, manifest in upstream.manifests.items()}
     metrics = {
         "schema": 1,
+        "fingerprint": directory.name,
         "inputs": inputs,
         "which_sae": config.sae,
         "left_out": left_out,

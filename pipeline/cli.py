@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from harvest.files import UserError, locked
 from pipeline import config, share_commands, stages
 from pipeline import status as status_of
 from pipeline.command import (
@@ -25,7 +24,6 @@ from pipeline.command import (
     load_settings,
 )
 from pipeline.fingerprint import STAGES
-from pipeline.manifest import MANIFEST, changed_files, is_complete
 
 __all__ = ["app", "main", "share_commands"]  # the last adds commands of its own to app
 
@@ -168,33 +166,15 @@ def verify(
     runs: Root = DEFAULT_RUNS,
     digest: Annotated[bool, typer.Option("--digest", help="Only print one sha256 of all files of the store.")] = False,
 ) -> None:
-    """Read every byte of the activation store; what is bad is named, and made anew by the next harvest."""
+    """Read every byte that the stages left; what is bad is named, and rows are made anew by the next harvest."""
     with errors():
-        from harvest import verify as verification
-        from harvest.store_place import files_of
+        from pipeline import verification
 
-        directory = find_any(config_file, overrides, runs)[0].directory("harvest")
+        sweep = find_any(config_file, overrides, runs)
         if digest:
-            print(verification.digest(files_of(directory)))
+            print(verification.store_digest(sweep[0]))
             return
-        with locked(directory, "harvest"):
-            complete, manifest, changed = is_complete(directory), [], []
-            try:
-                changed = changed_files(directory) if complete else []
-            except UserError as error:
-                manifest = [str(error)]
-            inside = [n.removeprefix("store/") for n in changed if n.startswith("store/") and n.endswith("/zarr.json")]
-            metadata, shards = verification.verify(files_of(directory), inside, complete=complete)
-            if not manifest and not metadata and not shards:
-                print(f"{directory}: every byte that is there is as it was written")
-                return
-            (directory / MANIFEST).unlink(missing_ok=True)
-            way_out = "`make harvest` writes it anew"
-            if metadata:
-                way_out = "`make harvest` writes these files anew; then `make verify` reads the shards"
-            elif shards:
-                way_out = f"{len(shards)} bad shards are marked; `make harvest` redoes just these"
-            raise UserError("\n".join([*manifest, *metadata, *shards, way_out]))
+        verification.verify(sweep, print)
 
 
 @app.command()

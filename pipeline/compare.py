@@ -1,6 +1,5 @@
 """`pipeline compare`: find evaluated runs by directory, fingerprint or settings file, and lay them side by side."""
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,9 +8,7 @@ from evaluate.compare import FIGURES, Evaluated, compare, short_name, write_comp
 from evaluate.report import figure
 from harvest.files import UserError, read_json
 from pipeline.fingerprint import STAGES
-from pipeline.manifest import MANIFEST, is_complete
-
-FINGERPRINT = re.compile(r"[0-9a-f]{12}")
+from pipeline.manifest import FINGERPRINT, MANIFEST, is_complete, read_manifest, read_metrics
 
 
 def compare_runs(names: Sequence[str], root: Path, of_settings: Callable[[Path], list[Path]], to: Path) -> list[str]:
@@ -54,10 +51,10 @@ def _directories(name: str, root: Path, of_settings: Callable[[Path], list[Path]
 
 
 def _read(directory: Path) -> Evaluated:
-    manifest = read_json(directory / MANIFEST)
+    manifest = read_manifest(directory)
     if manifest.get("stage") != "evaluate":
         raise UserError(f"{directory}: a {manifest.get('stage')} directory; compare takes those of evaluate")
-    metrics = read_json(directory / "metrics.json")
+    metrics = read_metrics(directory)
     if not isinstance(metrics.get("saes"), dict):
         raise UserError(f"{directory / 'metrics.json'}: holds no figures of SAEs")
     settings: dict[str, Any] = {}

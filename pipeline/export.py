@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from harvest.files import UserError, read_json
+from harvest.files import UserError
 from harvest.sources import looks_local
-from pipeline.manifest import MANIFEST, is_complete
+from pipeline.manifest import check_files, is_complete, read_manifest, read_metrics
 from pipeline.stages import Runs, swept
 from pipeline.terms import Terms, source_terms
 
@@ -77,6 +77,7 @@ def _saes(runs: Runs, sweep: Sequence[Runs]) -> list[Exported]:
             f"export: the train stage for these settings is not complete ({directory}); run `make train` with the "
             "same CONFIG and SET first"
         )
+    check_files(directory)
     from harvest.activation_store import slug
     from harvest.language_model import saelens_hook
 
@@ -131,7 +132,7 @@ def _public_name(name: str) -> str:
 
 def _card(saes: list[Exported], rows: list[dict[str, Any]], model: str, terms: list[Terms]) -> str:
     runs = saes[0].runs
-    manifest = read_json(runs.directory("train") / MANIFEST)
+    manifest = read_manifest(runs.directory("train"))
     sources = [
         {
             "name": source.name,
@@ -183,7 +184,7 @@ def _excluded(exclude: dict[str, Any]) -> str:
 
 def _card_row(sae: Exported, d_in: int, d_sae: int) -> dict[str, Any]:
     directory = sae.runs.directory("evaluate")
-    metrics = read_json(directory / "metrics.json") if is_complete(directory) else {}
+    metrics = read_metrics(directory) if is_complete(directory) else {}
     figures = metrics.get("saes", {}).get(sae.hook, {})
     texts = []
     for section, groups, name, form in FIGURES:

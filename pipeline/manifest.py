@@ -8,18 +8,26 @@ manifest.json  written last, by an atomic rename: the same, with wall time, vers
 
 import os
 import platform
+import re
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from harvest.files import UserError, file_crc32c, locked, read_json, write_sealed
+from harvest.files import UserError, locked, read_json, write_sealed
 from harvest.workers import wait_until
+from pipeline.inventory import changed_files, inventory, missing_files
 
-BEGUN, MANIFEST = "begun.json", "manifest.json"
+BEGUN, MANIFEST, METRICS = "begun.json", "manifest.json", "metrics.json"
+FINGERPRINT = re.compile(r"[0-9a-f]{12}")  # name of a run directory
 STARTS_OVER = ("evaluate",)  # stages that keep nothing of an interrupted run
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "zarr", "numpy", "safetensors")
+
+
+class DamagedManifestError(UserError):
+    """A manifest that is there and cannot be believed."""
 
 
 def is_complete(directory: Path) -> bool:
@@ -59,6 +67,11 @@ def join(directory: Path, numerics: dict[str, Any], *, allow_mixed: bool, second
 def _compare(directory: Path, numerics: dict[str, Any], allow_mixed: bool) -> None:
     with locked(directory, "begun"):  # workers record theirs at the same time
         begun = read_json(directory / BEGUN)
+        if begun.get("fingerprint") != directory.name:
+            raise UserError(
+                f"{directory / BEGUN}: is that of the run {begun.get('fingerprint')}; move that run back to the "
+                "directory of its name, or add --force to start anew here"
+            )
         before: dict[str, Any] = begun.get("numerics") or {}
         if before == numerics or numerics in begun.get("mixed_with", []):
             return
@@ -84,54 +97,75 @@ def finish(directory: Path, summary: dict[str, Any]) -> None:
         "wall_seconds": round(time.time() - begun["begun"], 1),
         "versions": {"reasoning-sae": _commit(), "python": platform.python_version()}
         | {name: version(name) for name in LIBRARIES},
-        "files": {str(path.relative_to(directory)): file_crc32c(path) for path in _described(directory)},
+        "files": inventory(directory, begun["stage"]),
         "summary": summary,
     }
     write_sealed(directory / MANIFEST, manifest)
 
 
-def changed_files(directory: Path) -> list[str]:
-    """Files of a complete stage without a checksum of their own that are not as its manifest has them, by name.
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a complete stage.
 
-    Raises UserError when the manifest is damaged.
+    Raises DamagedManifestError when it is damaged, and UserError when it is that of another run.
     """
-    described = read_json(directory / MANIFEST).get("files")
-    if not isinstance(described, dict):
-        return []
-    inside = [name for name in described if not Path(name).is_absolute() and ".." not in Path(name).parts]
-    paths = {name: directory / name for name in inside}
-    return [n for n, path in paths.items() if not path.is_file() or file_crc32c(path) != described[n]]
+    path = directory / MANIFEST
+    try:
+        manifest = read_json(path)
+    except UserError as error:
+        raise DamagedManifestError(str(error)) from None
+    found = manifest.get("fingerprint")
+    if FINGERPRINT.fullmatch(directory.name) and found != directory.name:
+        raise UserError(f"{path}: is that of the run {found}; move that run back to the directory of its name")
+    return manifest
 
 
-def check_files(directory: Path) -> None:
-    """Hold a complete stage's files that carry no checksum of their own against its manifest.
+def check_files(directory: Path, *, read: bool = True) -> None:
+    """Hold what a complete stage left against its manifest; without `read`, by a look that takes milliseconds.
 
+    Rows and contexts are held against their own checksums when they are read.
     Raises UserError that names the file.
     """
     stage = directory.parent.name
     try:
-        changed = changed_files(directory)
-    except UserError as error:
-        keeps = "makes it anew" if stage == "sample" else "keeps what is whole"
+        changed = (changed_files if read else missing_files)(directory, read_manifest(directory))
+    except DamagedManifestError as error:
+        keeps = "makes it anew" if stage in ("sample", "evaluate") else "keeps what is whole"
         raise UserError(f"{error}: delete it and run {stage} again, which {keeps}") from None
     if changed:
-        mend = (
-            "`make verify`, then `make harvest` writes just that anew"
-            if stage == "harvest"
-            else f"`python -m pipeline {stage} --force` makes them anew"
-        )
+        raise UserError(f"{said(directory, changed)}; restore it, or {way_out(stage)}")
+
+
+def said(directory: Path, changed: Sequence[str]) -> str:
+    """A stage's changed files in a few words: the first, and how many there are."""
+    more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+    return f"{directory / changed[0]}: missing, or changed since the stage ended{more}"
+
+
+def way_out(stage: str) -> str:
+    """What makes anew what is missing or damaged of a stage."""
+    return {
+        "harvest": "`make verify`, then `make harvest` writes just that anew",
+        "evaluate": "`make eval` makes all of it anew",
+    }.get(stage, f"`python -m pipeline {stage} --force` makes all of it anew")
+
+
+def read_metrics(directory: Path) -> dict[str, Any]:
+    """metrics.json of a complete evaluation.
+
+    Raises UserError when it is damaged, or that of another run.
+    """
+    manifest, path = read_manifest(directory), directory / METRICS
+    listed = manifest.get("files", {}).get(METRICS)
+    if listed and changed_files(directory, {"files": {METRICS: listed}}):
+        raise UserError(f"{said(directory, [METRICS])}; restore it, or {way_out('evaluate')}")
+    metrics = read_json(path)
+    run, trained = metrics.get("fingerprint"), metrics.get("inputs", {}).get("train")
+    if run not in (None, manifest["fingerprint"]) or trained != Path(str(manifest["upstream"])).name:
         raise UserError(
-            f"{directory / changed[0]}: missing, or changed since the stage ended (crc32c); restore it, or {mend}"
+            f"{path}: holds the figures of another run ({run or trained}), not of {manifest['fingerprint']}; restore "
+            f"it, or {way_out('evaluate')}"
         )
-
-
-def _described(directory: Path) -> list[Path]:
-    """Metadata of Zarr, and the lines that training logged: what no reader could tell from what was written."""
-    found = [*directory.glob("*/metrics.jsonl"), *directory.glob("checksums.json")]
-    for folder, subfolders, names in os.walk(directory):
-        subfolders[:] = [name for name in subfolders if name not in ("c", "shards", "checkpoints", "features")]
-        found += [Path(folder, name) for name in names if name == "zarr.json"]
-    return sorted(found)
+    return metrics
 
 
 def _commit() -> str:

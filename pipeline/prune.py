@@ -6,7 +6,6 @@ emptied, so an interruption leaves no half of a run under its name; the next pru
 """
 
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -17,10 +16,9 @@ from typing import NamedTuple
 from harvest.files import UserError, is_locked, read_json
 from harvest.progress import duration, size_text
 from pipeline.fingerprint import STAGES
-from pipeline.manifest import BEGUN, MANIFEST, is_complete, remote_store
+from pipeline.manifest import BEGUN, FINGERPRINT, MANIFEST, is_complete, remote_store
 from pipeline.stages import TRASH
 
-FINGERPRINT = re.compile(r"[0-9a-f]{12}")
 LOCK = ".lock-"
 
 

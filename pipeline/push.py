@@ -13,12 +13,13 @@ from typing import NamedTuple
 from harvest.files import UserError
 from harvest.sources import hub_errors
 from pipeline.export import export_name
-from pipeline.manifest import is_complete
+from pipeline.inventory import changed_files
+from pipeline.manifest import METRICS, is_complete, read_manifest, read_metrics, said, way_out
 from pipeline.stages import Runs
 from pipeline.terms import source_terms
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WITHOUT_TEXT = ("metrics.json",)  # of an evaluate directory
+WITHOUT_TEXT = (METRICS,)  # of an evaluate directory
 
 
 class Push(NamedTuple):
@@ -31,9 +32,9 @@ class Push(NamedTuple):
 def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Push:
     """The files of an export and of the evaluations of its runs.
 
-    Raises UserError for a folder that is no export of ours.
+    Raises UserError for a folder that is no export of ours, and for a file that is not what was exported or measured.
     """
-    from train.export import MARKER, read_marker
+    from train.export import MARKER, check_exported, read_marker
 
     folder = folder or sweep[0].root / "export" / export_name(sweep)
     if not folder.is_dir():
@@ -42,10 +43,8 @@ def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Pu
     exported = {(sae.get("train"), sae.get("which_sae")) for sae in marker.get("saes", [])}
     if exported != {(runs.fingerprints["train"], runs.config.evaluate.sae) for runs in sweep}:
         raise UserError(f"push: {folder}: was exported from other settings; export anew, or give those settings")
-    files = {name: folder / name for name in sorted([*map(str, marker["files"]), MARKER])}
-    for name, path in files.items():
-        if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"push: {path}: not a file of the export ({name}); export anew with --force")
+    check_exported(folder, marker)
+    files = {name: folder / name for name in sorted([*marker["files"], MARKER])}
     closed = [
         f"{source.name} ({term.note})"
         for source in sweep[0].config.sample.sources
@@ -56,6 +55,7 @@ def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Pu
         directory = runs.directory("evaluate")
         if not is_complete(directory):
             continue
+        _check_measured(directory)
         place = f"evaluation/{directory.name}"
         files |= {f"{place}/{name}": directory / name for name in WITHOUT_TEXT}
         texts = [path for path in sorted(directory.rglob("*.html")) if not path.is_symlink()]
@@ -66,6 +66,13 @@ def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Pu
         else:
             files |= {f"{place}/{path.relative_to(directory)}": path for path in texts}
     return Push(files, left_out)
+
+
+def _check_measured(directory: Path) -> None:
+    """Raise UserError where a file of an evaluation is missing or changed, or that of another run."""
+    read_metrics(directory)
+    if changed := changed_files(directory, read_manifest(directory)):
+        raise UserError(f"{said(directory, changed)}; restore it, or {way_out('evaluate')}")
 
 
 def push(repository: str, planned: Push, *, public: bool, yes: bool, say: Callable[[str], None]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple
 from typing_extensions import TypeVar
 
 from evaluate.config import EvaluateConfig
-from harvest.files import UserError, locked, read_json
+from harvest.files import UserError, locked
 from harvest.workers import Workers
 from pipeline.config import IngestedConfig, PipelineConfig
 from pipeline.fingerprint import (
@@ -26,7 +26,21 @@ from pipeline.fingerprint import (
     hashed_settings,
     resolved_commit,
 )
-from pipeline.manifest import BEGUN, MANIFEST, begin, check_files, finish, is_complete, join, remote_store
+from pipeline.inventory import changed_files
+from pipeline.manifest import (
+    BEGUN,
+    MANIFEST,
+    STARTS_OVER,
+    DamagedManifestError,
+    begin,
+    check_files,
+    finish,
+    is_complete,
+    join,
+    read_manifest,
+    remote_store,
+    said,
+)
 from pipeline.watch import Watch
 
 TRASH = ".trash-"
@@ -135,7 +149,7 @@ def run_stage(
         return
     todo: dict[Path, AnyRuns] = {}
     for directory, runs in {runs.directory(stage): runs for runs in sweep}.items():
-        if is_complete(directory) and not force:
+        if not force and _is_whole(directory, stage):
             if not _is_follower():
                 print(f"{stage:9} complete  {directory}", flush=True)
             continue
@@ -155,6 +169,7 @@ def run_stage(
             stack.enter_context(_lock(directory, stage, force))
             if force and (directory / BEGUN).exists():
                 _clear(directory, confirm)
+            (directory / MANIFEST).unlink(missing_ok=True)  # of an evaluation that is not whole
             _empty_trash(directory)
             verb = "resumes" if (directory / BEGUN).exists() else "runs"
             print(f"{stage:9} {verb}  {directory}", flush=True)
@@ -165,6 +180,26 @@ def run_stage(
             finish(directory, summary)
             print(summary_table(stage, summary), flush=True)
             print(f"{stage:9} complete  {directory}", flush=True)
+
+
+def _is_whole(directory: Path, stage: str) -> bool:
+    """Whether a stage is complete, and what it left is there; an evaluation that is not whole is to be made anew.
+
+    Raises UserError that names a missing or changed file of another stage, which would take hours.
+    """
+    if not is_complete(directory):
+        return False
+    if stage not in STARTS_OVER:
+        check_files(directory, read=False)
+        return True
+    try:
+        changed = changed_files(directory, read_manifest(directory))
+        reason = said(directory, changed) if changed else ""
+    except DamagedManifestError as error:
+        reason = str(error)
+    if reason:
+        print(f"{stage:9} is made anew: {reason}", flush=True)
+    return not reason
 
 
 def watched(watch: Watch, begin_run: Begin) -> Begin:
@@ -297,7 +332,7 @@ def _run_one(stage: str, runs: AnyRuns, begin_run: Begin) -> dict[str, Any]:
         )
     from evaluate import run as evaluate
 
-    manifests = {name: read_json(here(name) / MANIFEST) for name in STAGES[:3]}
+    manifests = {name: read_manifest(here(name)) for name in STAGES[:3]}
     upstream = evaluate.Upstream(here("sample"), here("harvest"), here("train"), manifests)
     also = [resolved_commit(identity) for identity in inputs.also]
     return evaluate.run(
@@ -321,7 +356,7 @@ def _run_ingested(stage: str, config: IngestedConfig, runs: AnyRuns, begin_run: 
         return ingest.run(config.ingest, runs.directory("harvest"), begin_run)
     from evaluate import run as evaluate
 
-    manifests = {name: read_json(runs.directory(name) / MANIFEST) for name in ("harvest", "train")}
+    manifests = {name: read_manifest(runs.directory(name)) for name in ("harvest", "train")}
     upstream = evaluate.Upstream(None, runs.directory("harvest"), runs.directory("train"), manifests)
     also = [resolved_commit(identity) for identity in runs.inputs.also]
     return evaluate.run(None, None, config.evaluate, also, upstream, runs.directory("evaluate"), begin_run)

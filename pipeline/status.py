@@ -9,7 +9,8 @@ from typing import Any
 
 from harvest.files import UserError, is_locked, read_json
 from pipeline.fingerprint import STAGES, VERSIONS
-from pipeline.manifest import BEGUN, is_complete
+from pipeline.inventory import changed_files, missing_files
+from pipeline.manifest import BEGUN, STARTS_OVER, is_complete, read_manifest, said, way_out
 from pipeline.stages import AnyRuns, swept
 
 
@@ -30,7 +31,7 @@ def _status_lines(runs: AnyRuns) -> list[str]:
     for stage in runs.stages:
         directory = runs.directory(stage)
         if is_complete(directory):
-            state = f"complete   {directory}"
+            state = _of_complete(directory, stage)
         elif is_locked(directory, stage):
             state = f"running    {_progress(directory)}{directory}"
         elif (directory / BEGUN).exists():
@@ -42,6 +43,20 @@ def _status_lines(runs: AnyRuns) -> list[str]:
             stale = stale or stage
         lines.append(f"{stage:9} {state}")
     return lines
+
+
+def _of_complete(directory: Path, stage: str) -> str:
+    """Whether what a complete stage left is there, by a look that takes milliseconds; evaluations are read."""
+    try:
+        changed = (changed_files if stage in STARTS_OVER else missing_files)(directory, read_manifest(directory))
+        found = said(directory, changed) if changed else ""
+    except UserError as error:
+        found = str(error)
+    if not found:
+        return f"complete   {directory}"
+    if stage in STARTS_OVER:
+        return f"would start over: {found}"
+    return f"damaged    {found}; restore it, or {way_out(stage)}"
 
 
 def why(runs: AnyRuns, stage: str, stale: str | None) -> str:

@@ -15,7 +15,7 @@ from evaluate.visible import visible
 from harvest.files import UserError, write_json
 from pipeline.config import SettingsError
 from pipeline.fingerprint import resolved_commit
-from pipeline.manifest import is_complete
+from pipeline.manifest import check_files, is_complete
 from pipeline.stages import Runs
 
 
@@ -147,6 +147,7 @@ def _checked(sweep: Sequence[Runs], request: Request) -> Runs:
             f"steer: the train stage for these settings is not complete ({runs.directory('train')}); run "
             "`make train` with the same CONFIG and SET first"
         )
+    check_files(runs.directory("train"))
     return runs
 
 

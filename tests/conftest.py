@@ -15,6 +15,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub, whose libra
 import real
 import tiny
 
+from harvest.files import read_json, write_sealed
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
 
@@ -112,3 +114,10 @@ def only(folder: Path, pattern: str) -> Path:
 def contents(folder: Path, pattern: str = "**/*") -> dict[str, bytes]:
     """Bytes of all files below a folder by relative path."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.glob(pattern)) if p.is_file()}
+
+
+def unlisted(directory: Path) -> None:
+    """Take the list of files out of a run's manifest: what they hold is then held against nothing but themselves."""
+    manifest = read_json(directory / "manifest.json")
+    del manifest["files"]
+    write_sealed(directory / "manifest.json", manifest)

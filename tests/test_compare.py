@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import Ran, only
+from conftest import Ran, only, unlisted
 from typer.testing import CliRunner
 
 from evaluate.compare import Evaluated, compare, frontier_lines
@@ -94,6 +94,7 @@ def test_figures_that_are_missing(run_folder):
     found = read_json(metrics)
     del found["saes"]["model.layers.1"]["downstream"]
     write_sealed(metrics, found)
+    unlisted(metrics.parent)
     shutil.rmtree("runs/train")  # pruned
     ran = run("compare", str(metrics.parent))
     assert ran.status == 0, ran.out

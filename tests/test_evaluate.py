@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import contents, only, pipeline
+from conftest import contents, only, pipeline, unlisted
 
 from evaluate.charts import ticks
 from evaluate.downstream import downstream
@@ -159,11 +159,13 @@ def empty_split(run: Path) -> None:
 def other_width(run: Path) -> None:
     folder = only(run, f"runs/train/*/{HOOK}")
     save_sae(folder, initial_sae(16, 8, 0), HOOK, load_sae(folder).statistics, {})
+    unlisted(folder.parent)
 
 
 def other_hook(run: Path) -> None:
     path = only(run, f"runs/train/*/{HOOK}/sae.json")
     write_sealed(path, read_json(path) | {"hook_name": "model.layers.0"})
+    unlisted(path.parents[1])
 
 
 def cut_weights(run: Path) -> None:

@@ -7,7 +7,7 @@ import real
 import sae_lens
 import torch
 import yaml
-from conftest import contents, only, pipeline
+from conftest import contents, only, pipeline, unlisted
 
 from harvest.activation_store import ActivationStore
 from harvest.language_model import saelens_hook
@@ -134,6 +134,8 @@ def test_an_export_needs_a_trained_sae(run_folder):
 def test_an_export_that_breaks_off_leaves_nothing(run_folder):
     weights = only(run_folder, f"runs/train/*/{HOOK}/sae_weights.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
+    assert "sae_weights.safetensors: missing, or changed" in pipeline("export", "--to", "out").out
+    unlisted(weights.parents[1])
     ran = pipeline("export", "--to", "out")
     assert ran.status == 1
     assert "damaged" in ran.out

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import only, pipeline
+from conftest import only, pipeline, unlisted
 from transformers import AutoModelForCausalLM
 
 from evaluate.generation import Sampling, complete
@@ -188,6 +188,7 @@ def test_bad_input_is_named(finished, monkeypatch, arguments, says):
 def test_an_sae_of_another_width_is_refused(run_folder):
     folder = only(run_folder, f"runs/train/*/{HOOK}")
     save_sae(folder, initial_sae(16, 8, 0), HOOK, load_sae(folder).statistics, {})
+    unlisted(folder.parent)
     ran = pipeline("steer", "--feature", "1", "--prompt", "a", "--max-activation", "1")
     assert ran.status == 1
     assert "the SAE has d_in 16, but model.layers.1 of this model is 32 wide" in ran.out

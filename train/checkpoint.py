@@ -24,6 +24,7 @@ from train.sae import SAE
 
 MARKER, TENSORS = "checkpoint.json", "tensors.safetensors"
 WEIGHTS, ABOUT = "sae_weights.safetensors", "sae.json"
+BEGUN = "begun.json"  # of a run's directory, with its fingerprint
 CHECKSUM = "tensors_crc32c"  # of the file of tensors, in the JSON file beside it
 
 
@@ -38,6 +39,7 @@ class Checkpoint(NamedTuple):
     statistics: InputStatistics
     losses: Sequence[float] = ()  # the last logged ones, that a spike is measured against
     metrics_crc32c: int | None = None  # of metrics.jsonl up to metrics_bytes
+    fingerprint: str | None = None  # of the run, where it is one of the pipeline's
 
 
 class SavedSae(NamedTuple):
@@ -89,6 +91,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | No
             f"{path}: the rows that follow it were read and deleted (`make stream`), so it holds weights only, and the "
             "newer checkpoint is gone; start the stream anew: `harvest --force`, then `train --force`"
         )
+    _check_run(path / MARKER, about)
     try:
         tensors = _load_tensors(path / TENSORS, about)
         checkpoint = Checkpoint(
@@ -100,6 +103,7 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | No
             statistics=InputStatistics(**about["statistics"]),
             losses=about.get("losses", ()),
             metrics_crc32c=about.get("metrics_crc32c"),
+            fingerprint=about.get("fingerprint"),
         )
     except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
         before = _resumable_before(complete)
@@ -134,6 +138,28 @@ def save_sae(folder: Path, sae: SAE, hook: str, statistics: InputStatistics, abo
     write_sealed(folder / ABOUT, about | shape | statistics._asdict())
 
 
+def run_fingerprint(folder: Path) -> str | None:
+    """Fingerprint of the training run in whose directory a folder lies; None where it lies elsewhere.
+
+    Raises UserError where begun.json of the run is damaged.
+    """
+    for above in folder.absolute().parents[:3]:
+        if (above / BEGUN).exists():
+            begun = read_json(above / BEGUN)
+            return begun.get("fingerprint") if begun.get("stage") == "train" else None
+    return None
+
+
+def _check_run(path: Path, about: dict[str, Any]) -> None:
+    """Raise UserError for a file of one run that lies in the directory of another."""
+    of, here = about.get("fingerprint"), run_fingerprint(path.parent)
+    if of and here and of != here:
+        raise UserError(
+            f"{path}: belongs to the training run {of}, and lies in the directory of {here}; restore this run's own, "
+            "or `python -m pipeline train --force` makes it anew"
+        )
+
+
 def _load_tensors(path: Path, about: dict[str, Any]) -> dict[str, Tensor]:
     """Tensors by name, those that `about` was written for."""
     if CHECKSUM in about and file_crc32c(path) != about[CHECKSUM]:
@@ -156,9 +182,11 @@ def _save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 def load_sae(folder: Path) -> SavedSae:
     """The SAE of a folder.
 
-    Raises UserError for files that are missing, damaged, or of shapes that do not fit each other.
+    Raises UserError for files that are missing, damaged, those of another run than the one in whose directory they
+    lie, or of shapes that do not fit each other.
     """
     about = read_json(folder / ABOUT)
+    _check_run(folder / ABOUT, about)
     path = folder / WEIGHTS
     try:
         tensors = _load_tensors(path, about)

@@ -16,11 +16,11 @@ from typing import Any
 
 import safetensors.torch
 
-from harvest.files import UserError, fsync_path, partial_name, read_json, write_json
+from harvest.files import UserError, file_crc32c, fsync_path, partial_name, read_json, write_json, write_sealed
 from train.checkpoint import WEIGHTS, SavedSae
 from train.sae import SAE
 
-CONFIG, MARKER = "cfg.json", "export.json"
+CONFIG, MARKER, CARD = "cfg.json", "export.json", "README.md"
 SAELENS_VERSION = "6.0.0"  # the form of cfg.json
 
 
@@ -69,7 +69,8 @@ def new_export(folder: Path, about: dict[str, Any], force: bool) -> Iterator[Pat
     try:
         partial.mkdir()
         yield partial
-        write_json(partial / MARKER, {"schema": 1, **about, "files": _files(partial)})
+        sums = {n: {"bytes": (partial / n).stat().st_size, "crc32c": file_crc32c(partial / n)} for n in _files(partial)}
+        write_sealed(partial / MARKER, {"schema": 1, **about, "files": sums})
         if folder.exists():
             folder.rename(old)
         partial.rename(folder)
@@ -80,16 +81,32 @@ def new_export(folder: Path, about: dict[str, Any], force: bool) -> Iterator[Pat
 
 
 def read_marker(folder: Path) -> dict[str, Any]:
-    """export.json of an export.
+    """export.json of an export; its `files` have sizes and checksums, but for those of earlier versions, a list.
 
     Raises UserError for any other folder.
     """
     if not (folder / MARKER).exists():
         raise UserError(f"{folder}: not an export of this project (it has no {MARKER})")
     marker = read_json(folder / MARKER)
-    if marker.get("schema") != 1 or not isinstance(marker.get("files"), list):
+    if marker.get("schema") != 1 or not isinstance(marker.get("files"), list | dict):
         raise UserError(f"{folder / MARKER}: not the marker of an export of this project")
     return marker
+
+
+def check_exported(folder: Path, marker: dict[str, Any]) -> None:
+    """Hold the files of an export against its marker; the model card may have been edited.
+
+    Raises UserError that names the first that is not what was exported, and for an export without checksums.
+    """
+    if not isinstance(marker["files"], dict):
+        raise UserError(f"{folder / MARKER}: of an earlier version, without checksums; export anew with --force")
+    for name, entry in marker["files"].items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file() or not path.resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{path}: not a file of the export ({name}); export anew with --force")
+        sizes = {"bytes": path.stat().st_size, "crc32c": file_crc32c(path)}
+        if sizes != entry and (name != CARD or not sizes["bytes"]):
+            raise UserError(f"{path}: has changed since it was exported (crc32c); export anew with --force")
 
 
 def _check_free(folder: Path, force: bool) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from harvest.activation_store import CONSUMED, ActivationStore
 from harvest.files import UserError
 from train.background import BackgroundWriter
-from train.checkpoint import ABOUT, Checkpoint, newest_checkpoint, save_checkpoint, save_sae
+from train.checkpoint import ABOUT, Checkpoint, newest_checkpoint, run_fingerprint, save_checkpoint, save_sae
 from train.config import TrainConfig
 from train.dataloader import FINISHED, ActivationLoader, Batch, Position
 from train.exclusion import InputStatistics, input_statistics
@@ -95,7 +95,9 @@ class Training:
         self._saved_window = self.position[:2]
         self._writer = BackgroundWriter()
         self._recent: deque[_Fed] = deque(maxlen=runtime.log_every)
+        self._run = run_fingerprint(folder)
         self._about = {
+            **({"fingerprint": self._run} if self._run else {}),
             "architecture": "standard",
             "model": store.attributes.get("model"),
             "context_size": store.attributes.get("ingested", g._asdict())["context_size"],
@@ -194,6 +196,7 @@ class Training:
             self.statistics,
             list(self.metrics.losses),
             self.metrics.checksum(),
+            self._run,
         )
         folder, keep_last = self.folder / "checkpoints", self.config.runtime.keep_last
 
