@@ -55,10 +55,10 @@ def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Pu
         directory = runs.directory("evaluate")
         if not is_complete(directory):
             continue
-        _check_measured(directory)
+        listed = _measured(directory)
         place = f"evaluation/{directory.name}"
         files |= {f"{place}/{name}": directory / name for name in WITHOUT_TEXT}
-        texts = [path for path in sorted(directory.rglob("*.html")) if not path.is_symlink()]
+        texts = [path for path in listed if path.suffix == ".html"]
         if closed and not with_text:
             left_out.append(
                 f"{len(texts)} pages with text of {', '.join(closed)} in {directory}; --with-text pushes them"
@@ -68,11 +68,18 @@ def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Pu
     return Push(files, left_out)
 
 
-def _check_measured(directory: Path) -> None:
-    """Raise UserError where a file of an evaluation is missing or changed, or that of another run."""
+def _measured(directory: Path) -> list[Path]:
+    """What an evaluation left.
+
+    Raises UserError where a file is missing or changed, or that of another run.
+    """
     read_metrics(directory)
-    if changed := changed_files(directory, read_manifest(directory)):
+    manifest = read_manifest(directory)
+    if changed := changed_files(directory, manifest):
         raise UserError(f"{said(directory, changed)}; restore it, or {way_out('evaluate')}")
+    if listed := manifest.get("files"):
+        return sorted(directory / name for name in listed)
+    return [path for path in sorted(directory.rglob("*.html")) if not path.is_symlink()]  # of an earlier version
 
 
 def push(repository: str, planned: Push, *, public: bool, yes: bool, say: Callable[[str], None]) -> None:

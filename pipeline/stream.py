@@ -20,7 +20,7 @@ from harvest.disk import limit_in_shards
 from harvest.files import UserError, is_locked, locked
 from harvest.progress import size_text
 from pipeline.config import PipelineConfig
-from pipeline.manifest import is_complete
+from pipeline.manifest import check_files, is_complete
 from pipeline.stages import Runs, run_stage
 
 PDEATHSIG = 1  # of prctl: a child is told when this process dies
@@ -46,6 +46,7 @@ def stream(sweep: Sequence[Runs], request: Request, confirm: Callable[[str], boo
     complete = [runs for runs in sweep if is_complete(runs.directory("train"))]
     if len(complete) == len(sweep):
         for runs in complete:
+            check_files(runs.directory("train"), read=False)
             print(f"{'train':9} complete  {runs.directory('train')}", flush=True)
         return
     _check(sweep[0].config)
