@@ -152,9 +152,7 @@ def test_given_activations_that_change_while_they_are_read(tmp_path, monkeypatch
     rng = np.random.default_rng(0)
     np.save("given.npy", rng.normal(size=(400, 8)).astype(np.float32))
     file = Path("ingest.yaml")
-    file.write_text(
-        "ingest: {path: given.npy, shard_rows: 64, chunk_rows: 16}\ntrain: {sae: {d_sae: 8}, epochs: 1}\n"
-    )
+    file.write_text("ingest: {path: given.npy, shard_rows: 64, chunk_rows: 16}\ntrain: {sae: {d_sae: 8}, epochs: 1}\n")
     shard_rows, calls = ingest.shard_rows, []
 
     def reading(*arguments):
