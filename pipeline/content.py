@@ -53,9 +53,8 @@ class ContentHashes:
         key = str(path.resolve())
         for _ in range(TRIES):
             stamp, now = file_stamp(path), time.time_ns()
-            known = self.known.get(key)
-            if _is_of(known, stamp):
-                return known["sha256"]
+            if known := _hash_of(self.known.get(key), stamp):
+                return known
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if file_stamp(path) == stamp:
@@ -80,12 +79,13 @@ class ContentHashes:
         return "sha256:" + hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
 
 
-def _is_of(known: Any, stamp: Stamp) -> bool:
-    """Whether a hash that is remembered is surely that of a file with this stamp."""
-    if not isinstance(known, dict) or known.get("stamp") != [*stamp] or not isinstance(known.get("sha256"), str):
-        return False
-    hashed_ns = known.get("hashed_ns")
-    return isinstance(hashed_ns, int) and stamp.ctime_ns < hashed_ns - RECENT_NS
+def _hash_of(known: Any, stamp: Stamp) -> str | None:
+    """The hash that is remembered, if it is surely that of a file with this stamp."""
+    if not isinstance(known, dict) or known.get("stamp") != [*stamp]:
+        return None
+    sha256, hashed_ns = known.get("sha256"), known.get("hashed_ns")
+    long_ago = isinstance(hashed_ns, int) and stamp.ctime_ns < hashed_ns - RECENT_NS
+    return sha256 if long_ago and isinstance(sha256, str) else None
 
 
 def _remembered(path: Path) -> dict[str, Any]:

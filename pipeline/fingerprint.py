@@ -80,6 +80,7 @@ def hashed_settings(settings: Settings) -> dict[str, Any]:
 
 def fingerprints(config: PipelineConfig | IngestedConfig, inputs: Inputs) -> dict[str, str]:
     """The fingerprint of every stage that these settings have."""
+    parts: dict[str, tuple[dict[str, Any], Any]]
     if isinstance(config, IngestedConfig):
         ingest = {k: v for k, v in hashed_settings(config.ingest).items() if k not in ("path", "token_ids")}
         parts = {"harvest": ({"ingest": ingest}, inputs.activations)}

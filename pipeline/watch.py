@@ -72,7 +72,7 @@ class _Again(Memory):
     def __init__(self) -> None:
         super().__init__(None)
 
-    def commit(self, *_about: Any) -> str:
+    def commit(self, kind: str, name: str, revision: str | None, setting: str) -> str:  # noqa: ARG002
         return HUB
 
 

@@ -1,4 +1,4 @@
-"""Complete means whole: what a stage left and is missing or damaged is made anew, or named by status, run and verify."""
+"""Complete means whole: what is missing or damaged of a stage is made anew, or named by status, run and verify."""
 
 import json
 import os
