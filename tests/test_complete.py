@@ -141,6 +141,8 @@ def test_status_does_not_read_large_files(run_folder, monkeypatch):
     flip(weights)
     assert state("train").split()[0] == "complete"
     assert f"{weights}: missing, or changed" in pipeline("verify").out
+    cut(weights)
+    assert state("train").split()[0] == "damaged"
 
 
 def test_a_store_of_many_shards_is_looked_at_by_its_folders(run_folder, monkeypatch):

@@ -121,6 +121,14 @@ def test_figures_of_another_run(runs, listed):
         assert read_json(mine / "metrics.json")["fingerprint"] == mine.name
 
 
+def test_figures_of_the_same_sae_by_other_settings(runs):
+    assert pipeline("evaluate", *QUICK).status == 0
+    mine, other = directory("evaluate"), directory("evaluate", *QUICK)
+    shutil.copy(other / "metrics.json", mine / "metrics.json")
+    unlisted(mine)
+    assert f"holds the figures of another run ({other.name})" in command("compare", str(mine)).out
+
+
 def test_figures_of_another_run_of_an_earlier_version(runs):
     """Without a fingerprint of their own, they still name the SAE that they are of."""
     mine, other = directory("evaluate"), directory("evaluate", SEED, *QUICK)
