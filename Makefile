@@ -65,7 +65,7 @@ eval: setup ## measure the SAE on held-out text; write the report and the pages 
 status: setup ## which stage is complete, which would run, and why
 	@$(RUN) status --config $(CONFIG) $(SET) $(ARGS)
 
-verify: setup ## read every byte of the store; what is bad is made anew by the next harvest
+verify: setup ## read every byte that the stages left; what is bad is named, and rows are made anew by the next harvest
 	@$(RUN) verify --config $(CONFIG) $(SET) $(ARGS)
 
 estimate: setup ## what CONFIG needs: disk, memory, hours, from a short measurement of this machine

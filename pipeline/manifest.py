@@ -18,7 +18,7 @@ from typing import Any
 
 from harvest.files import UserError, locked, read_json, write_sealed
 from harvest.workers import wait_until
-from pipeline.inventory import changed_files, inventory, missing_files
+from pipeline.inventory import RECORD, changed_files, inventory, missing_files
 
 BEGUN, MANIFEST, METRICS = "begun.json", "manifest.json", "metrics.json"
 FINGERPRINT = re.compile(r"[0-9a-f]{12}")  # name of a run directory
@@ -128,6 +128,8 @@ def check_files(directory: Path, *, read: bool = True) -> None:
     stage = directory.parent.name
     try:
         changed = (changed_files if read else missing_files)(directory, read_manifest(directory))
+        if read:  # readers know what to do about shards that are not there
+            changed = [name for name in changed if not RECORD.fullmatch(name) or (directory / name).exists()]
     except DamagedManifestError as error:
         keeps = "makes it anew" if stage in ("sample", "evaluate") else "keeps what is whole"
         raise UserError(f"{error}: delete it and run {stage} again, which {keeps}") from None
@@ -146,7 +148,7 @@ def way_out(stage: str) -> str:
     return {
         "harvest": "`make verify`, then `make harvest` writes just that anew",
         "evaluate": "`make eval` makes all of it anew",
-    }.get(stage, f"`python -m pipeline {stage} --force` makes all of it anew")
+    }.get(stage, f"`python -m pipeline {stage} --force` makes them anew")
 
 
 def read_metrics(directory: Path) -> dict[str, Any]:

@@ -1,17 +1,14 @@
 """`pipeline verify`: every byte that the stages of some settings left, held against the checksums of each."""
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from harvest import verify as store_verification
-from harvest.files import UserError, locked
+from harvest.files import UserError, is_locked, locked
 from harvest.store_place import files_of
-from pipeline.inventory import changed_files, damaged_files
+from pipeline.inventory import RECORD, changed_files, damaged_files
 from pipeline.manifest import BEGUN, MANIFEST, DamagedManifestError, is_complete, read_manifest, said, way_out
 from pipeline.stages import AnyRuns
-
-RECORD = re.compile(r"store/((?:train|holdout)/shards/\d{5,}\.json)")
 
 
 def store_digest(runs: AnyRuns) -> str:
@@ -36,7 +33,7 @@ def verify(sweep: Sequence[AnyRuns], say: Callable[[str], None]) -> None:
         if not found:
             say(f"{directory}: every file is as it was written")
     harvest = sweep[0].directory("harvest")
-    if (harvest / BEGUN).exists() or not read:
+    if (harvest / BEGUN).exists() or is_locked(harvest, "harvest") or not read:
         found = _bad_store(harvest)
         bad += found
         if not found:

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, contents, only, pipeline, start, unlisted
+from conftest import ROOT, TINY, contents, only, pipeline, start
 from safetensors import SafetensorError
 
 from harvest.files import UserError, read_json, write_sealed
@@ -136,8 +136,6 @@ def test_an_incomplete_or_damaged_store_is_an_error(run_folder):
     record = store / "train/shards/00002.json"
     kept = record.read_bytes()
     record.unlink()
-    assert "train/shards/00002.json: missing, or changed since the stage ended" in pipeline("train").out
-    unlisted(store.parent)
     ran = pipeline("train")
     assert ran.status == 1
     assert "incomplete: 1 of 6 train shards are missing, first 2" in ran.out
