@@ -5,7 +5,18 @@
 
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 SAMPLE_VERSION = 1
 HARVEST_VERSION = 1
@@ -53,24 +64,46 @@ class ModelConfig(Settings):
     """Hub commit; a branch is resolved once and recorded. Not for local folders."""
 
 
+Value = StrictBool | StrictInt | StrictFloat | StrictStr
+
+
 class Source(Settings):
     """One source of text."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,31}$")
     """How reports call it: small letters, digits, _ and -, up to 32."""
     path: str
-    """Hub id, or local JSON Lines or parquet: a file, a folder, or a glob."""
+    """Hub id, or local JSON (Lines or an array, also as .gz, .zst, .bz2, .xz), parquet or arrow: a file, a folder (of
+    `datasets.save_to_disk` as well), or a glob. `~` is the home directory."""
     revision: str | None = None
     """Hub commit of the data set."""
     subset: str | None = None
     """Configuration of a hub data set, as OpenThoughts-114k's `metadata`."""
     split: str = "train"
-    """Split of a hub data set."""
-    rows: Literal["conversation", "conversations", "reasoning", "text"]
-    """Columns of a row: `conversation` role/content turns (LMSYS-Chat-1M), `conversations` from/value turns
-    (OpenThoughts), `reasoning` problem/deepseek_reasoning/deepseek_solution (OpenThoughts metadata), `text`."""
+    """Split of a hub data set, or of a local folder that has files of several; `train+test` reads both."""
+    rows: Literal["conversation", "conversations", "messages", "reasoning", "text", "tokens"]
+    """Columns of a row: `conversation` (LMSYS-Chat-1M), `conversations` (OpenThoughts) or `messages`, a list of turns
+    with role/content or from/value; `reasoning` problem/deepseek_reasoning/deepseek_solution (OpenThoughts metadata);
+    `text`; `tokens`, a list of token ids `input_ids` or `tokens` (SAELens' pre-tokenized sets), taken as they are."""
     share: float = Field(gt=0, le=1)
     """Part of the tokens that this source gives, in both splits."""
+    where: dict[str, Value | tuple[Value, ...]] | None = Field(default=None, json_schema_extra={"added": True})
+    """Rows to take, by column: a value or a list of values, `{domain: [math, physics], correct: true}`."""
+    strata: str | None = Field(default=None, json_schema_extra={"added": True})
+    """A column of at most 255 values, each of which gives an equal part of this source's contexts."""
+    drop: Literal["few", "any"] = Field(default="few", json_schema_extra={"added": True})
+    """few: a row that is damaged, or more than half of the rows without anything usable, is an error. any: such rows
+    are left out and counted, however many they are."""
+
+    @field_validator("where")
+    @classmethod
+    def _check_where(cls, where: dict[str, Any] | None) -> dict[str, Any] | None:
+        for column, values in (where or {}).items():
+            for value in values if isinstance(values, tuple) else (values,):
+                cls._check_value(value)
+            if values == ():
+                raise ValueError(f"{column}: an empty list takes no row")
+        return where
 
 
 class SampleRuntime(Settings):
@@ -87,7 +120,7 @@ class SampleConfig(Settings):
     """Where text comes from; the shares sum to 1."""
     template: Literal["model", "chatml", "deepseek-r1", "deepseek-r1-paper"] | None = None
     """How a conversation becomes text. `model` is the chat template of the model's tokenizer, and what null means where
-    there is one; the others are written out in harvest/templates.py. `rows: text` takes none."""
+    there is one; the others are written out in harvest/templates.py. Sources of `text` and `tokens` take none."""
     bos: Literal["auto", "document", "context", "none"] = Field(default="auto", json_schema_extra={"added": True})
     """Where the tokenizer's BOS stands: at the start of each document, or of each context, or nowhere. auto: each
     document where the template writes one or the tokenizer puts one in front of a text (Gemma, Llama), else nowhere."""

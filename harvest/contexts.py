@@ -6,7 +6,7 @@ places, each whole in itself, are found.
 
 import os
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import zarr
@@ -15,6 +15,7 @@ from harvest.files import UserError, read_json, write_sealed
 
 SPLITS: tuple[str, ...] = ("train", "holdout")
 ARRAYS = ("tokens", "document", "source")
+NO_STRATUM = 65_535  # in the array `stratum`, which is there where a source has strata
 CHECKSUMS = "checksums.json"
 CRC_BYTES = 4  # at the end of a chunk
 RESAMPLE = "`python -m pipeline sample --force` makes them anew"
@@ -33,6 +34,8 @@ class Contexts:
             self.sources = [str(name) for name in cast("list[str]", self._root.attrs["sources"])]
             # Where a BOS stands, as `sample.bos`; None where nothing says so.
             self.bos = cast("str | None", self._root.attrs.get("bos"))
+            # [{"source": name, "value": of its column}], empty without strata
+            self.strata = cast("list[dict[str, Any]]", self._root.attrs.get("strata", []))
         except (OSError, KeyError, ValueError) as error:
             raise UserError(f"{path}: no contexts there, or damaged ones ({error}); {RESAMPLE}") from None
 
@@ -41,7 +44,7 @@ class Contexts:
         return self._array(split, "source").shape[0]
 
     def read(self, split: str, name: str, first: int, count: int) -> np.ndarray:
-        """`tokens`, `document` (count, context_size) or `source` (count,) of contexts from `first` on."""
+        """`tokens`, `document` (count, context_size), `source` or `stratum` (count,) of contexts from `first` on."""
         array = self._array(split, name)
         step = array.chunks[0]
         for chunk in range(first // step, -(-(first + count) // step)):
@@ -56,6 +59,12 @@ class Contexts:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{self.path / split / name}: damaged ({error}); {RESAMPLE}") from None
 
+    def strata_of(self, split: str, first: int, count: int) -> np.ndarray:
+        """Index into `strata` of contexts from `first` on, uint16 (count,); NO_STRATUM for those that have none."""
+        if not self.strata:
+            return np.full(count, NO_STRATUM, np.uint16)
+        return self.read(split, "stratum", first, count)
+
     def _array(self, split: str, name: str) -> zarr.Array:
         try:
             return cast(zarr.Array, self._root[f"{split}/{name}"])
@@ -66,7 +75,8 @@ class Contexts:
 def write_checksums(path: Path) -> None:
     """Record the checksum that stands at the end of every chunk of finished contexts."""
     found: dict[str, list[int]] = {}
-    for array in (f"{split}/{name}" for split in SPLITS for name in ARRAYS):
+    names = [f"{split}/{name}" for split in SPLITS for name in (*ARRAYS, "stratum")]
+    for array in (name for name in names if (path / name).is_dir()):
         chunks = sorted((path / array / "c").iterdir(), key=lambda chunk: int(chunk.name))
         found[array] = [_checksum(chunk / "0" if chunk.is_dir() else chunk) for chunk in chunks]
     write_sealed(path.parent / CHECKSUMS, found)

@@ -1,80 +1,124 @@
-"""Rows of a data set -> conversations: the turns of each row, whatever schema it has."""
+"""Rows of a data set -> conversations: the turns of each row, whatever form it has, or why there are none.
+
+A list of turns may be a list of objects, an object of lists (what `datasets` makes of `Sequence`), or the JSON text of
+one of them. Turns have `role` and `content`, or `from` and `value`; content is text, or a list of parts.
+"""
 
 import hashlib
-import re
+import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from harvest.files import UserError
+import numpy as np
 
+from harvest.files import UserError
+from harvest.reasoning import split_answer
+
+# Of `tokens`, the first that a data set has.
 COLUMNS = {
     "conversation": ("conversation",),
     "conversations": ("conversations",),
+    "messages": ("messages",),
     "reasoning": ("problem", "deepseek_reasoning", "deepseek_solution"),
     "text": ("text",),
+    "tokens": ("input_ids", "tokens"),
 }
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
-
-# OpenThoughts' default subset writes the reasoning into the answer, between these.
-THOUGHT = re.compile(
-    r"\s*<\|begin_of_thought\|>\s*(.*?)\s*<\|end_of_thought\|>\s*"
-    r"(?:<\|begin_of_solution\|>\s*(.*?)\s*(?:<\|end_of_solution\|>)?\s*)?",
-    re.DOTALL,
-)
+ROLES = {
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot", "ai", "bard", "bing", "claude"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),  # ShareGPT's turns that call a function
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("tool", "function", "observation", "ipython", "tool_response", "function_response"), "tool"),
+}
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+TEXT_PARTS = (None, "text", "input_text", "output_text")
+THOUGHT_PARTS = ("thinking", "reasoning")
+LARGEST_ID = 2**32 - 1  # token ids are stored as uint32
 
 
 class Turn(NamedTuple):
     """What one side says."""
 
-    role: str  # user, assistant or system; "" for plain text
+    role: str  # user, assistant, system or tool; "" for plain text
     content: str
     reasoning: str | None = None
     before: str = ""  # what an assistant wrote before its reasoning
 
 
-def check_columns(rows: str, columns: Iterable[str], source_name: str) -> None:
-    """Raise UserError when a data set lacks the columns of its `rows` schema."""
-    have = sorted(columns)
+class Note(NamedTuple):
+    """Why something was left out: a reason of few words, and what was found."""
+
+    reason: str
+    found: str = ""
+
+
+class Reading(NamedTuple):
+    """What a row holds: turns, token ids, or neither and why."""
+
+    turns: list[Turn]
+    ids: np.ndarray | None = None  # uint32 (tokens,), of `rows: tokens`
+    dropped: Note | None = None
+    cut: Note | None = None  # why the conversation ends before its end
+    malformed: bool = False  # an answer has thinking tags that do not pair, and stays text
+    damaged: bool = False  # dropped because what is written there is not text at all
+
+    @property
+    def key(self) -> str:
+        """What decides on which side a document falls: its first user turn (a problem), its text, or its ids."""
+        if self.ids is not None:
+            return hashlib.sha256(self.ids.astype("<u4").tobytes()).hexdigest()
+        return document_key(self.turns)
+
+
+class _UnusableError(Exception):
+    """A turn or a row that cannot be used; its argument is the note."""
+
+    def __init__(self, reason: str, found: str = "") -> None:
+        super().__init__(reason)
+        self.note = Note(reason, found[:40].encode("utf-8", "replace").decode())
+
+
+def needed_columns(rows: str, columns: Iterable[str], also: Iterable[str], source_name: str) -> list[str]:
+    """The columns to read of a data set, for its `rows` schema and for settings that name some (`also`).
+
+    Raises UserError when one of the schema's is not there.
+    """
+    have = set(columns)
     missing = [name for name in COLUMNS[rows] if name not in have]
+    chosen = [*COLUMNS[rows], *(["system"] if rows == "conversations" and "system" in have else [])]
+    if rows == "tokens" and len(missing) < len(COLUMNS[rows]):
+        chosen, missing = [next(name for name in chosen if name in have)], []
     if missing:
-        fitting = [name for name, needed in COLUMNS.items() if set(needed) <= set(have)]
+        fitting = [name for name, needed in COLUMNS.items() if name != "tokens" and set(needed) <= have]
+        fitting += ["tokens"] if have & set(COLUMNS["tokens"]) else []
         hint = f"rows: {fitting[0]} would fit" if fitting else f"no known schema fits ({', '.join(COLUMNS)})"
+        one_of = " or " if rows == "tokens" else ", "
         raise UserError(
             f"sample.sources ({source_name}).rows: {rows!r} needs the column{'s' * (len(missing) > 1)} "
-            f"{', '.join(missing)}; the data set has {', '.join(have)}; {hint}"
+            f"{one_of.join(missing)}; the data set has {', '.join(sorted(have))}; {hint}"
         )
+    return list(dict.fromkeys([*chosen, *also]))
 
 
-def turns(rows: str, row: dict[str, Any]) -> list[Turn] | None:
-    """The turns of one row; None for a row with nothing in it to learn from.
-
-    `rows` is the schema, as in `Source.rows`.
-    """
-    if rows == "text":
-        return [Turn("", row["text"])] if _is_text(row["text"]) else None
-    if rows == "reasoning":
-        problem, reasoning, solution = (row[name] for name in COLUMNS["reasoning"])
-        if not (_is_text(problem) and _is_text(reasoning)):
-            return None
-        return [Turn("user", problem), Turn("assistant", solution if _is_text(solution) else "", reasoning)]
-    role_key, content_key = ("role", "content") if rows == "conversation" else ("from", "value")
-    out = []
-    if _is_text(row.get("system")) and rows == "conversations":
-        out.append(Turn("system", row["system"]))
-    items = row[rows]
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        return None
-    for item in items:
-        role, content = ROLES.get(str(item.get(role_key)).lower()), item.get(content_key)
-        if role is None or not _is_text(content):
-            return None
-        thought = THOUGHT.fullmatch(content) if role == "assistant" else None
-        out.append(Turn(role, thought[2] or "", thought[1]) if thought else Turn(role, content))
-    return out if any(turn.role == "user" for turn in out) else None
+def read_row(rows: str, row: dict[str, Any]) -> Reading:
+    """What one row holds. `rows` is the schema, as in `Source.rows`; `row` has at least its columns."""
+    try:
+        if rows == "tokens":
+            return Reading([], _ids(next((row[name] for name in COLUMNS[rows] if name in row), None)))
+        reading = _text(row) if rows == "text" else _problem(row) if rows == "reasoning" else _conversation(rows, row)
+    except _UnusableError as error:
+        return Reading([], dropped=error.note)
+    try:
+        for turn in reading.turns:
+            f"{turn.content}{turn.reasoning}{turn.before}".encode()
+    except UnicodeEncodeError as error:
+        return damaged("half of a surrogate pair" if _is_lone(error.object[error.start]) else "not UTF-8 text")
+    return reading
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+def damaged(reason: str, found: str = "") -> Reading:
+    """The reading of a row that cannot be read at all."""
+    return Reading([], dropped=Note(reason, found), damaged=True)
 
 
 def document_key(document: list[Turn]) -> str:
@@ -87,3 +131,150 @@ def is_held_out(key: str, seed: int, fraction: float) -> bool:
     """Whether documents of this key are held out: a pure function, so equal prompts share a side."""
     digest = hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def _is_lone(character: str) -> bool:
+    """Whether half a surrogate pair was written; bytes that are no UTF-8 were read as U+DC80 to U+DCFF."""
+    return not "\udc80" <= character <= "\udcff"
+
+
+def _text(row: dict[str, Any]) -> Reading:
+    return Reading([Turn("", _plain(row.get("text"), "text"))])
+
+
+def _problem(row: dict[str, Any]) -> Reading:
+    problem, reasoning, solution = (row.get(name) for name in COLUMNS["reasoning"])
+    question = Turn("user", _plain(problem, "problem"))
+    thought = split_answer(_plain(reasoning, "deepseek_reasoning"))
+    solution = solution if isinstance(solution, str) and solution.strip() else ""
+    if thought.reasoning is None:  # no tags, or such that do not pair
+        answer = Turn("assistant", solution, reasoning)
+    else:
+        # Where the column holds the whole answer, what follows the reasoning is the solution.
+        parts = [thought.after] if thought.after == solution.strip() else [thought.after, solution]
+        answer = Turn("assistant", "\n\n".join(filter(None, parts)), thought.reasoning, thought.before)
+    return Reading([question, answer], malformed=thought.malformed)
+
+
+def _conversation(rows: str, row: dict[str, Any]) -> Reading:
+    system = row.get("system") if rows == "conversations" else None
+    out = [Turn("system", system)] if isinstance(system, str) and system.strip() else []
+    malformed, cut = False, None
+    for item in _items(row.get(rows)):
+        try:
+            turn, unpaired = _turn(item)
+        except _UnusableError as error:
+            spoken = [turn.role for turn in out]
+            if "user" not in spoken or "assistant" not in spoken[spoken.index("user") :]:
+                raise
+            cut = error.note
+            break
+        malformed |= unpaired
+        out.append(turn)
+    if not any(turn.role == "user" for turn in out):
+        raise _UnusableError("no user turn")
+    return Reading(out, cut=cut, malformed=malformed)
+
+
+def _items(value: Any) -> list[Any]:
+    """The turns as they are written."""
+    value = _parsed(value)
+    if isinstance(value, dict):
+        lists = {name: each for name, each in value.items() if each is not None}
+        lengths = {len(each) if isinstance(each, list) else -1 for each in lists.values()}
+        if len(lengths) != 1 or -1 in lengths:
+            raise _UnusableError("conversation is an object, not a list of turns")
+        value = [dict(zip(lists, each, strict=True)) for each in zip(*lists.values(), strict=True)]
+    if not isinstance(value, list):
+        raise _UnusableError(f"conversation is {_kind(value)}, not a list of turns")
+    if not value:
+        raise _UnusableError("conversation is empty")
+    return value
+
+
+def _parsed(value: Any) -> Any:
+    """The value of a JSON text of a list or an object; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _turn(item: Any) -> tuple[Turn, bool]:
+    """A turn, and whether its thinking tags do not pair."""
+    item = _parsed(item)
+    if not isinstance(item, dict):
+        raise _UnusableError(f"turn is {_kind(item)}, not an object")
+    named = _first(item, "role", "from")
+    role = ROLES.get(named.strip().lower()) if isinstance(named, str) else None
+    if role is None:
+        raise _UnusableError("role is unknown", str(named))
+    content, thoughts = _content(_first(item, "content", "value"))
+    if role != "assistant":
+        return Turn(role, _plain(content, "content")), False
+    fields = [item[name].strip() for name in REASONING_FIELDS if isinstance(item.get(name), str)]
+    thoughts += [field for field in dict.fromkeys(fields) if field]
+    if content is None and thoughts:  # an answer that was cut off while the model still thought
+        content = ""
+    elif not isinstance(content, str):
+        _plain(content, "content")
+    answer = split_answer(content, "\n\n".join(thoughts) if thoughts else None)
+    if not answer.after.strip() and not answer.reasoning:
+        raise _UnusableError("content is empty")
+    return Turn(role, answer.after, answer.reasoning, answer.before), answer.malformed
+
+
+def _first(item: dict[str, Any], *names: str) -> Any:
+    return next((item[name] for name in names if item.get(name) is not None), None)
+
+
+def _content(value: Any) -> tuple[Any, list[str]]:
+    """Content, its text parts joined, and the parts that are thoughts."""
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list):
+        return value, []
+    text, thoughts = [], []
+    for part in value:
+        part = {"text": part} if isinstance(part, str) else part
+        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        if kind in THOUGHT_PARTS and isinstance(found := _first(part, *THOUGHT_PARTS, "text"), str):
+            thoughts.append(found.strip())
+        elif kind in TEXT_PARTS and isinstance(part.get("text"), str):
+            text.append(part["text"])
+        else:
+            raise _UnusableError("content has a part that is not text", str(kind))
+    return "".join(text), thoughts
+
+
+def _plain(value: Any, name: str) -> str:
+    """A text that says something."""
+    if not isinstance(value, str):
+        raise _UnusableError(f"{name} is {_kind(value)}")
+    if not value.strip():
+        raise _UnusableError(f"{name} is empty")
+    return value
+
+
+def _kind(value: Any) -> str:
+    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list"}
+    return kinds.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")
+
+
+def _ids(value: Any) -> np.ndarray:
+    if value is None or isinstance(value, str):
+        raise _UnusableError(f"ids are {_kind(value)}")
+    try:
+        ids = np.asarray(value)
+    except (ValueError, OverflowError):
+        raise _UnusableError("ids are no list of whole numbers") from None
+    if not ids.size:
+        raise _UnusableError("ids are empty")
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise _UnusableError("ids are no list of whole numbers")
+    if ids.min() < 0 or ids.max() > LARGEST_ID:
+        wrong = ids[(ids < 0) | (ids > LARGEST_ID)][0]
+        raise _UnusableError("ids below 0 or above 4,294,967,295", str(wrong))
+    return ids.astype(np.uint32)

@@ -112,10 +112,14 @@ class Stamp(NamedTuple):
     inode: int
 
 
+def stamp_of(stat: os.stat_result) -> Stamp:
+    """The stamp in what the system says of a file."""
+    return Stamp(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+
+
 def file_stamp(path: Path) -> Stamp:
     """The stamp of a file as it is now."""
-    stat = path.stat()
-    return Stamp(stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+    return stamp_of(path.stat())
 
 
 def json_bytes(value: Any) -> bytes:

@@ -2,7 +2,13 @@
 
 from functools import cache
 
+HUB = "hub:"  # begins an identity that is a commit, not content
 SECONDS = 3.0  # that the hub gets to answer
+
+
+def resolved_commit(identity: str | None) -> str | None:
+    """The commit in what a fingerprint holds of an input, `hub:<name>@<commit>`; None for local content."""
+    return identity.rpartition("@")[2].partition("/")[0] if identity and identity.startswith(HUB) else None
 
 
 @cache

@@ -1,38 +1,40 @@
-"""Where text comes from: local JSON Lines and parquet, or data sets of the hub, opened by `datasets`.
+"""Where text comes from: files of JSON, parquet and arrow, or data sets of the hub, opened by `datasets`.
 
 And where activations are that need no harvest: files of arrays, or a folder that `datasets` saved.
 """
 
-import glob
+import difflib
 import logging
-import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
+from harvest.arrow_rows import open_arrow, open_parquet, parquet_columns
 from harvest.config import IngestConfig, Source
+from harvest.conversations import COLUMNS, needed_columns
 from harvest.files import UserError
 from harvest.hub import hub_answers
+from harvest.json_rows import open_json
+from harvest.opened_file import OpenedFile, content_name
+from harvest.rows import Damaged, FileRows, HubRows, Rows
+from harvest.source_files import find_files, is_local, kind_of
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
-SUFFIXES = (".jsonl", ".json", ".parquet")
 ARRAY_SUFFIXES = (".npy", ".safetensors", ".pt", ".pth")
+SLOW_BYTES = 10 << 30  # reading more is told
 
 
-def local_files(path: str) -> list[Path]:
-    """Data files of a local source: a file, a folder's, or a glob's, sorted; empty for anything else."""
-    root = Path(path)
-    if root.is_file():
-        return [root] if root.suffix in SUFFIXES else []
-    found: Iterator[Path] = root.rglob("*") if root.is_dir() else Path(root.anchor).glob(path.removeprefix(root.anchor))
-    return sorted(p for p in found if p.is_file() and p.suffix in SUFFIXES)
+class OpenedSource(NamedTuple):
+    """The rows of a source, and what of them is read."""
 
+    rows: FileRows | HubRows
+    columns: list[str]
+    content: str | None  # as a fingerprint names it; None for data sets of the hub, which have a commit
+    passed_over: Sequence[Path] = ()
 
-def looks_local(name: str) -> bool:
-    """A path rather than a hub id, which is `owner/name`."""
-    return not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "assets/", "data/"))
+    def check(self) -> None:
+        """Raise ChangedError unless its files are still what was read."""
+        for file in self.rows.files:
+            file.check()
 
 
 def hub_errors() -> tuple[type[Exception], ...]:
@@ -43,11 +45,67 @@ def hub_errors() -> tuple[type[Exception], ...]:
     return HTTPError, OSError, ValueError, RuntimeError
 
 
-def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
-    """All rows of a source. `commit` pins a hub data set; local ones have none.
+def open_source(source: Source, commit: str | None, offline: bool, scratch: Path | None = None) -> OpenedSource:
+    """All rows of a source. `commit` pins a hub data set; local files are unpacked in `scratch`, where that is needed.
 
-    Raises UserError that names the setting when the data cannot be had or read.
+    Raises UserError that names the setting when the data cannot be had or read, or lacks a column.
     """
+    where = f"sample.sources ({source.name})"
+    if not is_local(source.path):
+        rows = _open_hub(source, commit, offline)
+        return OpenedSource(rows, _columns(source, rows, where), None)
+    found = find_files(source, where)
+    files = [OpenedFile(path) for path in found.files]
+    if (size := sum(path.stat().st_size for path in found.files)) > SLOW_BYTES:
+        print(f"{where}: {size / 1e9:,.0f} GB are read to find the rows", flush=True)
+    kind = kind_of(found.files[0])
+    columns: list[str] = []
+    if kind == "parquet":
+        names = {name for file in files for name in parquet_columns(file)}
+        columns = _columns(source, _Named(names), where)
+        parts: list[Rows] = [open_parquet(file, columns, scratch) for file in files]
+    elif kind == "arrow":
+        parts = [open_arrow(file) for file in files]
+    else:
+        schemas = [(name,) for name in COLUMNS["tokens"]] if source.rows == "tokens" else [COLUMNS[source.rows]]
+        parts = [open_json(file, schemas, scratch) for file in files]
+    rows = FileRows(files, parts)
+    if not len(rows):
+        raise UserError(f"{where}.path: {source.path!r}: holds no row")
+    content = content_name((path.name, file.sha256) for path, file in zip(found.files, files, strict=True))
+    return OpenedSource(rows, columns or _columns(source, rows, where), content, found.passed_over)
+
+
+def _columns(source: Source, rows: "Rows | _Named", where: str) -> list[str]:
+    """The columns that the settings of a source need."""
+    also = [*(source.where or ()), *([source.strata] if source.strata else [])]
+    names = rows.column_names()
+    names |= {name for name in (*COLUMNS[source.rows], *also) if name not in names and rows.has_column(name)}
+    if not names and isinstance(rows, FileRows) and isinstance(first := rows.take([0], ())[0], Damaged):
+        raise UserError(f"{where}.path: {source.path!r}: no row can be read: {rows.place(0)}: {first.reason}")
+    for name in also:
+        if name not in names:
+            setting = "strata" if name == source.strata else "where"
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(sorted(names))}"
+            raise UserError(f"{where}.{setting}: {name!r}: the data set has no such column; {hint}")
+    return needed_columns(source.rows, names, also, source.name)
+
+
+class _Named:
+    """Columns that are known before there are rows."""
+
+    def __init__(self, names: set[str]) -> None:
+        self._names = names
+
+    def column_names(self) -> set[str]:
+        return self._names
+
+    def has_column(self, name: str) -> bool:
+        return name in self._names
+
+
+def _open_hub(source: Source, commit: str | None, offline: bool) -> HubRows:
     import datasets
     from datasets import config as datasets_config
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -55,19 +113,10 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it raises
     where = f"sample.sources ({source.name}).path: {source.path!r}"
-    files = local_files(source.path)
-    if files:
-        kinds = {"parquet" if path.suffix == ".parquet" else "json" for path in files}
-        if len(kinds) > 1:
-            raise UserError(f"{where}: JSON and parquet files side by side; point at one of them")
-        names = [glob.escape(str(path.absolute())) for path in files]  # `datasets` takes them for patterns
-        builder, options = kinds.pop(), {"data_files": names, "split": "train"}
-    else:
-        builder, options = source.path, {"name": source.subset, "revision": commit, "split": source.split}
-        if offline or not hub_answers():
-            datasets_config.HF_HUB_OFFLINE = True
+    if offline or not hub_answers():
+        datasets_config.HF_HUB_OFFLINE = True
     try:
-        return datasets.load_dataset(builder, **options)
+        return HubRows(datasets.load_dataset(source.path, name=source.subset, revision=commit, split=source.split))
     except DatasetNotFoundError as error:
         if "gated" in str(error).lower():
             raise UserError(
@@ -75,8 +124,6 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
                 "then `hf auth login` or set HF_TOKEN"
             ) from None
         raise UserError(f"{where}: not on the hub at this revision, or private: {_first_line(error)}") from None
-    except StopIteration:  # what `datasets` raises for files without a row
-        raise UserError(f"{where}: holds no row") from None
     except (ConnectionError, TimeoutError):
         setting = "sample.runtime.offline is set" if offline else "the hub does not answer"
         raise UserError(
@@ -85,9 +132,9 @@ def open_source(source: Source, commit: str | None, offline: bool) -> "Dataset":
         ) from None
     except (DatasetGenerationError, FileNotFoundError, RuntimeError, ValueError) as error:
         cause = error.__cause__ or error
-        raise UserError(f"{where}: cannot be read as {builder}: {_first_line(cause)}") from None
+        raise UserError(f"{where}: cannot be read: {_first_line(cause)}") from None
     except Exception as error:
-        if files or (isinstance(error, OSError) and error.errno):  # ours, or the disk's
+        if isinstance(error, OSError) and error.errno:  # the disk's
             raise
         # The hub's client raises what its HTTP library does, which is none of Python's own errors.
         raise UserError(

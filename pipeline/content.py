@@ -6,7 +6,6 @@ hashed is hashed again the next time.
 """
 
 import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from harvest.files import Stamp, UserError, file_stamp, read_json, write_sealed
+from harvest.opened_file import RECENT_NS, content_name
 from harvest.progress import Progress
 
 SLOW_BYTES = 10 << 30  # hashing more shows its progress
-RECENT_NS = 3_000_000_000  # clocks of file systems are coarse: FAT's counts in 2 seconds
 TRIES = 3  # for a file that is being written
 
 
@@ -66,17 +65,17 @@ class ContentHashes:
     def files_hash(self, files: Sequence[Path], root: Path | None = None) -> str:
         """`sha256:` and the hash of the files' names (relative to `root`) and contents."""
         size = sum(path.stat().st_size for path in files)
-        hashes = []
+        hashes: list[tuple[str, str]] = []
         with Progress("content of files", size, "bytes", quiet=size < SLOW_BYTES) as progress:
             try:
                 for path in files:
                     name = path.relative_to(root).as_posix() if root else path.name
-                    hashes.append([name, self.file_hash(path)])
+                    hashes.append((name, self.file_hash(path)))
                     progress.advance(path.stat().st_size)
             except KeyboardInterrupt:
                 self.save()  # terabytes take hours; what is known stays known
                 raise
-        return "sha256:" + hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+        return content_name(hashes)
 
 
 def _hash_of(known: Any, stamp: Stamp) -> str | None:

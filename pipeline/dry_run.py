@@ -88,10 +88,7 @@ def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig
         "steering": steering and steering.model_copy(update={"max_new_tokens": min(4, steering.max_new_tokens)}),
         "also": (),
     }
-    sources = tuple(
-        source.model_copy(update={"path": str(folder / f"{source.name}.jsonl"), "revision": None, "subset": None})
-        for source in sample.sources
-    )
+    sources = tuple(_made_up(source, folder) for source in sample.sources)
     budget = {
         "sources": sources,
         "train_tokens": rows,
@@ -111,6 +108,12 @@ def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig
             "evaluate": config.evaluate.model_copy(update=evaluate),
         }
     )
+
+
+def _made_up(source: Source, folder: Path) -> Source:
+    """A source that reads made-up rows, which are of no split."""
+    set_by_user = source.model_dump(exclude={"revision", "subset", "split"}, exclude_unset=True)
+    return Source.model_validate(set_by_user | {"path": str(folder / f"{source.name}.jsonl")})
 
 
 def _clear(folder: Path) -> None:
@@ -185,16 +188,25 @@ def write_rows(path: Path, source: Source, words: int) -> None:
         while words > 0:
             length = rng.randint(60, 400)
             words -= length
-            file.write(json.dumps(_row(source.rows, length, rng), ensure_ascii=False) + "\n")
+            row = _row(source.rows, length, rng) | _chosen(source)
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _chosen(source: Source) -> dict[str, Any]:
+    """What `where` and `strata` look for in a row; all rows are of one stratum."""
+    wanted = {name: value[0] if isinstance(value, tuple) else value for name, value in (source.where or {}).items()}
+    return ({source.strata: "made up"} if source.strata else {}) | wanted
 
 
 def _row(rows: str, words: int, rng: random.Random) -> dict[str, Any]:
     parts = (" ".join(rng.choices(TEXT.split(), k=max(1, words * share // 10))) for share in (2, 6, 2))
     first, second, third = parts
-    if rows == "conversation":  # LMSYS-Chat-1M
+    if rows == "tokens":
+        return {"input_ids": [rng.randrange(100) for _ in range(words)]}
+    if rows in ("conversation", "messages"):  # LMSYS-Chat-1M
         turns = [("user", first), ("assistant", second), ("user", third), ("assistant", "so it is")]
         conversation = [{"role": role, "content": text} for role, text in turns]
-        return {"conversation_id": str(words), "model": "none", "conversation": conversation, "turn": 2}
+        return {"conversation_id": str(words), "model": "none", rows: conversation, "turn": 2}
     if rows == "conversations":  # OpenThoughts-114k
         thought = f"<|begin_of_thought|>\n\n{second}\n\n<|end_of_thought|>\n\n"
         answer = f"{thought}<|begin_of_solution|>\n\n{third}\n\n<|end_of_solution|>"

@@ -14,7 +14,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from harvest.files import UserError
-from harvest.sources import looks_local
+from harvest.source_files import looks_local
 from pipeline.manifest import check_files, is_complete, read_manifest, read_metrics
 from pipeline.stages import Runs, swept
 from pipeline.terms import Terms, source_terms
@@ -121,8 +121,8 @@ def _metadata(sae: Exported, model: str) -> dict[str, Any]:
 
 def _bos(runs: Runs) -> str | None:
     """Where a BOS stands in the sample's text; None where its manifest is gone."""
-    manifest = runs.directory("sample") / MANIFEST
-    return read_json(manifest)["summary"].get("bos") if manifest.exists() else None
+    sample = runs.directory("sample")
+    return read_manifest(sample)["summary"].get("bos") if is_complete(sample) else None
 
 
 def _public_name(name: str) -> str:

@@ -4,7 +4,6 @@ fingerprint = sha256(stage, its version, upstream fingerprint, inputs by content
 `runtime`). Local models and data enter by content, hub ones by commit; neither by path.
 """
 
-import difflib
 import hashlib
 import json
 import re
@@ -16,7 +15,8 @@ from evaluate.config import EVALUATE_VERSION, PublishedSae
 from harvest.config import HARVEST_VERSION, SAMPLE_VERSION, ModelConfig, Settings, Source
 from harvest.files import UserError
 from harvest.hub import hub_answers
-from harvest.sources import files_within, hub_errors, ingest_files, local_files, looks_local
+from harvest.source_files import find_files, is_local, looks_local, nearest_hint
+from harvest.sources import files_within, hub_errors, ingest_files
 from pipeline import assets
 from pipeline.config import IngestedConfig, PipelineConfig
 from pipeline.content import ContentHashes
@@ -37,7 +37,6 @@ GENERATION_FILES = re.compile(r"generation_config\.json")
 WRITTEN_TEMPLATES = ("chatml", "deepseek-r1", "deepseek-r1-paper")  # those that are not the model's own
 SETUP = [str(assets.ASSETS / name) for name in assets.NAMES]
 COMMIT = re.compile(r"[0-9a-f]{40}")
-HUB = "hub:"  # begins an identity that is a commit, not content
 
 
 class Inputs(NamedTuple):
@@ -160,11 +159,6 @@ def identify(config: PipelineConfig | IngestedConfig, memory: "Memory", stages: 
     )
 
 
-def resolved_commit(identity: str | None) -> str | None:
-    """The commit of a hub identity; None for local content."""
-    return identity.rpartition("@")[2].partition("/")[0] if identity and identity.startswith(HUB) else None
-
-
 class Memory(ContentHashes):
     """Content hashes of files; hub commits by name and branch."""
 
@@ -234,20 +228,16 @@ def _model_identity(
 
 
 def _source_identity(i: int, source: Source, memory: Memory) -> str:
-    files = local_files(source.path)
-    if files:
-        return memory.files_hash(files)
-    if looks_local(source.path):
-        if Path(source.path).is_file():
-            raise UserError(
-                f"sample.sources.{i}.path: {source.path!r}: neither .jsonl, .json nor .parquet; plain text goes into a "
-                '.jsonl file, one {"text": "..."} a line, with rows: text'
-            )
-        raise UserError(
-            f"sample.sources.{i}.path: {source.path!r}: no .jsonl, .json or .parquet file there"
-            f"{_setup_hint(source.path)}"
-        )
-    return memory.commit("dataset", source.path, source.revision, f"sample.sources.{i}.path")
+    setting = f"sample.sources.{i}"
+    if not is_local(source.path):
+        try:
+            return memory.commit("dataset", source.path, source.revision, f"{setting}.path")
+        except UserError as error:
+            raise UserError(f"{error}{_setup_hint(source.path)}") from None
+    try:
+        return memory.files_hash(find_files(source, setting).files)
+    except UserError as error:
+        raise UserError(f"{error}{_setup_hint(source.path)}") from None
 
 
 def _published_identity(i: int, published: PublishedSae, memory: Memory) -> str:
@@ -263,10 +253,4 @@ def _published_identity(i: int, published: PublishedSae, memory: Memory) -> str:
 
 
 def _setup_hint(name: str) -> str:
-    if name in SETUP:
-        return "; `make setup` puts it there"
-    if not name or Path(name).exists():
-        return ""
-    beside = [str(path) for path in Path(name).parent.glob("*")]
-    close = difflib.get_close_matches(name, [*SETUP, *beside], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return "; `make setup` puts it there" if name in SETUP else nearest_hint(name, SETUP)

@@ -15,6 +15,7 @@ from typing_extensions import TypeVar
 
 from evaluate.config import EvaluateConfig
 from harvest.files import UserError, locked
+from harvest.hub import resolved_commit
 from harvest.workers import Workers
 from pipeline.config import IngestedConfig, PipelineConfig
 from pipeline.fingerprint import (
@@ -24,7 +25,6 @@ from pipeline.fingerprint import (
     find_inputs,
     fingerprints,
     hashed_settings,
-    resolved_commit,
 )
 from pipeline.inventory import changed_files
 from pipeline.manifest import (
@@ -321,9 +321,8 @@ def _run_one(stage: str, runs: AnyRuns, begin_run: Begin) -> dict[str, Any]:
     if stage == "sample":
         from harvest import sampling
 
-        commits = [resolved_commit(identity) for identity in inputs.sources]
         commit = resolved_commit(inputs.tokenizer)
-        return sampling.run(config.model, commit, config.sample, commits, here("sample"), begin_run)
+        return sampling.run(config.model, commit, config.sample, inputs.sources, here("sample"), begin_run)
     commit = resolved_commit(inputs.model)
     if stage == "harvest":
         from harvest import run as harvest

@@ -13,8 +13,8 @@ from rich.text import Text
 from evaluate.config import EvaluateConfig, ReasonScoreConfig
 from evaluate.visible import visible
 from harvest.files import UserError, write_json
+from harvest.hub import resolved_commit
 from pipeline.config import SettingsError
-from pipeline.fingerprint import resolved_commit
 from pipeline.manifest import check_files, is_complete
 from pipeline.stages import Runs
 

@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from harvest.sources import hub_errors, local_files, looks_local
+from harvest.source_files import is_local
+from harvest.sources import hub_errors
 
 # What `make setup` fetches (configs/assets.txt).
 SHIPPED = {"assets/smollm2-135m": "apache-2.0", "assets/champ": "mit", "assets/chitchat": "mit"}
@@ -20,7 +21,7 @@ def source_terms(path: str) -> Terms:
     """Terms of a data set; asks the hub, and does not fail where it cannot be asked."""
     if path in SHIPPED:
         return Terms(SHIPPED[path], True, "open")
-    if looks_local(path) or local_files(path):
+    if is_local(path):
         return Terms(None, False, "local files")
     from huggingface_hub import HfApi
 

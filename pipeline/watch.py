@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from harvest.files import UserError, file_stamp
+from harvest.hub import HUB
 from harvest.sources import files_within, ingest_files
 from pipeline.config import IngestedConfig, PipelineConfig
 from pipeline.content import SLOW_BYTES
-from pipeline.fingerprint import HUB, Inputs, Memory, identify
+from pipeline.fingerprint import Inputs, Memory, identify
 
 
 class Watch:

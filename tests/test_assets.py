@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from harvest.conversations import turns
+from harvest.conversations import read_row
 from harvest.files import UserError
 from pipeline import assets
 
@@ -27,7 +27,7 @@ def test_solutions_get_the_schema_of_openthoughts(tmp_path):
     assets.write_reasoning(tmp_path / "v0.json", tmp_path)
     found = rows(tmp_path / "train.jsonl")
     assert len(found) == 1
-    assert turns("reasoning", found[0])[1].reasoning == "think"
+    assert read_row("reasoning", found[0]).turns[1].reasoning == "think"
     assert found[0]["problem"] == "what is 1+1?"
 
 
@@ -41,7 +41,8 @@ def test_conversations_get_the_schema_of_lmsys(tmp_path):
     assets.write_chat(tmp_path / "dataset.json", tmp_path)
     found = rows(tmp_path / "train.jsonl")
     assert len(found) == 1
-    assert [tuple(t)[:2] for t in turns("conversation", found[0])] == [("user", "hi\nthere"), ("assistant", "yes")]
+    turns = read_row("conversation", found[0]).turns
+    assert [tuple(turn)[:2] for turn in turns] == [("user", "hi\nthere"), ("assistant", "yes")]
 
 
 def test_members_never_leave_their_folder(tmp_path):

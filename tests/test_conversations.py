@@ -1,7 +1,7 @@
 import pytest
 import tiny
 
-from harvest.conversations import Turn, check_columns, document_key, is_held_out, turns
+from harvest.conversations import Turn, document_key, is_held_out, needed_columns, read_row
 from harvest.files import UserError
 from harvest.templates import compose
 from harvest.tokenizer import SegmentTokenizer
@@ -17,7 +17,7 @@ def text_of(template: str, document: list[Turn]) -> str:
 
 
 def test_schemas():
-    assert turns("conversation", {"conversation": [{"role": "user", "content": "a"}]}) == [Turn("user", "a")]
+    assert read_row("conversation", {"conversation": [{"role": "user", "content": "a"}]}).turns == [Turn("user", "a")]
     row = {
         "system": "think",
         "conversations": [
@@ -29,10 +29,14 @@ def test_schemas():
             },
         ],
     }
-    assert turns("conversations", row) == [Turn("system", "think"), Turn("user", "a"), Turn("assistant", "s", "r")]
+    assert read_row("conversations", row).turns == [
+        Turn("system", "think"),
+        Turn("user", "a"),
+        Turn("assistant", "s", "r"),
+    ]
     row = {"problem": "p", "deepseek_reasoning": "r", "deepseek_solution": "s"}
-    assert turns("reasoning", row) == [Turn("user", "p"), Turn("assistant", "s", "r")]
-    assert turns("text", {"text": "t"}) == [Turn("", "t")]
+    assert read_row("reasoning", row).turns == [Turn("user", "p"), Turn("assistant", "s", "r")]
+    assert read_row("text", {"text": "t"}).turns == [Turn("", "t")]
 
 
 @pytest.mark.parametrize(
@@ -47,7 +51,7 @@ def test_schemas():
     ],
 )
 def test_rows_with_nothing_in_them(rows, row):
-    assert turns(rows, row) is None
+    assert read_row(rows, row).dropped
 
 
 def test_chatml():
@@ -93,4 +97,4 @@ def test_missing_columns_are_named():
     with pytest.raises(
         UserError, match=r"needs the columns deepseek_reasoning, deepseek_solution.*rows: text would fit"
     ):
-        check_columns("reasoning", ["problem", "text"], "maths")
+        needed_columns("reasoning", ["problem", "text"], (), "maths")

@@ -7,7 +7,7 @@ from conftest import ROOT, TINY, pipeline
 from tokenizers import Tokenizer
 
 from harvest.config import Source
-from harvest.conversations import Turn, turns
+from harvest.conversations import Turn, read_row
 from harvest.files import UserError, read_json
 from harvest.sources import open_source
 from harvest.templates import compose
@@ -90,12 +90,14 @@ def test_the_shape_comes_from_the_shipped_facts_where_the_hub_cannot_be_reached(
         find_architecture(config.model.model_copy(update={"name": "nobody/nothing"}), offline=False)
 
 
-@pytest.mark.parametrize("rows", ["conversation", "conversations", "reasoning", "text"])
+@pytest.mark.parametrize("rows", ["conversation", "conversations", "messages", "reasoning", "text", "tokens"])
 def test_made_up_rows_fit_their_schema(tmp_path, rows):
     source = Source(name="s", path=str(tmp_path / "s.jsonl"), rows=rows, share=1)
     write_rows(Path(source.path), source, 2000)
-    documents = [turns(rows, row) for row in open_source(source, None, offline=True)]
-    assert None not in documents
-    words = sum(len((turn.content + " " + (turn.reasoning or "")).split()) for d in documents for turn in d or [])
+    opened = open_source(source, None, offline=True)
+    readings = [read_row(rows, row) for row in opened.rows.take(range(len(opened.rows)), opened.columns)]
+    assert not any(reading.dropped for reading in readings)
+    words = sum(len(f"{turn.content} {turn.reasoning or ''}".split()) for reading in readings for turn in reading.turns)
+    words += sum(len(reading.ids) for reading in readings if reading.ids is not None)
     assert words >= 1800
     assert json.loads(Path(source.path).read_text().splitlines()[0])

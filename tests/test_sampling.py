@@ -12,13 +12,18 @@ import zarr
 from conftest import contents, only, pipeline
 
 from harvest.config import SampleConfig, Source
-from harvest.conversations import document_key, turns
+from harvest.conversations import document_key, read_row
 from harvest.sampling import contexts_by_source
-from harvest.sources import open_source
+from harvest.sources import OpenedSource, open_source
 
 
 def source(path: Path, rows: str) -> Source:
     return Source(name="s", path=str(path), rows=rows, share=1)
+
+
+def taken(opened: OpenedSource) -> list[dict]:
+    """All rows of a source."""
+    return opened.rows.take(range(len(opened.rows)), opened.columns)
 
 
 @pytest.mark.parametrize(("rows", "made"), [("conversation", tiny.conversations), ("reasoning", tiny.solutions)])
@@ -26,8 +31,8 @@ def test_json_lines_and_parquet_give_the_same_turns(tmp_path, rows, made):
     tiny.write_jsonl(tmp_path / "a.jsonl", made(10))
     datasets.Dataset.from_list(made(10)).to_parquet(tmp_path / "b.parquet")
     read = [open_source(source(tmp_path / name, rows), None, offline=True) for name in ("a.jsonl", "b.parquet")]
-    documents = [[turns(rows, row) for row in data] for data in read]
-    assert documents[0] == documents[1] == [turns(rows, row) for row in made(10)]
+    documents = [[read_row(rows, row) for row in taken(opened)] for opened in read]
+    assert documents[0] == documents[1] == [read_row(rows, row) for row in made(10)]
 
 
 def test_splits_hold_whole_shards_of_their_shares(finished):
@@ -46,7 +51,7 @@ def test_no_prompt_is_on_both_sides(finished):
         for number, (rows, name) in enumerate((("conversation", "chat"), ("reasoning", "reasoning"))):
             lines = (finished / "assets" / f"tiny-{name}.jsonl").read_text().splitlines()
             chosen = group[f"{split}/document"][:][group[f"{split}/source"][:] == number]
-            found |= {document_key(turns(rows, json.loads(lines[i]))) for i in np.unique(chosen)}
+            found |= {document_key(read_row(rows, json.loads(lines[i])).turns) for i in np.unique(chosen)}
         keys[split] = found
     assert keys["train"]
     assert keys["holdout"]
@@ -96,16 +101,16 @@ def test_missing_columns_and_files(fresh_folder):
     ran = pipeline("sample", "sample.sources.0.path=assets/broken.jsonl")
     assert ran.status == 1
     assert "assets/broken.jsonl" in ran.out
-    assert "cannot be read as json" in ran.out
+    assert "assets/broken.jsonl, line 1: not valid JSON" in ran.out
 
 
 def test_what_a_path_may_have_meant(fresh_folder):
     Path("notes.txt").write_text("text")
     ran = pipeline("status", "sample.sources.0.path=notes.txt")
-    assert "neither .jsonl, .json nor .parquet; plain text goes into a .jsonl file" in ran.out
+    assert "plain text goes into a .jsonl file" in ran.out
     Path("notes").mkdir()
     ran = pipeline("status", "sample.sources.0.path=notes")
-    assert ran.out.endswith("no .jsonl, .json or .parquet file there\n")
+    assert ran.out.endswith("no .jsonl, .json, .parquet or .arrow file there\n")
     ran = pipeline("status", "sample.sources.0.path=assets/tiny-chta.jsonl")
     assert "did you mean 'assets/tiny-chat.jsonl'?" in ran.out
     assert "did you mean 'assets/champ'?" in pipeline("status", "sample.sources.0.path=assets/chmp").out
@@ -133,7 +138,7 @@ def test_a_name_with_signs_of_patterns_is_that_file_alone(tmp_path, name):
         tiny.write_jsonl(tmp_path / other, [{"text": "another"}])
     (tmp_path / name).parent.mkdir(exist_ok=True)
     tiny.write_jsonl(tmp_path / name, [{"text": "this"}])
-    assert open_source(source(tmp_path / name, "text"), None, offline=True)[:] == {"text": ["this"]}
+    assert taken(open_source(source(tmp_path / name, "text"), None, offline=True)) == [{"text": "this"}]
 
 
 TEXT = "sample.sources=[{name: t, path: t.jsonl, rows: text, share: 1}]"
@@ -144,9 +149,9 @@ NO_SCORE = "evaluate.reason_score=null"
     ("data", "says"),
     [
         (b"", "sample.sources (t).path: 't.jsonl': holds no row"),
-        (b'{"text": "good"}\n{"text": "\xff bad"}\n', "row 1: not UTF-8 text (invalid start byte)"),
-        (b'{"text": "good"}\n{"text": "\xed\xa0\x80"}\n', "row 1: not UTF-8 text"),
-        (b'{"text": 3}\n' * 40, "40 of 40 rows hold nothing usable in text (`rows: text`)"),
+        (b'{"text": "good"}\n{"text": "\xff bad"}\n', "t.jsonl, line 2: not UTF-8 text; mend it"),
+        (b'{"text": "good"}\n{"text": "\xed\xa0\x80"}\n', "t.jsonl, line 2: not UTF-8 text; mend it"),
+        (b'{"text": 3}\n' * 40, "40 of 40 rows hold nothing usable in text: 40 text is a number (as t.jsonl, line"),
     ],
 )
 def test_text_that_cannot_be_used_is_named(fresh_folder, data, says):

@@ -8,7 +8,7 @@ from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
 
-from harvest import sampling
+from harvest import packing
 from harvest.config import Source
 from harvest.files import UserError
 from harvest.progress import Progress
@@ -56,7 +56,7 @@ def hub(monkeypatch):
         (ConnectError("Name or service not known"), r"the hub failed to give it \(ConnectError: Name or service"),
         (
             ValueError("BuilderConfig 'x' not found. Available: ['default', 'metadata']"),
-            "cannot be read as .*'metadata'",
+            "cannot be read: .*'metadata'",
         ),
     ],
 )
@@ -79,7 +79,8 @@ def test_a_full_disk_is_not_the_hubs_fault(hub):
 
 def test_subset_split_and_commit_reach_the_hub(hub, monkeypatch):
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **more: asked.append((a, more)))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **more: (asked.append((a, more)), data)[1])
+    data = datasets.Dataset.from_list([dict.fromkeys(("problem", "deepseek_reasoning", "deepseek_solution"), "a")])
     open_source(THOUGHTS, COMMIT, offline=False)
     assert asked == [((THOUGHTS.path,), {"name": "metadata", "revision": COMMIT, "split": "train"})]
 
@@ -127,7 +128,7 @@ def test_a_branch_is_resolved_once_and_recorded(fresh_folder, hub, monkeypatch):
 
 def test_threads_of_the_tokenizer_change_nothing(finished, fresh_folder, monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setattr(sampling, "DOCUMENTS_AT_ONCE", 7)
+    monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", 7)
     assert pipeline("sample").status == 0
     again = contents(only(fresh_folder, "runs/sample/*/contexts"))
     assert again == contents(only(finished, "runs/sample/*/contexts"))
@@ -135,8 +136,8 @@ def test_threads_of_the_tokenizer_change_nothing(finished, fresh_folder, monkeyp
 
 @pytest.mark.parametrize("documents", [1, 20])
 def test_an_interrupted_sample_goes_on_where_it_was(finished, fresh_folder, monkeypatch, documents):
-    monkeypatch.setattr(sampling, "DOCUMENTS_AT_ONCE", 4)
-    monkeypatch.setattr(sampling, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", 4)
+    monkeypatch.setattr(packing, "SAVE_SECONDS", 0.0)
     encoded = []
     encode, advance, left = SegmentTokenizer.encode, Progress.advance, [documents]
 

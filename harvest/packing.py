@@ -1,0 +1,299 @@
+"""One source of text -> its contexts in scratch files: rows in a random order, read, tokenized, and put in place.
+
+What becomes of a row is decided where its tokens are put in place, in the order of the rows, and recorded with the
+place: an interruption changes neither a token nor a count.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from harvest.config import SampleConfig
+from harvest.contexts import SPLITS
+from harvest.conversations import COLUMNS, Note, Reading, damaged, is_held_out, read_row
+from harvest.documents import DocumentTokenizer
+from harvest.files import UserError, read_json, write_json
+from harvest.hub import resolved_commit
+from harvest.lanes import Lane, Packed, lanes, scratch_file
+from harvest.opened_file import ChangedError
+from harvest.progress import Progress
+from harvest.row_counts import RowCounts
+from harvest.rows import Damaged
+from harvest.sources import open_source
+from harvest.strata import Choice, find_strata
+from harvest.templates import Refused, Segment
+
+DOCUMENTS_AT_ONCE = 512
+SAVE_SECONDS = 30.0  # between records of how far it is
+MOST_NAMES = 5  # of files, in one message
+
+
+class Candidate(NamedTuple):
+    """A row on its way into a lane, or out."""
+
+    row: int  # of the source's data set
+    reading: Reading | None  # None for a row that `where` filters out
+    split: str = ""
+    lane: Lane | None = None
+    segments: list[Segment] | None = None  # of what has to be tokenized; None where the lane was full before
+    refused: str = ""  # why the template does not take it
+    tokens: np.ndarray | None = None  # uint32 (tokens,)
+
+
+class PackedSource:
+    """A source while it is packed, and its contexts afterwards.
+
+    Raises UserError, as `open_source` does, when it cannot be read, when it is not the content of `identity`, and when
+    its strata cannot have equal parts of `contexts`, its contexts by split.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        config: SampleConfig,
+        tokenizer: DocumentTokenizer,
+        identity: str,
+        contexts: dict[str, int],
+        scratch: Path,
+    ) -> None:
+        self.source, self.contexts = config.sources[index], contexts
+        self.name, self.setting = self.source.name, f"sample.sources.{index} ({self.source.name})"
+        self._index, self._config, self._tokenizer = index, config, tokenizer
+        self._record = scratch / f"{index}.json"
+        self._opened = open_source(self.source, resolved_commit(identity), config.runtime.offline, scratch)
+        if self._opened.content not in (None, identity):
+            raise ChangedError(
+                f"{self.setting}.path: {self.source.path!r}: changed after its content was hashed for the fingerprint; "
+                "the same command again takes what is there now"
+            )
+        self.strata = find_strata(self.source, self._opened, self.setting)
+        self._choice = Choice(self.source, self.strata)
+        # Where each context begins with BOS, the rest of it is the documents'; token ids are taken as they stand.
+        self._bos = tokenizer.bos == "context" and self.source.rows != "tokens"
+        self._width = config.context_size - self._bos
+        self._start, self.counts, begun = _read_record(self._record)
+        self._lanes = {
+            split: lanes(count, len(self.strata) or 1, self._width, begun.get(split))
+            for split, count in contexts.items()
+        }
+        self._check_strata()
+        self._files = {
+            split: Packed(
+                *(scratch_file(scratch / f"{index}-{split}-{n}", count * self._width) for n in Packed._fields)
+            )
+            for split, count in contexts.items()
+            if count
+        }
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """Those of both splits."""
+        return [lane for split in SPLITS for lane in self._lanes[split]]
+
+    def context(self, split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and documents of a context, uint32 (context_size,) each, in the order in which they filled."""
+        place = slice(number * self._width, (number + 1) * self._width)
+        tokens, documents = (array[place] for array in self._files[split])
+        if self._bos:
+            bos = np.array([self._tokenizer.bos_id], np.uint32)
+            return np.concatenate([bos, tokens]), np.concatenate([documents[:1], documents])
+        return tokens, documents
+
+    def stratum(self, split: str, number: int) -> int | None:
+        """The stratum of a context; None where the source has none."""
+        if not self.strata:
+            return None
+        bases = [lane.base for lane in self._lanes[split]]
+        return int(np.searchsorted(bases, number * self._width, "right")) - 1
+
+    def pack(self, progress: Progress) -> None:
+        """Fill the lanes.
+
+        Raises UserError when a row is damaged, when most of them cannot be used, when there is too little text, or when
+        a file changes meanwhile.
+        """
+        saved, end = time.monotonic(), self._start
+        for end, candidates in self._tokenized():
+            for candidate in candidates:
+                if all(lane.is_full for lane in self.lanes):
+                    break
+                self._put(candidate, progress)
+            self._check_dropped(all_read=False)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                self._save(end)
+                saved = time.monotonic()
+        self._check_dropped(all_read=True)
+        self._check_filled()
+        self._save(end)
+
+    def summary(self) -> dict[str, Any]:
+        """What the manifest holds of the source."""
+        documents = {f"{split}_documents": self.counts.used[split] for split in SPLITS}
+        contexts = {f"{split}_contexts": self.contexts[split] for split in SPLITS}
+        return documents | contexts | self.counts.summary(len(self._opened.rows))
+
+    def say(self) -> None:
+        """Tell what was not used as it stands, and what lies beside the files and was not read."""
+        if self._opened.passed_over:
+            names = [path.name for path in self._opened.passed_over]
+            more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+            print(f"{self.setting}: passed over: {', '.join(names[:MOST_NAMES])}{more}")
+        for line in self.counts.lines(self._opened.rows.place):
+            print(f"{self.setting}: {line}")
+
+    def _tokenized(self) -> Iterator[tuple[int, list[Candidate]]]:
+        """Candidates in random order, from the start on, and the number of rows up to them.
+
+        One batch is tokenized while the one before is packed.
+        """
+        order = np.random.default_rng([self._config.seed, self._index]).permutation(len(self._opened.rows))
+        with ThreadPoolExecutor(1, "tokenizer") as thread:
+            ahead: Future[tuple[int, list[Candidate]]] | None = None
+            for first in range(self._start, len(order), DOCUMENTS_AT_ONCE):
+                if all(lane.is_full for lane in self.lanes):
+                    return
+                numbers = order[first : first + DOCUMENTS_AT_ONCE].tolist()
+                task = thread.submit(self._encoded, first + len(numbers), self._candidates(numbers))
+                if ahead:
+                    yield ahead.result()
+                ahead = task
+            if ahead:
+                yield ahead.result()
+
+    def _candidates(self, numbers: list[int]) -> list[Candidate]:
+        rows = self._opened.rows.take(numbers, self._opened.columns)
+        return [self._candidate(number, row) for number, row in zip(numbers, rows, strict=True)]
+
+    def _candidate(self, number: int, row: dict[str, Any] | Damaged) -> Candidate:
+        if isinstance(row, Damaged):
+            return Candidate(number, damaged(row.reason))
+        if not self._choice.takes(row):
+            return Candidate(number, None)
+        reading = read_row(self.source.rows, row)
+        stratum = self._choice.stratum(row)
+        if stratum is None and not reading.dropped:
+            reading = Reading([], dropped=Note(f"no value in {self.source.strata}"))
+        if reading.dropped or stratum is None:
+            return Candidate(number, reading)
+        split = SPLITS[is_held_out(reading.key, self._config.seed, self._config.holdout_fraction)]
+        lane = self._lanes[split][stratum]
+        if lane.is_full:
+            return Candidate(number, reading, split, lane)
+        if reading.ids is not None:
+            return Candidate(number, reading, split, lane, tokens=reading.ids)
+        try:
+            segments = self._tokenizer.compose(reading.turns)
+        except Refused as error:
+            return Candidate(number, reading, split, lane, refused=str(error))
+        return Candidate(number, reading, split, lane, segments)
+
+    def _encoded(self, end: int, candidates: list[Candidate]) -> tuple[int, list[Candidate]]:
+        texts = [candidate.segments for candidate in candidates if candidate.segments is not None]
+        tokens = iter(self._tokenizer.encode(texts))
+        return end, [c if c.segments is None else c._replace(tokens=next(tokens)) for c in candidates]
+
+    def _put(self, candidate: Candidate, progress: Progress) -> None:
+        """Count a row, and put its tokens in place where they are needed."""
+        row, reading, counts = candidate.row, candidate.reading, self.counts
+        lane, tokens = candidate.lane, candidate.tokens
+        if reading is None:
+            counts.filtered += 1
+        elif reading.dropped or not lane:
+            self._drop(reading.dropped or Note("unusable"), row, is_damaged=reading.damaged)
+        elif lane.is_full:
+            counts.not_needed += 1
+        elif candidate.refused or tokens is None or not len(tokens):
+            counts.drop(Note(candidate.refused or "no token"), row)
+        else:
+            if reading.ids is not None:
+                self._check_ids(reading.ids, row)
+            files, start = self._files[candidate.split], 0
+            for place in lane.place(len(tokens), whole=reading.ids is not None):
+                count = place.stop - place.start
+                files.tokens[place] = tokens[start : start + count]
+                files.documents[place] = row
+                start += count
+            counts.use(candidate.split, row, reading.cut, reading.malformed)
+            progress.advance(start, f"{self.name} ({candidate.split})")
+
+    def _drop(self, note: Note, row: int, *, is_damaged: bool) -> None:
+        if is_damaged and self.source.drop == "few":
+            raise UserError(
+                f"{self.setting}.path: {self._opened.rows.place(row)}: {note.reason}; mend it, or leave such rows out "
+                f"with sample.sources.{self._index}.drop: any"
+            )
+        self.counts.drop(note, row)
+
+    def _check_ids(self, ids: np.ndarray, row: int) -> None:
+        """Raise UserError for ids (tokens,) that the model's vocabulary does not have."""
+        known = self._vocabulary
+        if (largest := int(ids.max())) >= known:
+            raise UserError(
+                f"{self.setting}.rows: {self._opened.rows.place(row)}: the token id {largest:,} is beyond the "
+                f"vocabulary of model.name, which ends at {known - 1:,}; the set is another tokenizer's"
+            )
+
+    @cached_property
+    def _vocabulary(self) -> int:
+        """Ids that the tokenizer and the model have: all are below it."""
+        known = max(self._tokenizer.whole.get_vocab(with_added_tokens=True).values()) + 1
+        return min(known, self._tokenizer.rows or known)
+
+    def _check_strata(self) -> None:
+        """Raise UserError where a stratum would get no context of a split."""
+        for split, count in self.contexts.items():
+            if self.strata and count < len(self.strata):
+                raise UserError(
+                    f"sample.{split}_tokens: source {self.name!r} gets {count:,} contexts of the {split} split, and "
+                    f"its {len(self.strata):,} strata ({self.source.strata}) need one each; raise sample.{split}_tokens"
+                )
+
+    def _check_dropped(self, *, all_read: bool) -> None:
+        """Raise UserError when most rows cannot be used."""
+        counts = self.counts
+        if self.source.drop == "few" and counts.stops(all_read=all_read):
+            reasons = counts.told(counts.dropped, self._opened.rows.place)
+            raise UserError(
+                f"{self.setting}.rows: {self.source.rows!r}: {counts.dropped_rows:,} of {counts.read:,} rows hold "
+                f"nothing usable in {', '.join(COLUMNS[self.source.rows])}: {reasons}; choose the schema that fits, or "
+                f"go on without them with sample.sources.{self._index}.drop: any"
+            )
+
+    def _check_filled(self) -> None:
+        """Raise UserError for a split, or a stratum of it, that has too little text."""
+        for split in SPLITS:
+            for number, lane in enumerate(self._lanes[split]):
+                if lane.is_full:
+                    continue
+                counts, fraction = self.counts, "raise" if split == "holdout" else "lower"
+                value = f", {self.source.strata} = {self.strata[number]!r}," if self.strata else ""
+                share = f" or the share of {self.name}" if len(self._config.sources) > 1 else ""
+                lost = "".join(f". {line}" for line in counts.lines(self._opened.rows.place))
+                lost += f". {counts.filtered:,} rows are not those of `where`" if counts.filtered else ""
+                raise UserError(
+                    f"sample.{split}_tokens: source {self.name!r}{value} has {lane.filled:,} tokens for the {split} "
+                    f"split and its share is {lane.room:,}; lower sample.{split}_tokens{share}, {fraction} "
+                    f"sample.holdout_fraction ({self._config.holdout_fraction:g}), or add text{lost}"
+                )
+
+    def _save(self, end: int) -> None:
+        """Record how far it is, once it is known that what was read is what was hashed."""
+        self._opened.check()
+        for array in (array for files in self._files.values() for array in files):
+            array.flush()
+        states = {split: [[lane.taken, lane.at] for lane in own] for split, own in self._lanes.items()}
+        write_json(self._record, {"start": end, "lanes": states, "counts": asdict(self.counts)})
+
+
+def _read_record(path: Path) -> tuple[int, RowCounts, dict[str, Any]]:
+    """Rows that are done with, what became of them, and the lanes by split, as `scratch/<source>.json` has them."""
+    if not path.exists():
+        return 0, RowCounts(), {}
+    record = read_json(path)
+    return record["start"], RowCounts.of(record["counts"]), record["lanes"]

@@ -1,0 +1,161 @@
+"""Which files a local source is: a file, a folder's, or a glob's; which of them its split takes; which are no data."""
+
+import difflib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from harvest.config import Source
+from harvest.files import UserError, read_json
+
+KINDS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")  # of JSON
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # of `datasets.save_to_disk`, with the names of its files
+NO_DATA = (SAVED, SAVED_SPLITS, "dataset_info.json", "dataset_infos.json", "sae_lens.json")
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+WILD = re.compile(r"[*?\[]")
+
+
+class LocalFiles(NamedTuple):
+    """The data files of a source, in order of their paths, and what lies beside them and is none."""
+
+    files: list[Path]
+    passed_over: list[Path]
+
+
+def kind_of(path: Path) -> str | None:
+    """What a file's name says that it holds: json, parquet or arrow; None for anything else."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        kind = KINDS.get(suffixes[0]) if len(suffixes) > 1 else None
+        return kind if kind == "json" else None
+    return KINDS.get(suffixes[-1]) if suffixes else None
+
+
+def looks_local(name: str) -> bool:
+    """A path rather than a hub id, which is `owner/name`."""
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith((".", "assets/", "data/"))
+    return not is_id or kind_of(Path(name)) is not None
+
+
+def is_local(name: str) -> bool:
+    """Whether a source is files of this machine: what exists is never taken for a hub id."""
+    return looks_local(name) or Path(name).expanduser().exists()
+
+
+def find_files(source: Source, setting: str) -> LocalFiles:
+    """The files of a local source, of its split where they are of several; `setting` is its place in the settings.
+
+    Raises UserError when there are none, or when it is not clear which are meant.
+    """
+    where = f"{setting}.path: {source.path!r}"
+    for name in ("subset", "revision"):
+        if (value := getattr(source, name)) is not None:
+            raise UserError(
+                f"{setting}.{name}: {value!r}: is for data sets of the hub, and path is local; leave it out"
+            )
+    root = Path(source.path).expanduser()
+    found = LocalFiles([root] if kind_of(root) else [], []) if root.is_file() else _below(root)
+    if not found.files:
+        raise UserError(f"{where}: {_nothing(root)}")
+    kinds = {kind: path for path in found.files if (kind := kind_of(path))}
+    if len(kinds) > 1:
+        names = " and ".join(path.name for path in kinds.values())
+        raise UserError(f"{where}: {' and '.join(kinds)} files side by side ({names}); point at one kind of them")
+    return LocalFiles(_of_split(source, root, found.files, setting), found.passed_over)
+
+
+def nearest_hint(name: str, also: list[str]) -> str:
+    """What a path that is not there may have meant, as the end of a sentence; `also` may be meant too."""
+    if not name or Path(name).expanduser().exists():
+        return ""
+    beside = [str(path) for path in Path(name).parent.glob("*")]
+    close = difflib.get_close_matches(name, [*also, *beside], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _nothing(root: Path) -> str:
+    if root.is_file():
+        return (
+            "neither .jsonl, .json (or one of them as .gz, .zst, .bz2, .xz), .parquet nor .arrow; plain text goes into "
+            'a .jsonl file, one {"text": "..."} a line, with rows: text'
+        )
+    return "no .jsonl, .json, .parquet or .arrow file there"
+
+
+def _below(root: Path) -> LocalFiles:
+    """Data files of a folder, or of a pattern."""
+    fixed = _fixed(root)
+    if root.is_dir():
+        found: Iterator[Path] = root.rglob("*")
+    else:
+        found = fixed.glob(str(root.relative_to(fixed))) if root != fixed else iter(())
+    paths = sorted(path for path in found if path.is_file())
+    saved = {path.parent: _saved_names(path) for path in {p.parent / SAVED for p in paths} if path.is_file()}
+    files, passed_over = [], []
+    for path in paths:
+        kind = kind_of(path)
+        names = saved.get(path.parent)
+        if names is not None and path.name not in NO_DATA:
+            (files if path.name in names else passed_over if kind else []).append(path)
+        elif kind and names is None:
+            hidden = any(part.startswith(".") for part in path.relative_to(fixed).parts)
+            leftover = path.name in NO_DATA or re.fullmatch(r"cache-.*\.arrow", path.name)
+            (passed_over if hidden or leftover else files).append(path)
+    return LocalFiles(files, passed_over)
+
+
+def _fixed(root: Path) -> Path:
+    """The part of a pattern that is no pattern; a folder that is there is none at all."""
+    if root.is_dir():
+        return root
+    parts = list(root.parts)
+    first = next((i for i, part in enumerate(parts) if WILD.search(part)), len(parts))
+    return Path(*parts[:first])
+
+
+def _saved_names(state: Path) -> set[str] | None:
+    """Names of the files of a data set that `datasets` saved; None where the file is something else."""
+    try:
+        listed = read_json(state).get("_data_files")
+        return {entry["filename"] for entry in listed} if isinstance(listed, list) else None
+    except (UserError, KeyError, TypeError):
+        return None
+
+
+def _of_split(source: Source, root: Path, files: list[Path], setting: str) -> list[Path]:
+    """The files that a source's split takes.
+
+    Raises UserError where there are several and the settings choose none, or one that is not there.
+    """
+    fixed = root.parent if root.is_file() else _fixed(root)
+    split_of = {path: _split_of(path, fixed) for path in files}
+    named = sorted({split for split in split_of.values() if split})
+    if "split" not in source.model_fields_set:
+        if len(named) > 1:
+            raise UserError(
+                f"{setting}.split: {source.path!r} has files of the splits {', '.join(named[:-1])} and {named[-1]}; "
+                f"name the one to read, or several as {'+'.join(named[:2])}"
+            )
+        return files
+    asked = [SPLITS.get(name, name) if name not in named else name for name in source.split.split("+")]
+    if missing := [name for name in asked if name not in named]:
+        there = f"there are {', '.join(named)}" if named else "the files are of no split; leave it out"
+        raise UserError(f"{setting}.split: {missing[0]!r}: {source.path!r} has no such files; {there}")
+    return [path for path in files if split_of[path] in asked]
+
+
+def _split_of(path: Path, root: Path) -> str | None:
+    """The split that a file's folders or its name tell; None where they tell none."""
+    if (root / SAVED_SPLITS).is_file():
+        return path.relative_to(root).parts[0]
+    for part in path.relative_to(root).parts:
+        words = re.split(r"[^a-z]+", part.lower())
+        if split := next((SPLITS[word] for word in words if word in SPLITS), None):
+            return split
+    return None
