@@ -84,7 +84,8 @@ def downstream(
     """Figures for all contexts and for each source. `tokens` (contexts, S), `sources` (contexts,)."""
     losses: dict[str, list[np.ndarray]] = {name: [] for name in ("clean", *REBUILT, *ABLATED)}
     divergences: dict[str, list[np.ndarray]] = {name: [] for name in REBUILT}
-    of_zeros_1SV = None  # one pass serves all texts where the layers behind the hook read nothing else
+    no_text = model.behind(saved.hook).no_text  # then every row 0 is the same to all texts, and one pass serves them
+    of_zeros_1SV = None
     for start in range(0, len(tokens), batch_contexts):
         ids_BS = torch.from_numpy(tokens[start : start + batch_contexts].astype(np.int64)).to(model.device)
         acts, output = model.read(ids_BS)
@@ -96,9 +97,8 @@ def downstream(
             else:
                 with model.replaced(saved.hook, value_BSD):
                     logits_BSV = model.model(ids_BS, use_cache=False).logits
-                if name == "zero_ablated_all_rows" and len(ids_BS) > 1:
-                    alike = torch.allclose(logits_BSV[1:], logits_BSV[:1].expand_as(logits_BSV[1:]), rtol=1e-5)
-                    of_zeros_1SV = logits_BSV[:1].clone() if alike else None
+                if name == "zero_ablated_all_rows" and no_text:
+                    of_zeros_1SV = logits_BSV[:1].clone()
             losses[name].append(_cross_entropy(logits_BSV, ids_BS))
             if name in REBUILT:
                 divergences[name].append(_divergence(clean_BSV, logits_BSV))

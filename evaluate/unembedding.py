@@ -6,17 +6,17 @@ and the end are left out, as in the logit lens; the later the hook, the truer it
 Shape suffixes: K directions, D d_in, V vocabulary, N tokens found.
 """
 
-import re
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from harvest.config import ModelConfig
-from harvest.files import UserError, read_json
-from harvest.language_model import load_skeleton
+from harvest.files import UserError
+from harvest.hooked_model import hooked
+from harvest.language_model import find_head, load_skeleton, load_weights
 
 AT_ONCE = 64  # directions; their logits are AT_ONCE × V float32
 VOCABULARY_AT_ONCE = 16_384
@@ -38,43 +38,100 @@ class Tokens(NamedTuple):
 
 
 def load_unembedding(model: ModelConfig, commit: str | None, offline: bool) -> Unembedding:
-    """The final norm's gain and the LM head.
+    """The final norm's gain and the LM head, from the model's weights but for its decoder layers.
 
     Raises UserError where the model's parts are not found or not read.
     """
     skeleton = load_skeleton(model, commit, offline)
-    tree: Any = skeleton.model
-    parent = skeleton.layer_list.rpartition(".")[0]
-    norms = [
-        name
-        for name, module in tree.named_modules()
-        if "norm" in type(module).__name__.lower()
-        and name.startswith(parent)
-        and not name.startswith(f"{skeleton.layer_list}.")
-    ]
-    head: Any = tree.get_output_embeddings()
-    if not norms or not isinstance(head, nn.Linear):
-        raise UserError(f"no final norm and LM head were found in {type(tree).__name__}")
-    norm = tree.get_submodule(norms[-1])
-    names = {name: f"{norms[-1]}.{name}" for name in norm.state_dict()}
-    head_names = [f"{name}.weight" for name, module in tree.named_modules(remove_duplicate=False) if module is head]
-    if skeleton.config.get_text_config().tie_word_embeddings:
-        embedding = tree.get_input_embeddings()
-        head_names += [f"{name}.weight" for name, module in tree.named_modules() if module is embedding]
-    files = _Files(model, commit, offline, f"{tree.base_model_prefix}.")
-    weights = {name: files.tensor([where]).float() for name, where in names.items()}
-    head_VD = files.tensor(head_names)
-    norm = norm.to_empty(device="cpu").float()
-    norm.load_state_dict(weights)
-    return Unembedding(_gain(norm, head_VD.shape[1]), isinstance(norm, nn.LayerNorm), head_VD)
+
+    def cut(whole: Any) -> None:
+        whole.set_submodule(skeleton.layer_list, _NoLayers())
+
+    loaded = load_weights(skeleton, model, commit, offline, torch.float32, cut)
+    end = find_end(loaded, skeleton.layer_list)
+    norm, head_VD = loaded.get_submodule(end.norm).float(), loaded.get_submodule(end.head).weight.detach()
+    try:
+        return Unembedding(_gain(norm, head_VD.shape[1]), _centres(norm, head_VD.shape[1]), head_VD)
+    except RuntimeError:
+        raise UserError(f"{end.norm} of {type(loaded).__name__} is of another width than its LM head") from None
+
+
+class End(NamedTuple):
+    """Paths of what a model ends with."""
+
+    norm: str
+    head: str
+
+
+class _NoLayers(nn.ModuleList):
+    """In the place of the decoder layers; notes when the model comes to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached: Callable[[], None] = lambda: None
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        """None."""
+        self.reached()
+        return iter(())
+
+    def __getitem__(self, _index: Any) -> Any:
+        """What a model takes of its layers to iterate over."""
+        return self
+
+
+@torch.inference_mode()
+def find_end(model: Any, layer_list: str) -> End:
+    """The norm that runs last between the layers, which were taken out of the model, and the head.
+
+    Others may be registered after it (of per-layer embeddings, of mixers). Raises UserError where there is none, or
+    weights stand between the two. Scaling and capping of logits come after the head and leave the order of the tokens.
+    """
+    kind = type(model).__name__
+    head = find_head(model)
+    layers = model.get_submodule(layer_list)
+    names = {module: name for name, module in model.named_modules()}
+    ran: list[nn.Module] = []
+    with ExitStack() as stack:
+        for module in names:
+            if _is_norm(module) or next(module.children(), None) is None:
+                stack.enter_context(hooked(module, lambda module, _inputs, _output: ran.append(module)))
+        layers.reached = lambda: ran.append(layers)
+        with suppress(Exception):  # whatever comes after the head may fail
+            model(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    before = ran[ran.index(layers) : ran.index(head)] if {layers, head} <= set(ran) else []
+    last = max((place for place, module in enumerate(before) if _is_norm(module)), default=None)
+    if last is None or not isinstance(head, nn.Linear):
+        raise UserError(f"no final norm and LM head were found in {kind}")
+    between = [names[module] for module in before[last + 1 :] if next(module.parameters(), None) is not None]
+    if between:
+        raise UserError(f"{between[0]} stands between the final norm and the LM head of {kind}")
+    return End(names[before[last]], names[head])
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 @torch.inference_mode()
 def _gain(norm: nn.Module, d_in: int) -> Tensor:
     """Factor of each dimension, (D,), as the norm applies it: Gemma's is 1 + weight."""
-    signs_D = torch.ones(d_in)
-    signs_D[1::2] = -1  # of mean 0 and mean square 1: neither kind of norm changes it
+    signs_D = _signs(d_in)
     return (norm(signs_D[None]) - norm(-signs_D[None]))[0] / 2 * signs_D
+
+
+@torch.inference_mode()
+def _centres(norm: nn.Module, d_in: int) -> bool:
+    """Whether a norm takes the mean off, as LayerNorm does and RMSNorm does not."""
+    signs_D = _signs(d_in)
+    return torch.allclose(norm((signs_D + 1)[None]), norm(signs_D[None]), rtol=1e-3, atol=1e-5)
+
+
+def _signs(d_in: int) -> Tensor:
+    """Of mean 0 and mean square 1: neither kind of norm changes it."""
+    signs_D = torch.ones(d_in)
+    signs_D[1::2] = -1
+    return signs_D
 
 
 @torch.inference_mode()
@@ -92,39 +149,3 @@ def promoted(unembedding: Unembedding, W_dec_KD: Tensor, count: int) -> tuple[To
             parts.append(logits_KV.topk(min(count, logits_KV.shape[1]), largest=largest))
     up, down = (Tokens(torch.cat([p.indices for p in f]), torch.cat([p.values for p in f])) for f in found.values())
     return up, down
-
-
-class _Files:
-    """Single tensors of a model's safetensors, local or of the hub."""
-
-    def __init__(self, model: ModelConfig, commit: str | None, offline: bool, prefix: str) -> None:
-        self.model, self.commit, self.offline, self.prefix = model, commit, offline, prefix
-        index = self._file("model.safetensors.index.json")
-        self.shard_of: dict[str, str] | None = read_json(index)["weight_map"] if index else None
-
-    def _file(self, name: str) -> Path | None:
-        from transformers.utils.hub import cached_file
-
-        found = cached_file(
-            self.model.name,
-            name,
-            revision=self.commit,
-            local_files_only=self.offline or Path(self.model.name).is_dir(),
-            _raise_exceptions_for_missing_entries=False,
-        )
-        return Path(found) if found else None
-
-    def tensor(self, names: list[str]) -> Tensor:
-        """The first of these that the files have, with or without the base model's prefix."""
-        wanted = [variant for name in names for variant in (name, name.removeprefix(self.prefix))]
-        for name in wanted:
-            path = self._file(self.shard_of.get(name, "-") if self.shard_of else "model.safetensors")
-            if path is None:
-                continue
-            try:
-                with safe_open(path, "pt") as file:
-                    if name in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                        return file.get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: damaged ({error})") from None
-        raise UserError(f"{re.sub(r'[.]weight$', '', names[0])} was not found in the files of {self.model.name}")

@@ -8,18 +8,20 @@ Shape suffixes: B sequences, S positions, D d_in.
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from harvest.config import ModelConfig
 from harvest.files import UserError
+from harvest.hooked_model import HookedModel
 from harvest.products import widens, with_widened_products
+from harvest.weight_files import holds_more_than_bfloat16
 
 SAELENS_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 LAYER_PATH = re.compile(
@@ -56,8 +58,9 @@ def load_skeleton(model: ModelConfig, commit: str | None, offline: bool) -> Skel
         config = AutoConfig.from_pretrained(model.name, **_where(model, commit, offline))
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model.name: {model.name!r}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of any kind: the classes check their numbers in many ways, or lack a package
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model.name: {model.name!r}: cannot be loaded: {first}") from None
     layers = _layer_list(skeleton, config)
     if layers is None:
         raise UserError(f"model.name: {model.name!r}: {type(skeleton).__name__} has no list of decoder layers")
@@ -65,10 +68,20 @@ def load_skeleton(model: ModelConfig, commit: str | None, offline: bool) -> Skel
 
 
 def _layer_list(model: nn.Module, config: Any) -> str | None:
-    """Path of the list of decoder layers."""
-    layers = config.get_text_config().num_hidden_layers
-    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == layers]
-    return min(lists, key=len, default=None)
+    """Path of the list of decoder layers; that of the text, where images have layers too."""
+    try:
+        text = config.get_text_config()
+    except ValueError:  # a configuration of several texts
+        return None
+    names = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers")
+    counts = {getattr(text, name, None) for name in names}
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) in counts]
+
+    def is_of_text(path: str) -> bool:
+        around = [n for n, m in model.named_modules() if hasattr(m, "config") and path.startswith(f"{n}." if n else "")]
+        return type(model.get_submodule(max(around, key=len)).config) is type(text)
+
+    return min(lists, key=lambda path: (not is_of_text(path), len(path)), default=None)
 
 
 def check_hooks(model: ModelConfig, commit: str | None, hooks: Sequence[str], offline: bool) -> None:
@@ -94,7 +107,7 @@ def find_hook(skeleton: Skeleton, hook: str) -> HookPoint:
 
     Raises UserError for a layer beyond the last, or a module that the model does not have.
     """
-    layers = skeleton.config.get_text_config().num_hidden_layers
+    layers = len(skeleton.model.get_submodule(skeleton.layer_list))  # type: ignore[arg-type]
     saelens = SAELENS_NAME.fullmatch(hook)
     module = f"{skeleton.layer_list}.{saelens[1]}" if saelens else hook
     inside = re.match(re.escape(skeleton.layer_list) + r"\.(\d+)(\.|$)", module)
@@ -114,122 +127,6 @@ def saelens_hook(hook: str) -> str | None:
     return f"blocks.{layer[1]}.hook_resid_post" if layer else None
 
 
-class HookedModel:
-    """A model whose activations can be read, and replaced, at named modules."""
-
-    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], device: torch.device) -> None:
-        self.model, self.modules, self.device = model, modules, device
-        self._in_tuples: dict[str, bool] = {}  # whether modules return tuples, as Falcon's and GPT-J's layers do
-
-    def compile_layers(self, batch_BS: Tensor) -> None:
-        """Compile the decoder layers, but those with a hook inside, for token ids of this shape.
-
-        Compiled kernels are chosen by rule, never by timing: they are the same in every process. Raises UserError
-        when this machine cannot compile; the layers are then as before.
-        """
-        path = _layer_list(self.model, self.model.config)
-        layers: Any = self.model.get_submodule(path) if path else ()
-        hooked = set(self.modules.values())
-        layers = [layer for layer in layers if hooked.isdisjoint(m for m in layer.modules() if m is not layer)]
-        self.activations(batch_BS)  # what fails without compiling is not told as a fault of it
-        try:
-            for layer in layers:  # of the layer's own forward: hooks on the layer run outside
-                layer.forward = torch.compile(layer.forward, dynamic=False, options={"deterministic": True})
-            self.activations(batch_BS)
-        except RuntimeError as error:  # torch._dynamo's and inductor's errors are RuntimeErrors
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            for layer in layers:
-                vars(layer).pop("forward", None)
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"harvest.compile: true: torch.compile fails here ({first}); install a C compiler, or set it to false"
-            ) from None
-
-    @torch.inference_mode()
-    def activations(self, tokens_BS: Tensor) -> dict[str, Tensor]:
-        """Activations (B, S, d_in) at every hook, in the precision of the forward pass."""
-        return self.read(tokens_BS)[0]
-
-    @torch.inference_mode()
-    def read(self, tokens_BS: Tensor) -> tuple[dict[str, Tensor], Any]:
-        """The activations (B, S, d_in) at every hook, and the model's own output."""
-        out: dict[str, Tensor] = {}
-
-        def reader(name: str) -> Callable[..., None]:
-            def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                self._in_tuples[name] = isinstance(output, tuple)
-                out[name] = first_tensor(output)
-
-            return read
-
-        handles = [module.register_forward_hook(reader(name)) for name, module in self.modules.items()]
-        try:
-            output = self.model(tokens_BS.to(self.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return out, output
-
-    @contextmanager
-    def replaced(self, hook: str, value_BSD: Tensor) -> Iterator[None]:
-        """Within this, the activation at a hook is `value_BSD`, whatever the model reads. `read` comes first.
-
-        Where the hook is the output of a decoder layer, this layer and those before it are not computed: nothing
-        of theirs is used.
-        """
-        module = self.modules[hook]
-        layers = next((m for m in self.model.modules() if isinstance(m, nn.ModuleList) and module in list(m)), None)
-        skipped = list(layers)[: list(layers).index(module) + 1] if layers is not None else []
-
-        def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            return _with_first_tensor(output, value_BSD.to(first_tensor(output).dtype))
-
-        handle = module.register_forward_hook(splice)
-        for layer in skipped:
-            layer.forward = _same_hidden_states_in_a_tuple if self._in_tuples.get(hook) else _same_hidden_states
-        try:
-            yield
-        finally:
-            handle.remove()
-            for layer in skipped:
-                del layer.forward
-
-    @contextmanager
-    def added(self, hook: str, value_BD: Tensor) -> Iterator[None]:
-        """Within this, row b of `value_BD` is added to the activation at a hook at every position of sequence b.
-
-        It holds for each forward pass, so with a KV cache for the prompt and for every generated token.
-        """
-
-        def add(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            acts_BSD = first_tensor(output)
-            return _with_first_tensor(output, acts_BSD + value_BD.unsqueeze(1).to(acts_BSD))
-
-        handle = self.modules[hook].register_forward_hook(add)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-
-def _same_hidden_states_in_a_tuple(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor]:
-    return (hidden_states,)
-
-
-def _same_hidden_states(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-    return hidden_states
-
-
-def first_tensor(output: Any) -> Tensor:
-    """The hidden states (B, S, d_in) of a module's output; some architectures return a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _with_first_tensor(output: Any, new: Tensor) -> Any:
-    return (new, *output[1:]) if isinstance(output, tuple) else new
-
-
 def load_model(
     model: ModelConfig,
     commit: str | None,
@@ -240,46 +137,106 @@ def load_model(
     offline: bool = False,
     with_head: bool = False,
 ) -> HookedModel:
-    """Load weights as bfloat16 and compute in `compute_dtype`, bfloat16 or float32.
+    """Load a model that computes in `compute_dtype`, bfloat16 or float32.
 
-    Without the head, decoder layers after the last hook are never loaded. Raises UserError for what
-    cannot be loaded and for hooks that the model does not have.
+    Without the head, decoder layers after the last hook are never loaded. Raises UserError for what cannot be loaded
+    or run, and for hooks that the model does not have.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
-
     skeleton = load_skeleton(model, commit, offline)
     points = find_hooks(skeleton, hooks)
-    config = skeleton.config
-    if not with_head:
-        slice_layers(config.get_text_config(), max(point.layers for point in points.values()))
-    loader = AutoModelForCausalLM if with_head else AutoModel
-    try:
-        loaded: Any = loader.from_pretrained(
-            model.name,
-            config=config,
-            dtype=torch.bfloat16,
-            use_safetensors=True,
-            **_where(model, commit, offline),
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model.name: {model.name!r}: its weights cannot be loaded: {first}") from None
+    _check_head(skeleton, points, with_head)
+    layers = None if with_head else max(point.layers for point in points.values())
+    loaded = load_weights(skeleton, model, commit, offline, compute_dtype, lambda whole: _cut(whole, skeleton, layers))
     loaded = _apart_from_files(loaded.to(device)).eval().requires_grad_(False)
     if compute_dtype == torch.float32:
         loaded = loaded.float()  # never the other way: bfloat16 would round the rotary frequencies, which stay float32
     elif widens(device, compute_dtype):
         loaded.forward = with_widened_products(loaded.forward)
-    head = loaded.get_output_embeddings() if with_head else None
+    head = find_head(loaded) if with_head else None
     if head is not None:  # generation passes a strided view, for which torch would copy the weights once a sequence
         head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    prefix = "" if with_head else f"{skeleton.model.base_model_prefix}."
+    modules = {hook: loaded.get_submodule(point.module) for hook, point in points.items()}
+    hooked = HookedModel(loaded, modules, device, loaded.get_submodule(skeleton.layer_list))
+    hooked.check(f"model.name: {model.name!r}")
+    return hooked
+
+
+def load_weights(
+    skeleton: Skeleton,
+    model: ModelConfig,
+    commit: str | None,
+    offline: bool,
+    compute_dtype: torch.dtype,
+    cut: Callable[[Any], None],
+) -> Any:
+    """The model with its weights, but for the modules that `cut` takes out of it before any is loaded.
+
+    They are bfloat16, unless that would round what the files hold and float32 is computed. The configuration stays
+    whole, so what depends on the number of layers (scales, which layers share keys) is as it is in the whole model.
+    Raises UserError for weights that cannot be loaded, and for those that are missing.
+    """
+    kind: Any = type(skeleton.model)
+
+    def __init__(self: Any, config: Any, *inputs: Any, **keywords: Any) -> None:
+        kind.__init__(self, config, *inputs, **keywords)
+        cut(self)
+        kept = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        tied = self.all_tied_weights_keys.items()
+        self.all_tied_weights_keys = {name: source for name, source in tied if {name, source} <= kept}
+
+    without: Any = type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
+    rounds = compute_dtype == torch.float32 and holds_more_than_bfloat16(model, commit, offline)
     try:
-        modules = {hook: loaded.get_submodule(point.module.removeprefix(prefix)) for hook, point in points.items()}
-    except AttributeError as error:
+        loaded, about = without.from_pretrained(
+            model.name,
+            config=deepcopy(skeleton.model.config),
+            dtype=torch.float32 if rounds else torch.bfloat16,
+            use_safetensors=True,
+            output_loading_info=True,
+            **_where(model, commit, offline),
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model.name: {model.name!r}: its weights cannot be loaded: {first}") from None
+    missing = sorted(about["missing_keys"])
+    if missing:  # transformers would go on with random ones
         raise UserError(
-            f"harvest.hooks: {', '.join(hooks)}: {error}; hooks are taken in decoder layers, as {skeleton.layer_list}.0"
-        ) from None
-    return HookedModel(loaded, modules, device)
+            f"model.name: {model.name!r}: its weights cannot be loaded: {len(missing)} of {kind.__name__} are not in "
+            f"its files ({missing[0]})"
+        )
+    return loaded
+
+
+def _cut(model: Any, skeleton: Skeleton, layers: int | None) -> None:
+    """Take away the decoder layers after these, and the head unless its weights are those of the embedding."""
+    if layers is None:
+        return
+    del model.get_submodule(skeleton.layer_list)[layers:]
+    head = find_head(model)
+    for name, module in list(model.named_modules()):
+        if module is head and f"{name}.weight" not in model.all_tied_weights_keys:
+            model.set_submodule(name, nn.Identity())
+
+
+def _check_head(skeleton: Skeleton, points: dict[str, HookPoint], with_head: bool) -> None:
+    head = find_head(skeleton.model)
+    for hook, point in points.items():
+        if not with_head and skeleton.model.get_submodule(point.module) is head:
+            raise UserError(
+                f"harvest.hooks: {hook!r}: the head is not loaded; hooks are taken in decoder layers, as "
+                f"{skeleton.layer_list}.0"
+            )
+
+
+def find_head(model: nn.Module) -> nn.Module | None:
+    """What makes logits of hidden states: GPT-NeoX calls it `embed_out`, which transformers does not know of."""
+    causal: Any = model
+    head = causal.get_output_embeddings()
+    if head is None:
+        rows = causal.get_input_embeddings().weight.shape[0]
+        linear = [m for m in model.children() if isinstance(m, nn.Linear) and m.out_features == rows]
+        head = linear[-1] if linear else None
+    return head
 
 
 def _apart_from_files(model: Any) -> Any:

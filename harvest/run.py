@@ -207,10 +207,10 @@ def _width(model: HookedModel, hooks: tuple[str, ...]) -> int:
     """
     found = model.activations(torch.zeros(2, 3, dtype=torch.long))
     for hook in hooks:
-        if hook not in found or found[hook].shape[:-1] != (2, 3):
-            shape = tuple(found[hook].shape) if hook in found else "nothing"
+        if found[hook].shape[:-1] != (2, 3):  # a layer of Gemma 3n or DeepSeek-V4 gives several streams
             raise UserError(
-                f"harvest.hooks: {hook!r}: gives {shape} for 2 x 3 tokens, not a row for each; hook a layer"
+                f"harvest.hooks: {hook!r}: gives {tuple(found[hook].shape)} for 2 x 3 tokens, not a row for each; "
+                "hook a layer, or a module in one, that does"
             )
     widths = {hook: acts.shape[-1] for hook, acts in found.items()}
     if len(set(widths.values())) > 1:

@@ -248,3 +248,23 @@ def test_ticks_are_round():
     assert ticks(0, 720) == [0, 200, 400, 600]
     assert ticks(0, 0) == [0]
     assert [round(t, 3) for t in ticks(0.1, 0.62)] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+
+
+@pytest.mark.parametrize("hook", ["model.layers.0", "model.layers.0.mlp"])
+def test_a_batch_of_one_text_says_nothing_of_other_texts(finished, monkeypatch, hook):
+    """Zeros behind an MLP leave the text in the residual stream, though the first batch does not show it."""
+    monkeypatch.chdir(finished)
+    model = load_model(
+        ModelConfig(name="assets/tiny-llama"), None, [hook], torch.float32, torch.device("cpu"), with_head=True
+    )
+    tokens = np.random.default_rng(0).integers(0, 300, (4, 16)).astype(np.uint32)
+    tokens[1] = tokens[0]
+    saved = identity(32)._replace(hook=hook)
+    found = downstream(model, saved, ExcludeConfig(), torch.zeros(32), tokens, np.zeros(4, np.uint8), ["a"], 2)
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    handle = model.modules[hook].register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
+    with torch.no_grad():
+        logits = model.model(ids).logits
+    handle.remove()
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert found["all"]["ce_zero_ablated_all_rows"] == pytest.approx(expected.item(), rel=1e-5)

@@ -36,7 +36,7 @@ def test_activations_are_the_models_own(whole, layer, name):
 
 def test_several_hooks_in_one_pass_and_no_layer_more_than_needed(whole):
     model = load(["model.layers.0"])
-    assert len(model.model.layers) == 1
+    assert len(model.layers) == len(model.model.model.layers) == 1
     both = load(["model.layers.0", "model.layers.1", "model.layers.0.mlp"])
     found = both.activations(TOKENS)
     assert torch.equal(found["model.layers.0"], model.activations(TOKENS)["model.layers.0"])
@@ -111,7 +111,7 @@ def test_compiled_layers_give_the_same_activations(fresh_folder, without_compile
     model = load(hooks)
     before = model.activations(TOKENS)
     model.compile_layers(TOKENS)
-    compiled = [hasattr(layer.forward, "_torchdynamo_orig_callable") for layer in model.model.layers]
+    compiled = [hasattr(layer.forward, "_torchdynamo_orig_callable") for layer in model.layers]
     assert compiled == [len(hooks) == 1, True]
     after = model.activations(TOKENS)
     assert set(after) == set(hooks)
@@ -141,3 +141,55 @@ def test_a_strided_view_before_the_head_costs_no_copies_of_its_weights(whole):
     assert last.shape[1] == 1
     assert seen[0].is_contiguous()
     torch.testing.assert_close(last[:, 0], whole(TOKENS).logits[:, -1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_are_as_the_files_hold_them(fresh_folder, stored):
+    """In float32; bfloat16 ones are widened, which changes nothing."""
+    exact = AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.float32)
+    with torch.no_grad():
+        for weight in exact.parameters():
+            weight.add_(1e-3 * torch.rand_like(weight))
+    exact.to(stored).save_pretrained("assets/tiny-llama")
+    whole = AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.float32).eval()
+    for with_head in (False, True):
+        model = load(["model.layers.1.mlp"], with_head=with_head)
+        kept = dict(model.model.named_parameters())
+        assert all(torch.equal(weight, kept[name]) for name, weight in whole.named_parameters())
+    rounded = load(["model.layers.1"], dtype=torch.bfloat16)
+    assert {weight.dtype for weight in rounded.model.parameters()} == {torch.bfloat16}
+
+
+def test_what_a_module_returned_is_read_though_it_is_changed_later(whole):
+    """In either kind of pass; and what is put in is not changed for the caller."""
+    model = load(["model.layers.0.mlp", "model.layers.1.mlp"], with_head=True)
+    before = model.activations(TOKENS)
+    # As Falcon does: the residual is added in place to what the MLP returned.
+    for layer in model.layers:
+        forward = layer.forward
+
+        def adding(hidden_states, *inputs, layer=layer, forward=forward, **keywords):
+            kept = []
+            handle = layer.mlp.register_forward_hook(lambda _module, _inputs, output: kept.append(output))
+            out = forward(hidden_states, *inputs, **keywords)
+            handle.remove()
+            kept[0].add_(7)
+            return out
+
+        layer.forward = adding
+    for found in (model.activations(TOKENS), model.read(TOKENS)[0]):
+        assert all(torch.equal(found[hook], before[hook]) for hook in before)
+    given = torch.zeros_like(before["model.layers.0.mlp"])
+    with torch.inference_mode(), model.replaced("model.layers.0.mlp", given):
+        model.model(TOKENS)
+    assert not given.any()
+
+
+def test_a_pass_ends_at_the_last_hook(fresh_folder):
+    model = load(["model.layers.0", "model.layers.0.mlp"], with_head=True)
+    ran = []
+    model.layers[1].register_forward_hook(lambda *_given: ran.append("behind"))
+    assert set(model.activations(TOKENS)) == {"model.layers.0", "model.layers.0.mlp"}
+    assert not ran
+    model.read(TOKENS)
+    assert ran == ["behind"]
