@@ -27,16 +27,27 @@ def local_device(device: torch.device) -> torch.device:
 
     Raises UserError when the machine has fewer GPUs than processes.
     """
-    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+    rank = local_rank() if device.type == "cuda" else None
+    if rank is None:
         return device
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if local_rank >= torch.cuda.device_count():
+    if rank >= torch.cuda.device_count():
         raise UserError(
-            f"runtime.device: {torch.cuda.device_count()} GPUs for rank {local_rank} (counted from 0) of this "
+            f"runtime.device: {torch.cuda.device_count()} GPUs for rank {rank} (counted from 0) of this "
             "machine; start no more processes than GPUs, or set it to cpu"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(rank)
+    return torch.device("cuda", rank)
+
+
+def local_rank() -> int | None:
+    """LOCAL_RANK, this process among those of its machine, as launchers set it; None where it is not set.
+
+    Raises UserError for a value that cannot be.
+    """
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is not None and not rank.isdecimal():
+        raise UserError(f"LOCAL_RANK={rank}: it counts the processes of this machine from 0; set it so, or unset it")
+    return None if rank is None else int(rank)
 
 
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:

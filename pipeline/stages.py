@@ -3,7 +3,6 @@
 Nothing here imports torch until a stage really runs.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -239,7 +238,7 @@ def _lock(directory: Path, stage: str, force: bool) -> AbstractContextManager[No
 
 def _is_follower() -> bool:
     """Whether torchrun or accelerate started this process beside another one, which writes and speaks."""
-    return int(os.environ.get("RANK", "0")) > 0
+    return Workers.from_environment().rank > 0
 
 
 def _check_processes(config: PipelineConfig | IngestedConfig, stage: str, force: bool) -> None:

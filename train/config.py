@@ -77,6 +77,8 @@ class TrainRuntime(Settings):
     """Checkpoints that are kept."""
     spike_factor: float | None = Field(default=10.0, gt=1)
     """Stop when a logged loss is above this multiple of the median of the 20 logged before; null goes on."""
+    peers_seconds: float = Field(default=60.0, gt=0)
+    """Started as one of several processes: how long to wait at the start for the others."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Send the figures of metrics.jsonl there too (its package must be installed)."""
 

@@ -10,15 +10,20 @@ Shape suffixes: R ranks, K numbers of each.
 """
 
 import os
+import threading
+import time
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harvest.device import local_device
+from harvest.device import local_device, local_rank
 from harvest.files import UserError
+from harvest.progress import duration
+from harvest.workers import Workers
 from train.sae import SAE
 from train.step import SumOverRanks
 
@@ -26,6 +31,7 @@ from train.step import SumOverRanks
 FEATURE_AXIS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "b_dec": None, "rows_since_fired": 0}
 # Others wait while rank 0 looks at the store or writes a checkpoint. A rank that died is the launcher's to see.
 TIMEOUT = timedelta(hours=2)
+SIGNALS_AFTER = 1.0  # seconds: torch's waiting lets Python see no signal, so it is done in pieces
 
 
 class FeatureRanks:
@@ -40,16 +46,20 @@ class FeatureRanks:
         self.device = device or torch.device("cpu")
 
     @classmethod
-    def from_environment(cls, device: torch.device) -> "FeatureRanks":
+    def from_environment(cls, device: torch.device, peers_seconds: float = 60.0) -> "FeatureRanks":
         """The ranks that accelerate launch or torchrun started (WORLD_SIZE, RANK, ...), one process without.
 
-        On CUDA, `.device` is this rank's GPU. Raises UserError when a machine has fewer GPUs than ranks.
+        On CUDA, `.device` is this rank's GPU. Raises UserError for values that cannot be, when the others do not come
+        within `peers_seconds`, and when a machine has fewer GPUs than ranks.
         """
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        workers = Workers.from_environment()
+        if workers.world == 1:
             return cls(device=device)
+        local_rank()
         device = local_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            _join(backend, f"RANK={workers.rank}, WORLD_SIZE={workers.world}", peers_seconds)
         return cls(dist.get_rank(), dist.get_world_size(), device)
 
     def close(self) -> None:
@@ -74,7 +84,9 @@ class FeatureRanks:
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of the ranks' tensors, all of one shape, in place: the same bytes on all of them."""
-        if self.size > 1:
+        if self.size > 1 and part.device.type == "cpu":
+            _finish(dist.all_reduce(part, async_op=True))
+        elif self.size > 1:
             dist.all_reduce(part)
         return part
 
@@ -83,14 +95,17 @@ class FeatureRanks:
         if self.size == 1:
             return part_K.unsqueeze(0)
         parts_RK = part_K.new_empty(self.size, len(part_K))
-        dist.all_gather(list(parts_RK), part_K)
+        if part_K.device.type == "cpu":
+            _finish(dist.all_gather(list(parts_RK), part_K, async_op=True))
+        else:
+            dist.all_gather(list(parts_RK), part_K)
         return parts_RK
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on some rank; waits for hosts, never for a device."""
         if self.size > 1:
             flags = torch.tensor(flag, dtype=torch.int32)
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
+            _finish(dist.all_reduce(flags, dist.ReduceOp.MAX, async_op=True))
             return bool(flags)
         return flag
 
@@ -148,3 +163,57 @@ SINGLE = FeatureRanks()
 
 def _feature_axis(name: str) -> int | None:
     return FEATURE_AXIS[name.rpartition(".")[2]]
+
+
+def _join(backend: str, me: str, seconds: float) -> None:
+    """Make the group, in a thread: a signal ends the waiting here at once.
+
+    Raises UserError when nobody says where the others are, and when they do not come.
+    """
+    unset = "or unset RANK and WORLD_SIZE to train in one process"
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+    if not address or not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise UserError(
+            f"{me}: where the processes meet is not said (MASTER_ADDR={address or ''}, MASTER_PORT={port}); start them "
+            f"with torchrun or accelerate launch, {unset}"
+        )
+    failed: list[Exception] = []
+
+    def join() -> None:
+        try:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=join, name="join-ranks", daemon=True)
+    thread.start()
+    began = time.monotonic()
+    while thread.is_alive() and time.monotonic() - began < seconds:
+        thread.join(0.1)
+    if failed:
+        reason = (str(failed[0]).strip().splitlines() or [type(failed[0]).__name__])[0]
+        raise UserError(f"{me}: the processes cannot meet at {address}:{port} ({reason}); choose another port, {unset}")
+    if thread.is_alive():
+        raise UserError(
+            f"{me}: the other processes did not come to {address}:{port} within {duration(seconds)} "
+            f"(train.runtime.peers_seconds); start all of them with torchrun or accelerate launch, {unset}"
+        )
+
+
+def _finish(work: Any) -> None:
+    """Wait for an exchange on hosts.
+
+    Raises UserError when another process has ended.
+    """
+    while True:
+        try:
+            work.wait(timedelta(seconds=SIGNALS_AFTER))
+            return
+        except RuntimeError as error:
+            if not work.is_completed():
+                continue
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"train: another process of this training has ended ({reason}); start all of them again, to go on "
+                "from the last checkpoint"
+            ) from None

@@ -54,7 +54,7 @@ def run(tasks: Sequence[Task], harvest_directory: Path, follow: bool = False) ->
     not fit, or a harvest that died.
     """
     config = tasks[0].config
-    ranks = FeatureRanks.from_environment(resolve_device(config.runtime.device))
+    ranks = FeatureRanks.from_environment(resolve_device(config.runtime.device), config.runtime.peers_seconds)
     device = ranks.device
     dtype = resolve_dtype(config.compute_dtype, device)
     threads = set_threads(config.runtime.threads, device)
