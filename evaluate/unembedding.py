@@ -1,6 +1,6 @@
 """Which next tokens a direction at a hook promotes: through the final norm and the LM head, nothing between.
 
-Only these two weights are read from the model's files (57 of 269 MB of SmolLM2-135M). The layers between the hook
+Of the model's files all but the decoder layers is read (57 of 269 MB of SmolLM2-135M). The layers between the hook
 and the end are left out, as in the logit lens; the later the hook, the truer it is.
 
 Shape suffixes: K directions, D d_in, V vocabulary, N tokens found.
@@ -99,7 +99,7 @@ def find_end(model: Any, layer_list: str) -> End:
         layers.reached = lambda: ran.append(layers)
         with suppress(Exception):  # whatever comes after the head may fail
             model(torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    before = ran[ran.index(layers) : ran.index(head)] if {layers, head} <= set(ran) else []
+    before = ran[ran.index(layers) : ran.index(head)] if head is not None and {layers, head} <= set(ran) else []
     last = max((place for place, module in enumerate(before) if _is_norm(module)), default=None)
     if last is None or not isinstance(head, nn.Linear):
         raise UserError(f"no final norm and LM head were found in {kind}")

@@ -8,7 +8,7 @@ Shape suffixes: B sequences, S positions, D d_in, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class Behind(NamedTuple):
     no_text: bool = False  # of the text either: no token ids, no embeddings
 
 
-class _AllRead(Exception):
+class _AllReadError(Exception):
     """Ends a forward pass that nobody needs the rest of."""
 
 
@@ -68,11 +68,8 @@ class HookedModel:
     def activations(self, tokens_BS: Tensor) -> dict[str, Tensor]:
         """Activations (B, S, d_in) at every hook, in the precision of the forward pass, which ends at the last."""
         out: dict[str, Tensor] = {}
-        with self._reading(out, to_the_end=not self.modules):
-            try:
-                self._run(tokens_BS)
-            except _AllRead:
-                pass
+        with self._reading(out, to_the_end=not self.modules), suppress(_AllReadError):
+            self._run(tokens_BS)
         return out
 
     @torch.inference_mode()
@@ -92,7 +89,7 @@ class HookedModel:
             def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
                 out[name] = first_tensor(output)
                 if not to_the_end and len(out) == len(self.modules):
-                    raise _AllRead
+                    raise _AllReadError
                 out[name] = out[name].clone()  # Falcon adds the attention to its MLP's output in place
 
             return read
@@ -255,8 +252,11 @@ def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         handle.remove()
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The hidden states (B, S, d_in) of a module's output; some architectures return a tuple, or fields with names."""
+def first_tensor(output: Any) -> Any:
+    """The hidden states (B, S, d_in) of a module's output; some architectures return a tuple, or fields with names.
+
+    Whatever a module returns that is no tensor comes back as it is.
+    """
     if isinstance(output, dict):  # as transformers' ModelOutput is
         return next(iter(output.values()), output)
     return output[0] if isinstance(output, (tuple, list)) and output else output

@@ -177,14 +177,14 @@ def load_weights(
     """
     kind: Any = type(skeleton.model)
 
-    def __init__(self: Any, config: Any, *inputs: Any, **keywords: Any) -> None:
+    def init(self: Any, config: Any, *inputs: Any, **keywords: Any) -> None:
         kind.__init__(self, config, *inputs, **keywords)
         cut(self)
         kept = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         tied = self.all_tied_weights_keys.items()
         self.all_tied_weights_keys = {name: source for name, source in tied if {name, source} <= kept}
 
-    without: Any = type(kind.__name__, (kind,), {"__init__": __init__, "__module__": kind.__module__})
+    without: Any = type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
     rounds = compute_dtype == torch.float32 and holds_more_than_bfloat16(model, commit, offline)
     try:
         loaded, about = without.from_pretrained(
@@ -250,12 +250,3 @@ def _apart_from_files(model: Any) -> Any:
 def _where(model: ModelConfig, commit: str | None, offline: bool) -> dict[str, Any]:
     local = Path(model.name).is_dir()
     return {"revision": commit, "local_files_only": offline or local, "trust_remote_code": False}
-
-
-def slice_layers(config: Any, layers: int) -> None:
-    """Make a configuration of the first decoder layers; per-layer lists are cut alike."""
-    total = config.num_hidden_layers
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == total and layers < total:
-            setattr(config, name, value[:layers])
-    config.num_hidden_layers = layers

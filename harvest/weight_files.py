@@ -17,7 +17,8 @@ def holds_more_than_bfloat16(model: ModelConfig, commit: str | None, offline: bo
     for path in _files(model, commit, offline):
         try:
             with safe_open(path, "pt") as file:
-                if any(file.get_slice(name).get_dtype() in ("F64", "F32", "F16") for name in file.keys()):
+                names = file.keys()
+                if any(file.get_slice(name).get_dtype() in ("F64", "F32", "F16") for name in names):
                     return True
         except (SafetensorError, OSError) as error:
             raise UserError(f"model.name: {model.name!r}: its weights cannot be loaded: {path}: {error}") from None

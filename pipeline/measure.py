@@ -15,7 +15,7 @@ import torch
 
 from harvest.device import device_name, resolve_device, resolve_dtype, set_threads
 from harvest.files import UserError, is_out_of_memory
-from harvest.language_model import HookedModel, load_model, slice_layers
+from harvest.language_model import HookedModel, load_model
 from harvest.progress import size_text
 from pipeline.architecture import Architecture
 from pipeline.config import PipelineConfig
@@ -105,11 +105,11 @@ def _forward(
             return Rate(tokens.numel() / seconds, f"measured, the model on {contexts} x {size} tokens{note}")
         layer = _one_layer(shape, device, dtype, memory)
         if layer is None:
-            return Rate(None, "not measured: one layer does not fit into memory")
+            return Rate(None, "not measured: one layer does not fit into memory, or is none of this kind by itself")
         if device.type == "cpu":
             weights = sum(p.numel() for p in layer.parameters())
             tokens = tokens[:, : max(16, int(LAYER_FLOP / (2 * weights)))]
-        hooked = HookedModel(layer, {}, device)
+        hooked = HookedModel(layer, {}, device, layer.get_submodule(shape.skeleton.layer_list))
         note = _compile(config, hooked, tokens)
         seconds = fastest(lambda: hooked.activations(tokens), device)
     counted = f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
@@ -133,17 +133,29 @@ def _compile(config: PipelineConfig, hooked: HookedModel, tokens: torch.Tensor) 
 def _one_layer(shape: Architecture, device: torch.device, dtype: torch.dtype, memory: int) -> Any:
     from copy import deepcopy
 
-    from transformers import AutoModel
+    from transformers import AutoModelForCausalLM
 
     layer = shape.skeleton.model.get_submodule(shape.skeleton.layer_list)[0]  # type: ignore[index]
     if sum(p.numel() for p in layer.parameters()) * dtype.itemsize > memory / 2:
         return None
     config = deepcopy(shape.skeleton.config)
     text = config.get_text_config()
-    slice_layers(text, 1)
+    _first_layer(text)
     text.vocab_size, text.pad_token_id = 64, None
-    with device:
-        return AutoModel.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    try:
+        with device:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+    except (ValueError, TypeError, IndexError, KeyError):  # its parts depend on each other (Gemma 3n)
+        return None
+
+
+def _first_layer(config: Any) -> None:
+    """Make it a configuration of one decoder layer; per-layer lists are cut alike."""
+    total = config.num_hidden_layers
+    for name, value in config.to_dict().items():
+        if isinstance(value, list) and len(value) == total:
+            setattr(config, name, value[:1])
+    config.num_hidden_layers = 1
 
 
 def _step(train: TrainConfig, d_in: int, kernel: Any, device: torch.device) -> Rate:

@@ -1,4 +1,4 @@
-"""Small random models of every causal class of the installed transformers, made from the default of their configuration."""
+"""Small random models of every causal class of the installed transformers, from its default configuration."""
 
 from typing import Any
 
