@@ -217,7 +217,7 @@ def fidelity(
 
 def density_figures(density_F: np.ndarray) -> dict[str, Any]:
     """Dead and dense features and a histogram of log10 density, from the density on held-out rows."""
-    alive = density_F[density_F > 0]
+    alive = density_F[density_F > 0].clip(min=1e-7)  # the first bin has those below its edge too
     counts, edges = np.histogram(np.log10(alive), bins=56, range=(-7, 0))
     return {
         "d_sae": len(density_F),

@@ -6,6 +6,7 @@
 """
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from harvest.files import UserError
+from harvest.hub import resolved_commit
 from harvest.source_files import looks_local
 from pipeline.manifest import check_files, is_complete, read_manifest, read_metrics
 from pipeline.stages import Runs, swept
@@ -27,6 +29,10 @@ FIGURES = (
     ("downstream", ("all",), "ce_loss_score", "{:.3f}"),
     ("features", (), "dead_fraction", "{:.2%}"),
 )
+
+
+# Hub ids, in small letters, that TransformerLens 3.9's HookedTransformer loads by name.
+TRANSFORMER_LENS = frozenset(Path(__file__).with_name("transformer_lens.txt").read_text(encoding="utf-8").split())
 
 
 class Exported(NamedTuple):
@@ -101,14 +107,18 @@ def _metadata(sae: Exported, model: str) -> dict[str, Any]:
     """Metadata of cfg.json under SAELens' names."""
     from harvest.language_model import saelens_hook
 
-    config = sae.runs.config
-    known = saelens_hook(sae.hook)
+    config, module = sae.runs.config, _module(sae)
+    at_layer = saelens_hook(module)
+    known = at_layer if model.lower() in TRANSFORMER_LENS else None
+    layer = re.search(r"\.(\d+)(\.|$)", module)
     return {
         "model_name": model,
         "model_class_name": "HookedTransformer" if known else "AutoModelForCausalLM",
         "model_from_pretrained_kwargs": {},
-        "hook_name": known or sae.hook,
-        "hf_hook_name": sae.hook,
+        "hook_name": known or module,
+        "hf_hook_name": module,
+        "transformer_lens_hook_name": at_layer,
+        "hook_layer": int(layer[1]) if layer else None,
         "hook_head_index": None,
         "context_size": config.sample.context_size,
         "prepend_bos": _bos(sae.runs) in ("document", "context"),
@@ -123,6 +133,17 @@ def _bos(runs: Runs) -> str | None:
     """Where a BOS stands in the sample's text; None where its manifest is gone."""
     sample = runs.directory("sample")
     return read_manifest(sample)["summary"].get("bos") if is_complete(sample) else None
+
+
+def _module(sae: Exported) -> str:
+    """The module path of a hook, which the settings may name as SAELens does."""
+    from harvest.language_model import SAELENS_NAME, find_hook, load_skeleton
+
+    if not SAELENS_NAME.fullmatch(sae.hook):
+        return sae.hook
+    config = sae.runs.config
+    commit = resolved_commit(sae.runs.inputs.model)
+    return find_hook(load_skeleton(config.model, commit, config.harvest.runtime.offline), sae.hook).module
 
 
 def _public_name(name: str) -> str:

@@ -1,5 +1,6 @@
 import json
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,17 @@ import real
 import sae_lens
 import torch
 import yaml
-from conftest import contents, only, pipeline, unlisted
+from conftest import TINY, contents, only, pipeline, unlisted
+from sae_lens.load_model import load_model
+from transformer_lens.loading_from_pretrained import make_model_alias_map
 
+from harvest import language_model
 from harvest.activation_store import ActivationStore
+from harvest.config import ModelConfig
 from harvest.language_model import saelens_hook
+from pipeline.config import load
+from pipeline.export import TRANSFORMER_LENS, Exported, _metadata
+from pipeline.stages import find_runs
 from train.checkpoint import load_sae
 
 HOOK = "model.layers.1"
@@ -57,7 +65,6 @@ def test_the_fields_that_saelens_would_guess_wrong(exported):
     assert theirs.architecture() == "standard"
     assert theirs.apply_b_dec_to_input is False
     assert theirs.normalize_activations == "none"
-    assert theirs.metadata.hook_name == FOLDER
     assert theirs.metadata.hf_hook_name == HOOK
     assert theirs.metadata.model_name == "tiny/llama"
     assert theirs.metadata.dataset_path == "tiny-chat.jsonl, tiny-reasoning.jsonl"
@@ -163,3 +170,66 @@ def test_an_export_never_goes_through_a_link(run_folder):
     assert ran.status == 1
     assert "link: is a link; choose the folder itself" in ran.out
     assert not list(Path("target").iterdir())
+
+
+def test_every_file_has_the_mode_of_the_umask(exported):
+    usual = exported.parent / "usual"
+    usual.write_text("")
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in exported.rglob("*") if path.is_file()}
+    assert set(modes) == {"README.md", "cfg.json", "export.json", "sae_weights.safetensors"}
+    assert set(modes.values()) == {stat.S_IMODE(usual.stat().st_mode)}
+
+
+def test_the_models_that_transformer_lens_loads_by_name():
+    """Exports read a list, since the library need not be installed."""
+    assert {name for name in make_model_alias_map() if "/" in name} == TRANSFORMER_LENS
+
+
+@pytest.mark.parametrize(
+    ("model", "hook", "class_name", "name"),
+    [
+        ("EleutherAI/Pythia-70m", HOOK, "HookedTransformer", FOLDER),
+        ("EleutherAI/pythia-70m", "model.layers.1.mlp", "AutoModelForCausalLM", "model.layers.1.mlp"),
+        ("tiny/llama", HOOK, "AutoModelForCausalLM", HOOK),
+        ("tiny/llama", FOLDER, "AutoModelForCausalLM", HOOK),  # the settings may name it as SAELens does
+        ("EleutherAI/pythia-70m", FOLDER, "HookedTransformer", FOLDER),
+    ],
+)
+def test_the_hook_is_named_as_the_model_class_has_it(fresh_folder, model, hook, class_name, name):
+    runs = find_runs(load(TINY, [f"harvest.hooks=[{hook}]"]), Path("runs"))[0]
+    metadata = _metadata(Exported(runs, hook, "", Path()), model)
+    assert (metadata["model_class_name"], metadata["hook_name"]) == (class_name, name)
+    assert metadata["hf_hook_name"] == (HOOK if hook == FOLDER else hook)
+    assert metadata["hook_layer"] == 1
+    assert metadata["transformer_lens_hook_name"] == (None if "mlp" in hook else FOLDER)
+
+
+def test_the_fields_that_sae_bench_and_sae_dashboard_ask_for(exported):
+    """sae-bench 0.6.0's `load_and_format_sae` and core evaluation, and SAEDashboard 0.8.0, read these of the cfg."""
+    cfg = sae_lens.SAE.load_from_disk(exported / FOLDER).cfg
+    asked = ("hook_name", "hook_layer", "model_name", "context_size", "prepend_bos", "model_from_pretrained_kwargs")
+    assert {name: cfg.metadata.get(name, "absent") for name in asked} == {
+        "hook_name": HOOK,
+        "hook_layer": 1,
+        "model_name": "tiny/llama",
+        "context_size": 16,
+        "prepend_bos": False,
+        "model_from_pretrained_kwargs": {},
+    }
+    assert (cfg.dtype, cfg.d_in, cfg.d_sae, cfg.metadata.hook_head_index) == ("float32", 32, 128, None)
+    json.dumps(cfg.to_dict())  # sae-bench writes it beside its figures
+
+
+def test_sae_lens_reads_the_hook_that_was_exported(exported):
+    """As sae-bench does: the class and the hook of the cfg, and rows as our model gives them."""
+    cfg = sae_lens.SAE.load_from_disk(exported / FOLDER).cfg
+    model = load_model(cfg.metadata.model_class_name, "assets/tiny-llama", "cpu", {}, [cfg.metadata.hook_name])
+    tokens = torch.arange(20).view(2, 10)
+    _, cache = model.run_with_cache(
+        tokens, prepend_bos=False, names_filter=[cfg.metadata.hook_name], stop_at_layer=cfg.metadata.hook_layer + 1
+    )
+    here = language_model.load_model(
+        ModelConfig(name="assets/tiny-llama"), None, [HOOK], torch.float32, torch.device("cpu")
+    )
+    expected = here.activations(tokens)[HOOK]
+    assert relative(cache[cfg.metadata.hook_name].float(), expected) < 0.02  # SAELens keeps the weights' bfloat16

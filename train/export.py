@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors.torch
 
-from harvest.files import UserError, file_crc32c, fsync_path, partial_name, read_json, write_json, write_sealed
+from harvest.files import UserError, file_crc32c, fsync_path, partial_name, read_json, replacing, write_json, write_sealed
 from train.checkpoint import WEIGHTS, SavedSae
 from train.sae import SAE
 
@@ -49,8 +49,8 @@ def write_saelens_folder(folder: Path, saved: SavedSae, metadata: dict[str, Any]
     """Write sae_weights.safetensors and cfg.json of one SAE into a new folder."""
     folder.mkdir(parents=True)
     weights = {name: weight.contiguous().cpu() for name, weight in folded(saved)._asdict().items()}
-    safetensors.torch.save_file(weights, folder / WEIGHTS)
-    fsync_path(folder / WEIGHTS)
+    with replacing(folder / WEIGHTS) as partial:
+        safetensors.torch.save_file(weights, partial)
     write_json(folder / CONFIG, saelens_config(saved, metadata))
 
 
