@@ -65,7 +65,7 @@ def analyse(subject: Subject, heldout: Fidelity) -> dict[str, Any] | None:
     more: dict[str, Any] = {}
     names = _chosen_sources(config, subject.contexts.sources)
     if names:
-        a, b = (Rates(name, *heldout.by_source[name]) for name in names)
+        a, b = (Rates(name, *heldout.by_group[name]) for name in names)
         pairs["sources"] = (a, b)
     if config.model:
         *models, more["renamed_tokens"] = compare_models(subject, config, config.model)

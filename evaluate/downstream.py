@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from evaluate.fidelity import Fidelity
+from evaluate.groups import Groups
 from evaluate.intervals import with_intervals
 from evaluate.subject import Subject
 from harvest.language_model import HookedModel
@@ -62,8 +63,7 @@ def analyse(subject: Subject, heldout: Fidelity) -> dict[str, dict[str, Any]] | 
             subject.exclude,
             heldout.mean_D,
             tokens,
-            subject.context_source[:count],
-            subject.contexts.sources,
+            {name: mask_C[:count] for name, mask_C in subject.groups.items()},
             config.batch_contexts,
             progress,
         )
@@ -76,12 +76,11 @@ def downstream(
     exclude: ExcludeConfig,
     mean_D: Tensor,
     tokens: np.ndarray,
-    sources: np.ndarray,
-    source_names: list[str],
+    groups: Groups,
     batch_contexts: int,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Figures for all contexts and for each source. `tokens` (contexts, S), `sources` (contexts,)."""
+    """Figures for all contexts and for each group. `tokens` is (contexts, S)."""
     losses: dict[str, list[np.ndarray]] = {name: [] for name in ("clean", *REBUILT, *ABLATED)}
     divergences: dict[str, list[np.ndarray]] = {name: [] for name in REBUILT}
     no_text = model.behind(saved.hook).no_text  # then every row 0 is the same to all texts, and one pass serves them
@@ -106,11 +105,8 @@ def downstream(
             progress.advance(ids_BS.numel())
     loss = {name: np.concatenate(parts) for name, parts in losses.items()}
     divergence = {name: np.concatenate(parts) for name, parts in divergences.items()}
-    out = {"all": _figures(loss, divergence, np.ones(len(sources), bool))}
-    for number, name in enumerate(source_names):
-        if (sources == number).any():
-            out[name] = _figures(loss, divergence, sources == number)
-    return out
+    masks = {"all": np.ones(len(tokens), bool), **groups}
+    return {name: _figures(loss, divergence, mask_C) for name, mask_C in masks.items() if mask_C.any()}
 
 
 def _variants(

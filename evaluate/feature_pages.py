@@ -26,6 +26,7 @@ from evaluate.config import FeaturesConfig
 from evaluate.feature_views import CHIPS, Scored, Site, Views, number, percent, thousandths
 from evaluate.features import ShardActivity, activity, choose_features, heldout_activity, nearest_features
 from evaluate.fidelity import Fidelity
+from evaluate.groups import finest
 from evaluate.subject import Subject
 from evaluate.unembedding import Tokens, promoted
 from harvest.activation_store import slug
@@ -49,20 +50,21 @@ def analyse(subject: Subject, heldout: Fidelity) -> dict[str, Any] | None:
     chosen_K = choose_features(config, heldout.density_F, scored.score_F if scored else None)
     if not len(chosen_K):
         return None
+    names, finest_C = finest(subject.groups, len(subject.context_source))
     with subject.progress("feature pages", store.geometry.holdout_shards, "shards") as progress:
 
         def counted() -> Iterator[ShardActivity]:
-            for shard in heldout_activity(store, saved, subject.exclude, subject.context_source, chosen_K):
+            for shard in heldout_activity(store, saved, subject.exclude, finest_C, chosen_K):
                 yield shard
                 progress.advance(1)
 
-        found = activity(counted(), len(chosen_K), len(subject.contexts.sources), config)
+        found = activity(counted(), len(chosen_K), len(names), config)
     site = Site(
         saved.hook,
         saved.sae.d_sae,
         chosen_K,
         found,
-        subject.contexts.sources,
+        names,
         subject.tokenizer().text,
         *_promoted(subject, chosen_K),
         nearest_features(saved.sae.W_dec, chosen_K),

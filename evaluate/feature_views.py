@@ -39,12 +39,21 @@ class Site(NamedTuple):
     d_sae: int
     chosen_K: np.ndarray
     activity: Activity
-    sources: list[str]
+    sources: list[str]  # of a source with strata, these
     text: Callable[[int], str]  # of a token
     promoted: tuple[Tokens, Tokens] | None  # and suppressed
     no_promoted: str  # why there are none
     nearest: list[list[tuple[int, float]]]  # of each chosen feature: (feature, cosine)
     scored: Scored | None
+
+    def by_source(self) -> dict[str, list[int]]:
+        """Indices into `sources` of what a line of the table counts: a source with all its strata, then each of them."""
+        lines: dict[str, list[int]] = {}
+        for number, name in enumerate(self.sources):
+            lines.setdefault(name.partition("/")[0], []).append(number)
+            if "/" in name:
+                lines[name] = [number]
+        return lines
 
 
 def visible(text: str, blank: str = "·") -> str:
@@ -111,7 +120,7 @@ class Views:
             "number": feature,
             "density": float(activity.active_GK[:, k].sum()) / rows,
             "max": top,
-            "by_source": [self._source(g, k) for g in range(len(site.sources))],
+            "by_source": [self._source(name, groups, k) for name, groups in site.by_source().items()],
             "fires_on": self._fires_on(k),
             "strongest": strongest,
             "quarters": self._quarters(activity.sampled.of(k), top) if self.config.samples else [],
@@ -131,17 +140,17 @@ class Views:
             view["words"] = list(zip(site.scored.words, means, widths, strict=True))
         return view
 
-    def _source(self, g: int, k: int) -> dict[str, Any]:
+    def _source(self, name: str, groups: list[int], k: int) -> dict[str, Any]:
         activity = self.site.activity
-        rows, active = int(activity.rows_G[g]), int(activity.active_GK[g, k])
-        total = float(activity.sum_GK[g, k])
+        rows, active = int(activity.rows_G[groups].sum()), int(activity.active_GK[groups, k].sum())
+        total = float(activity.sum_GK[groups, k].sum())
         return {
-            "name": self.site.sources[g],
+            "name": name,
             "rows": rows,
             "density": active / max(1, rows),
             "mean": total / max(1, rows),
             "mean_active": total / active if active else None,
-            "max": float(activity.max_GK[g, k]),
+            "max": float(activity.max_GK[groups, k].max()),
         }
 
     def _fires_on(self, k: int) -> list[dict[str, Any]]:

@@ -113,7 +113,7 @@ def heldout_activity(
 ) -> Iterator[ShardActivity]:
     """The chosen features on each held-out shard; the SAE may be on any device.
 
-    `context_source` is uint8 (held-out contexts,). Raises UserError where provenance does not make whole contexts,
+    `context_source` is (held-out contexts,): the group of each, for the counts by source. Raises UserError where provenance does not make whole contexts,
     and as the store does.
     """
     g = store.geometry

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluate.groups import Groups
 from evaluate.intervals import with_intervals
 from evaluate.subject import Subject
 from harvest.activation_store import ActivationStore
@@ -49,31 +50,43 @@ class HeldoutBatch(NamedTuple):
 
 
 class Fidelity(NamedTuple):
-    """Figures by rows counted ("outliers_excluded", "all_rows") and source ("all" and each by name)."""
+    """Figures by rows counted ("outliers_excluded", "all_rows") and group ("all", and sources and strata by name)."""
 
     figures: dict[str, dict[str, dict[str, Any]]]
     density_F: np.ndarray  # part of the kept rows that a feature fires in
-    by_source: dict[str, tuple[int, np.ndarray]]  # kept rows of a source, and density_F on them
+    by_group: dict[str, tuple[int, np.ndarray]]  # kept rows of a source or stratum, and density_F on them
     mean_D: Tensor  # float64 mean of the kept rows
 
 
 class _Sums:
-    """Sums of one group of rows, by block of contexts (C)."""
+    """Sums of one group of rows, by block of its contexts (C)."""
 
-    def __init__(self, contexts: int, d_in: int, device: torch.device) -> None:
+    def __init__(self, mask_C: np.ndarray | None, d_in: int, device: torch.device) -> None:
+        """`mask_C` is bool (held-out contexts,): those of the group; None where the number of contexts is unknown."""
+        self.mask_C = mask_C
+        self.blocks = BLOCKS if mask_C is None else max(1, min(int(mask_C.sum()), BLOCKS))
+        # The group's own contexts are counted off, so that none of its blocks stays empty.
+        self.block_C = None if mask_C is None else (mask_C.cumsum() - 1) % self.blocks
         # rows, errors, squares, l0, cosine, norm ratio, legacy
-        self.of_rows_C7 = torch.zeros(contexts, 7, dtype=torch.float64, device=device)
-        self.x_CD = torch.zeros(contexts, d_in, dtype=torch.float64, device=device)
+        self.of_rows_C7 = torch.zeros(self.blocks, 7, dtype=torch.float64, device=device)
+        self.x_CD = torch.zeros(self.blocks, d_in, dtype=torch.float64, device=device)
 
-    def add(self, context_B: Tensor, x_BD: Tensor, per_row_B5: Tensor) -> None:
+    def holds(self, context_B: np.ndarray) -> np.ndarray:
+        """Bool (B,): the rows of these contexts that belong to the group."""
+        return np.ones(len(context_B), bool) if self.mask_C is None else self.mask_C[context_B]
+
+    def add(self, context_B: np.ndarray, x_BD: Tensor, per_row_B5: Tensor) -> None:
+        """Count rows of the group."""
         if len(x_BD) == 0:
             return
+        block_B = context_B % self.blocks if self.block_C is None else self.block_C[context_B]
+        on_device_B = torch.from_numpy(block_B).to(x_BD.device)
         spread_B = (x_BD - x_BD.mean(0)).square().sum(1)
         error_B = per_row_B5[:, 0]
         legacy_B = torch.where(spread_B > 0, 1 - error_B / spread_B, torch.zeros_like(error_B))
         of_rows_B7 = torch.cat([torch.ones_like(error_B)[:, None], per_row_B5, legacy_B[:, None]], 1)
-        self.of_rows_C7.index_add_(0, context_B, of_rows_B7.double())
-        self.x_CD.index_add_(0, context_B, x_BD.double())
+        self.of_rows_C7.index_add_(0, on_device_B, of_rows_B7.double())
+        self.x_CD.index_add_(0, on_device_B, x_BD.double())
 
     def figures(self) -> dict[str, Any]:
         used_C = (self.of_rows_C7[:, 0] > 0).cpu().numpy()
@@ -112,7 +125,7 @@ def measure(subject: Subject) -> Fidelity:
                 yield batch
                 progress.advance(len(batch.rows_BD))
 
-        found = fidelity(subject.saved, counted(), subject.contexts.sources, subject.context_source, subject.device)
+        found = fidelity(subject.saved, counted(), subject.groups, subject.device)
     if not found.figures["outliers_excluded"]["all"]["rows"]:
         raise UserError(
             f"train.exclude: {subject.exclude.model_dump()}: leaves none of the held-out rows of {subject.store.path}"
@@ -160,26 +173,20 @@ def _join(parts: list[Any], batch_rows: int) -> tuple[HeldoutBatch, list[Any]]:
 
 
 @torch.no_grad()
-def fidelity(
-    saved: SavedSae,
-    batches: Iterator[HeldoutBatch],
-    sources: list[str],
-    context_source: np.ndarray,
-    device: torch.device,
-) -> Fidelity:
+def fidelity(saved: SavedSae, batches: Iterator[HeldoutBatch], groups: Groups, device: torch.device) -> Fidelity:
     """All figures of an SAE, which is on `device`, from batches of held-out rows.
 
-    `context_source` (held-out contexts,): index into `sources`; empty for rows without text. Sums are kept by
-    context, for intervals, or by blocks of contexts where they are many: at most BLOCKS x d_in float64 a group.
+    `groups` are of the held-out contexts; empty for rows without text. Sums are kept by context, for intervals, or by
+    blocks of contexts where they are many: at most BLOCKS x d_in float64 a group.
     """
     sae, scale = saved.sae, saved.statistics.scale
-    groups = ["all", *sources]
-    blocks = min(len(context_source) or BLOCKS, BLOCKS)
+    every_C = next((np.ones_like(mask_C) for mask_C in groups.values()), None)
+    masks = {"all": every_C, **groups}
     sums = {
-        counted: {group: _Sums(blocks, sae.d_in, device) for group in groups}
+        counted: {name: _Sums(mask_C, sae.d_in, device) for name, mask_C in masks.items()}
         for counted in ("outliers_excluded", "all_rows")
     }
-    fired_GF = torch.zeros(len(groups), sae.d_sae, dtype=torch.int64, device=device)
+    fired_GF = torch.zeros(len(masks), sae.d_sae, dtype=torch.int64, device=device)
     for batch in batches:
         x_BD = batch.rows_BD.to(device).float()
         f_BF = sae.encode(x_BD * scale)
@@ -196,23 +203,20 @@ def fidelity(
             ],
             dim=1,
         )
-        kept_B = torch.from_numpy(batch.kept_B).to(device)
-        block_B = torch.from_numpy(batch.context_B % blocks).to(device)
-        in_text_B = batch.context_B if len(context_source) else batch.context_B[:0]
-        source_B = torch.from_numpy(context_source[in_text_B]).to(device)
         for counted, by_group in sums.items():
-            rows_B = kept_B if counted == "outliers_excluded" else torch.ones_like(kept_B)
-            for number, group in enumerate(groups):
-                mask_B = rows_B if group == "all" else rows_B & (source_B == number - 1)
-                by_group[group].add(block_B[mask_B], x_BD[mask_B], per_row[mask_B])
+            rows_B = batch.kept_B if counted == "outliers_excluded" else np.ones_like(batch.kept_B)
+            for number, group in enumerate(by_group.values()):
+                of_group_B = rows_B & group.holds(batch.context_B)
+                mask_B = torch.from_numpy(of_group_B).to(device)
+                group.add(batch.context_B[of_group_B], x_BD[mask_B], per_row[mask_B])
                 if counted == "outliers_excluded":
                     fired_GF[number] += active_BF[mask_B].sum(0)
     kept = sums["outliers_excluded"]["all"]
     figures = {counted: {g: s.figures() for g, s in by_group.items()} for counted, by_group in sums.items()}
-    rows = {group: figures["outliers_excluded"][group]["rows"] for group in groups}
-    density_GF = {g: fired_F / max(1, rows[g]) for g, fired_F in zip(groups, fired_GF.cpu().numpy(), strict=True)}
-    by_source = {source: (rows[source], density_GF[source]) for source in sources}
-    return Fidelity(figures, density_GF["all"], by_source, kept.x_CD.sum(0).cpu() / max(1, rows["all"]))
+    rows = {group: figures["outliers_excluded"][group]["rows"] for group in masks}
+    density_GF = {g: fired_F / max(1, rows[g]) for g, fired_F in zip(masks, fired_GF.cpu().numpy(), strict=True)}
+    by_group = {group: (rows[group], density_GF[group]) for group in groups}
+    return Fidelity(figures, density_GF["all"], by_group, kept.x_CD.sum(0).cpu() / max(1, rows["all"]))
 
 
 def density_figures(density_F: np.ndarray) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from evaluate import diff, downstream, feature_pages, fidelity, intervals, reason_score, steering
 from evaluate.config import EvaluateConfig
 from evaluate.fidelity import Fidelity
+from evaluate.groups import context_groups
 from evaluate.published import load_published
 from evaluate.report import write_report
 from evaluate.subject import NoText, Subject
@@ -86,7 +87,7 @@ def run(
     store = ActivationStore.open(files_of(upstream.harvest))
     store.check_complete(("holdout",))
     contexts = Contexts(upstream.sample / "contexts") if upstream.sample else NoText()
-    context_source = contexts.read("holdout", "source", 0, contexts.count("holdout"))
+    text = contexts.read("holdout", "source", 0, contexts.count("holdout")), context_groups(contexts, "holdout")
     left_out = [name for name in ANALYSES if name not in OF_ROWS] if model_config is None else []
     if left_out:
         print(f"evaluate: left out, as ingested rows have no model and no text: {', '.join(left_out)}", flush=True)
@@ -102,7 +103,7 @@ def run(
 
     def analysed(saved: SavedSae, analyses: Collection[str], name: str | None = None) -> dict[str, Any]:
         saved = saved._replace(sae=saved.sae.to(device))
-        subject = Subject(saved, store, exclude, contexts, context_source, *once, config, device, directory, name)
+        subject = Subject(saved, store, exclude, contexts, *text, *once, config, device, directory, name)
         heldout = fidelity.measure(subject)
         sections = {name: ANALYSES[name](subject, heldout) for name in analyses if name not in left_out}
         return {name: section for name, section in sections.items() if section is not None}
@@ -120,6 +121,7 @@ def run(
     definitions = {
         **DEFINITIONS,
         "interval": intervals.DEFINITION,
+        "group": "all held-out contexts, those of a source, or, as source/value, those of one of its strata",
         "outliers_excluded": "rows that training leaves out (train.exclude) are not counted",
         "all_rows": "every held-out row is counted",
     }

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from evaluate.config import EvaluateConfig
+from evaluate.groups import Groups
 from evaluate.unembedding import Unembedding
 from harvest.activation_store import ActivationStore, slug
 from harvest.contexts import Contexts
@@ -22,8 +23,7 @@ class NoText(Contexts):
     """The text of a store that was ingested: there is none."""
 
     def __init__(self) -> None:
-        self.sources = []
-        self.bos = None
+        self.sources, self.strata, self.bos = [], [], None
 
     def count(self, split: str) -> int:  # noqa: ARG002
         """No contexts."""
@@ -42,6 +42,7 @@ class Subject(NamedTuple):
     exclude: ExcludeConfig  # of training
     contexts: Contexts
     context_source: np.ndarray  # uint8 (held-out contexts,): index into contexts.sources; empty without text
+    groups: Groups  # of the held-out contexts
     model: Callable[[], HookedModel]  # whole, with its head and the store's hooks; one for all SAEs
     tokenizer: Callable[[], SegmentTokenizer]
     unembedding: Callable[[], Unembedding]  # without the model

@@ -12,6 +12,7 @@ from conftest import contents, only, pipeline, unlisted
 from evaluate.charts import ticks
 from evaluate.downstream import downstream
 from evaluate.fidelity import HeldoutBatch, density_figures, fidelity
+from evaluate.groups import by_source
 from evaluate.intervals import with_intervals
 from harvest.config import ModelConfig
 from harvest.files import read_json, write_sealed
@@ -42,7 +43,7 @@ def test_figures_are_what_they_are_defined_as():
     saved = SavedSae(initial_sae(8, 20, 0), HOOK, InputStatistics(0.7, 1.0, 50.0), {})
     sliced = (slice(0, 120), slice(120, 240), slice(240, 300))
     batches = [HeldoutBatch(rows[s], kept[s], context[s]) for s in sliced]
-    found = fidelity(saved, iter(batches), ["a", "b"], context_source, torch.device("cpu"))
+    found = fidelity(saved, iter(batches), by_source(context_source, ["a", "b"]), torch.device("cpu"))
 
     x = rows.double()
     f = torch.relu(x * 0.7 @ saved.sae.W_enc.double())
@@ -71,9 +72,9 @@ def test_a_perfect_sae_loses_nothing(finished, monkeypatch):
         ModelConfig(name="assets/tiny-llama"), None, [HOOK], torch.float32, torch.device("cpu"), with_head=True
     )
     tokens = np.random.default_rng(0).integers(0, 300, (6, 16)).astype(np.uint32)
-    sources = np.array([0, 1, 0, 1, 0, 1], np.uint8)
+    groups = by_source(np.array([0, 1, 0, 1, 0, 1], np.uint8), ["a", "b"])
     saved = identity(32)
-    found = downstream(model, saved, ExcludeConfig(), torch.zeros(32), tokens, sources, ["a", "b"], 4)
+    found = downstream(model, saved, ExcludeConfig(), torch.zeros(32), tokens, groups, 4)
     # Rows go through bfloat16, as the store holds them.
     assert found["all"]["ce_loss_score"] == pytest.approx(1, abs=0.02)
     assert (
@@ -95,14 +96,13 @@ def test_rows_that_training_leaves_out_pass_through(finished, monkeypatch):
         ModelConfig(name="assets/tiny-llama"), None, [HOOK], torch.float32, torch.device("cpu"), with_head=True
     )
     tokens = np.random.default_rng(0).integers(0, 300, (4, 16)).astype(np.uint32)
-    sources = np.zeros(4, np.uint8)
     sae = SavedSae(initial_sae(32, 8, 0), HOOK, InputStatistics(1.0, 1.0, None), {})
     every_row = [
         ExcludeConfig(positions=tuple(range(16)), norm_above_median=None),
         ExcludeConfig(token_ids=tuple(range(300)), norm_above_median=None),
     ]
     for exclude in every_row:
-        found = downstream(model, sae, exclude, torch.zeros(32), tokens, sources, ["a"], 4)["all"]
+        found = downstream(model, sae, exclude, torch.zeros(32), tokens, {}, 4)["all"]
         assert found["ce_sae"] == pytest.approx(found["ce_clean"], rel=1e-6)
         assert found["kl_sae"] == pytest.approx(0, abs=1e-6)
         assert found["ce_zero_ablated"] == pytest.approx(found["ce_clean"], rel=1e-6)

@@ -58,16 +58,14 @@ def measured(real_run, tmp_path_factory):
     # Ours are rounded as the store holds them, SAELens' are not: here the model itself rounds them, for both.
     model.modules[real.HOOK].register_forward_hook(lambda _module, _inputs, output: output.bfloat16().float())
     rows = model.activations(ids)[real.HOOK].bfloat16()
-    sources = np.zeros(CONTEXTS, np.uint8)
     context = np.repeat(np.arange(CONTEXTS), tokens.shape[1])
     batch = HeldoutBatch(rows.flatten(0, 1), np.ones(len(context), bool), context)
-    ours = fidelity(saved, iter([batch]), ["text"], sources, torch.device("cpu"))
+    ours = fidelity(saved, iter([batch]), {}, torch.device("cpu"))
     figures = dict(ours.figures["all_rows"]["all"])
-    figures |= downstream(model, saved, ExcludeConfig(), ours.mean_D, tokens, sources, ["text"], CONTEXTS)["all"]
+    figures |= downstream(model, saved, ExcludeConfig(), ours.mean_D, tokens, {}, CONTEXTS)["all"]
 
     proxy = HookedProxyLM(model.model, AutoTokenizer.from_pretrained(name), hook_names=[real.HOOK])
     theirs = SAE.load_from_disk(folder / "blocks.2.hook_resid_post")
-    theirs.cfg.metadata.hook_name = theirs.cfg.metadata.hf_hook_name  # the model is transformers' here
 
     def theirs_measured(*parts: str) -> dict[str, float]:
         config = EvalConfig(
