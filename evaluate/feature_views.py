@@ -47,7 +47,7 @@ class Site(NamedTuple):
     scored: Scored | None
 
     def by_source(self) -> dict[str, list[int]]:
-        """Indices into `sources` of what a line of the table counts: a source with all its strata, then each of them."""
+        """Indices into `sources` of what each line of the table counts: a source with its strata, then each."""
         lines: dict[str, list[int]] = {}
         for number, name in enumerate(self.sources):
             lines.setdefault(name.partition("/")[0], []).append(number)

@@ -113,8 +113,8 @@ def heldout_activity(
 ) -> Iterator[ShardActivity]:
     """The chosen features on each held-out shard; the SAE may be on any device.
 
-    `context_source` is (held-out contexts,): the group of each, for the counts by source. Raises UserError where provenance does not make whole contexts,
-    and as the store does.
+    `context_source` is (held-out contexts,): the group that each is counted for. Raises UserError where provenance does
+    not make whole contexts, and as the store does.
     """
     g = store.geometry
     index = torch.from_numpy(chosen_K).to(saved.sae.W_enc.device)

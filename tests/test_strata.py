@@ -124,10 +124,9 @@ def test_the_report_shows_strata_under_their_source(evaluated):
     metrics = json.loads((evaluated[0] / "metrics.json").read_text())
     rows = re.findall(r"<tr><td[^>]*>([^<]*), all rows</td><td>([\d,]+)</td>", html)
     expected = metrics["saes"][HOOK]["fidelity"]["all_rows"]
-    escaped = [name.replace("<b>", "&lt;b&gt;") for name in ["all", *NAMES]]
-    assert rows == [
-        (shown, f"{expected[name]['rows']:,}") for shown, name in zip(escaped, ["all", *NAMES], strict=True)
-    ]
+    names = ["all", *NAMES]
+    escaped = [name.replace("<b>", "&lt;b&gt;") for name in names]
+    assert rows == [(shown, f"{expected[name]['rows']:,}") for shown, name in zip(escaped, names, strict=True)]
     header = re.search(r"<thead><tr><th>nats</th>(.*?)</tr></thead>", html)
     assert header
     assert re.findall(r"<th>(.*?)</th>", header[1]) == escaped
