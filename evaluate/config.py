@@ -2,11 +2,13 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from harvest.config import ComputeDtype, Device, ModelConfig, Seed, Settings
+from evaluate.spellings import check_apart, check_not_empty
+from harvest.config import ComputeDtype, Device, ModelConfig, Seed, Settings, check_different
 
 EVALUATE_VERSION = 5
+LARGEST_STRENGTH = 1e6
 
 
 class DownstreamConfig(Settings):
@@ -38,6 +40,11 @@ class FeaturesConfig(Settings):
     seed: Seed = 0
     """Choice of the random features and of the examples."""
 
+    @model_validator(mode="after")
+    def _check(self) -> "FeaturesConfig":
+        check_different("include", self.include)
+        return self
+
 
 class ReasonScoreConfig(Settings):
     """Which features fire at words of reasoning."""
@@ -54,7 +61,7 @@ class ReasonScoreConfig(Settings):
     is the paper's vocabulary as its code spells it."""
     window: tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]] = (1, 2)
     """Tokens before and after each match that belong to it."""
-    ignored_token_ids: tuple[int, ...] = ()
+    ignored_token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Tokens that count neither inside nor outside, beside the rows that training leaves out (train.exclude)."""
     alpha: float = Field(default=0.7, ge=0)
     """Weight of the entropy over words: 0 ignores it."""
@@ -66,6 +73,18 @@ class ReasonScoreConfig(Settings):
     quantile: float = Field(default=0.997, gt=0, lt=1)
     """Features whose score is above this quantile of all scores are selected (linear interpolation between
     ranks): 197 of 65,536, the paper's 200."""
+
+    @field_validator("words")
+    @classmethod
+    def _check_words(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        check_not_empty(words)
+        check_apart(words)
+        return words
+
+    @model_validator(mode="after")
+    def _check(self) -> "ReasonScoreConfig":
+        check_different("sources", self.sources)
+        return self
 
 
 class SteeringConfig(Settings):
@@ -93,6 +112,26 @@ class SteeringConfig(Settings):
     seed: Seed = 0
     """Of sampling; the same for all strengths."""
 
+    @field_validator("words")
+    @classmethod
+    def _check_words(cls, words: tuple[str, ...]) -> tuple[str, ...]:
+        check_not_empty(words)
+        return words
+
+    @model_validator(mode="after")
+    def _check(self) -> "SteeringConfig":
+        for strength in self.strengths:
+            if not 0 < abs(strength) <= LARGEST_STRENGTH:
+                reason = f"from -{LARGEST_STRENGTH:g} to {LARGEST_STRENGTH:g}" if strength else "other than 0"
+                without = "" if strength else ", which is written in any case"
+                raise ValueError(f"strengths: {strength:g}: a strength is a number {reason}{without}")
+        for number, prompt in enumerate(self.prompts):
+            if not prompt.strip():
+                raise ValueError(f"prompts.{number}: {prompt!r}: is empty; give it text or leave it out")
+        for name in ("strengths", "feature_ids", "prompts", "words"):
+            check_different(name, getattr(self, name))
+        return self
+
 
 class DiffConfig(Settings):
     """Firing rates on two sources, or under two models."""
@@ -110,6 +149,15 @@ class DiffConfig(Settings):
     """A feature appears on one side only where its rate is at least this there,"""
     absent: float = Field(default=1e-5, gt=0, le=1)
     """and below this on the other side."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "DiffConfig":
+        check_different("sources", self.sources or ())
+        if self.absent > self.present:
+            raise ValueError(
+                f"absent: {self.absent:g}: is above present = {self.present:g}; only_a would hold what both have"
+            )
+        return self
 
 
 class EvaluateRuntime(Settings):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluate.config import ReasonScoreConfig
+from evaluate.config import LARGEST_STRENGTH, ReasonScoreConfig
 from evaluate.fidelity import Fidelity
 from evaluate.generation import Completion, Sampling, complete
 from evaluate.subject import Subject
@@ -34,7 +34,6 @@ from train.exclusion import kept_rows
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 RESAMPLES = 2000
-LARGEST_STRENGTH = 1e6
 
 DEFINITIONS = {
     "strength": "γ: γ x max_activation x W_dec,i / s is added to the activation at every position, of the prompt and "

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from evaluate.spellings import spellings, word_name
 from harvest.tokenizer import SegmentTokenizer
 
 Groups = dict[str, list[tuple[int, ...]]]  # a word's name -> token ids of each of its spellings
@@ -24,27 +25,11 @@ class Found(NamedTuple):
     matches_W: np.ndarray  # int64: how often the word stands there
 
 
-def spellings(entry: str) -> list[str]:
-    """Spellings of one setting: four of a word in lower case, else the text as it is; `a|b` are alternatives.
-
-    arXiv 2503.18878's code counts "wait", " wait", "Wait" and " Wait" as one word, but of "But" and "Another" this
-    spelling alone.
-    """
-    out: list[str] = []
-    for word in entry.split("|"):
-        if word and word == word.strip().lower():
-            capital = word[0].upper() + word[1:]
-            out += [word, f" {word}", capital, f" {capital}"]
-        elif word.strip():
-            out.append(word)
-    return list(dict.fromkeys(out))
-
-
 def word_groups(words: Sequence[str], tokenizer: SegmentTokenizer) -> Groups:
     """Token sequences by word. A spelling of several tokens is matched as their sequence, as the paper's code does."""
     groups: Groups = {}
     for entry in words:
-        name = entry.split("|")[0].strip().lower()
+        name = word_name(entry)
         for text in spellings(entry):
             ids = tuple(tokenizer.encode_text(text))
             group = groups.setdefault(name, [])

@@ -3,6 +3,7 @@
 `runtime` sections hold what never changes a result and stay out of every fingerprint; all else is hashed.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import (
@@ -52,6 +53,13 @@ class Settings(BaseModel):
             if isinstance(each, str) and any("\ud800" <= c <= "\udfff" for c in each):
                 raise ValueError("holds half of a surrogate pair, which is no character")
         return value
+
+
+def check_different(setting: str, values: Sequence[Any]) -> None:
+    """Raise ValueError where a list names something twice, which would count as once."""
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise ValueError(f"{setting}: names {value!r} twice; leave one of them out")
 
 
 class ModelConfig(Settings):

@@ -4,23 +4,17 @@ An error names the file and line (or the command line), the setting, the value a
 """
 
 import difflib
-import re
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
 from evaluate.config import EvaluateConfig
 from harvest.config import HarvestConfig, IngestConfig, ModelConfig, SampleConfig, Settings
+from pipeline.settings_text import Loaded, SettingsError, override, read
 from train.config import TrainConfig
 
-MAX_SETTINGS_BYTES = 1 << 20  # a settings file is a page; a larger one is some other file
-QUOTES = "a value with spaces takes quotes within SET: SET=\"train.sweep.l1_coefficient='[3, 5]'\""
-
-
-class SettingsError(ValueError):
-    """A settings file or override that cannot be used; the text is for the user."""
+__all__ = ["IngestedConfig", "PipelineConfig", "SettingsError", "load"]
 
 
 class PipelineConfig(Settings):
@@ -50,6 +44,8 @@ class PipelineConfig(Settings):
                 f"train.pool_rows: {self.train.pool_rows}: must hold at least one chunk of "
                 f"harvest.chunk_rows = {harvest.chunk_rows}"
             )
+        self.train.batches(sample.shards("train") * sample.shard_rows)
+        self.train.exclude.check_positions(sample.context_size)
         _check_evaluation(self.evaluate, sample)
         return self
 
@@ -78,25 +74,9 @@ class IngestedConfig(Settings):
                 f"train.pool_rows: {self.train.pool_rows}: must hold at least one chunk of "
                 f"ingest.chunk_rows = {self.ingest.chunk_rows}"
             )
+        if self.ingest.context_size:
+            self.train.exclude.check_positions(self.ingest.context_size)
         return self
-
-
-class Loaded(NamedTuple):
-    """Nested plain values, and where each dotted path stands ("configs/x.yaml:7")."""
-
-    values: dict[str, Any]
-    places: dict[str, str]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: PyYAML reads 1e-4 as a string (it asks for 1.0e-4)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
 
 
 def load(path: Path, overrides: list[str]) -> PipelineConfig | IngestedConfig:
@@ -104,91 +84,14 @@ def load(path: Path, overrides: list[str]) -> PipelineConfig | IngestedConfig:
 
     Raises SettingsError, one line for each thing that is wrong.
     """
-    loaded = _read(path)
-    for override in overrides:
-        _override(loaded, override)
+    loaded = read(path, list(PipelineConfig.model_fields))
+    for text in overrides:
+        override(loaded, text)
     kind = IngestedConfig if "ingest" in loaded.values else PipelineConfig
     try:
         return kind.model_validate(loaded.values)
     except ValidationError as error:
         raise SettingsError("\n".join(_explain(e, loaded, path, kind) for e in error.errors())) from None
-
-
-def _read(path: Path) -> Loaded:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_SETTINGS_BYTES + 1)
-    except OSError as error:
-        raise SettingsError(f"{path}: cannot read the settings file: {error.strerror}") from None
-    if len(raw) > MAX_SETTINGS_BYTES:
-        raise SettingsError(f"{path}: larger than {MAX_SETTINGS_BYTES} bytes; is it a settings file?")
-    try:
-        text = raw.decode()
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        places: dict[str, str] = {}
-        if not isinstance(node, yaml.MappingNode):
-            raise SettingsError(f"{path}: no settings in it; it needs {', '.join(PipelineConfig.model_fields)}")
-        _note_places(node, "", path, places)
-        values = loader.construct_document(node)
-    except UnicodeDecodeError:
-        raise SettingsError(f"{path}: not UTF-8 text; is it a settings file?") from None
-    except RecursionError:
-        raise SettingsError(f"{path}: nested too deeply or refers to itself") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 0
-        raise SettingsError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, SettingsError):
-            raise
-        raise SettingsError(f"{path}: not valid YAML: {error}") from None
-    return Loaded(values, places)
-
-
-def _note_places(node: yaml.Node, prefix: str, path: Path, places: dict[str, str]) -> None:
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            place = f"{path}:{key.start_mark.line + 1}"
-            if name in seen:
-                raise SettingsError(f"{place}: {name}: set twice")
-            seen.add(name)
-            places[name] = place
-            _note_places(value, f"{name}.", path, places)
-    elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            places[f"{prefix}{i}"] = f"{path}:{value.start_mark.line + 1}"
-            _note_places(value, f"{prefix}{i}.", path, places)
-
-
-def _override(loaded: Loaded, override: str) -> None:
-    """Set one dotted path; `sample.sources.0.share=0.3` reaches into a list."""
-    name, equals, text = override.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", name):
-        raise SettingsError(f"{override!r}: an override is section.key=value, as train.sae.l1_coefficient=4; {QUOTES}")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise SettingsError(f"{override}: the value is not valid YAML; {QUOTES}") from None
-    target: Any = loaded.values
-    *path, last = name.split(".")
-    for part in path:
-        if isinstance(target, list):
-            target = target[int(part)] if part.isdigit() and int(part) < len(target) else None
-        elif isinstance(target, dict):
-            if target.get(part) is None:  # an absent section, or one that stands there empty
-                target[part] = {}
-            target = target[part]
-    if isinstance(target, list) and last.isdigit() and int(last) < len(target):
-        target[int(last)] = value
-    elif isinstance(target, dict):
-        target[last] = value
-    else:
-        raise SettingsError(f"{override}: there is no {name} to set")
-    for place in [p for p in loaded.places if p.startswith(f"{name}.")]:
-        del loaded.places[place]
-    loaded.places[name] = "command line"
 
 
 def _explain(error: Any, loaded: Loaded, path: Path, kind: type[BaseModel]) -> str:

@@ -54,7 +54,7 @@ def test_a_mistyped_setting_names_file_line_and_a_near_one(tmp_path):
         ("train.pool_rows=100", "must hold at least one chunk"),
         ("sample.sources.0.name=all", "sources need names of their own"),
         ("train.epochs=.inf", "finite number"),
-        ("train.lr=2024-99-99", "not valid YAML"),
+        ("train.lr=2024-99-99", "'2024-99-99': input should be a valid number"),
         ("harvest.hooks=[a,a]", "names a module twice"),
         ("nonsense", "an override is section.key=value"),
         ("train.lr=[", "not valid YAML"),

@@ -11,7 +11,8 @@ from conftest import TINY, only, pipeline
 from tokenizers import Tokenizer
 
 from evaluate.reason_score import Rows, Sums, accumulate, reason_score
-from evaluate.words import find_words, overrepresented, spellings, word_groups
+from evaluate.spellings import spellings
+from evaluate.words import find_words, overrepresented, word_groups
 from harvest.activation_store import ActivationStore
 from harvest.config import ModelConfig
 from harvest.contexts import Contexts

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from harvest.config import ComputeDtype, Device, Seed, Settings
+from harvest.config import ComputeDtype, Device, Seed, Settings, check_different
 
 TRAIN_VERSION = 3
 
@@ -41,6 +41,23 @@ class ExcludeConfig(Settings):
     norm_above_median: float | None = Field(default=10.0, gt=1)
     """Rows whose norm is above this multiple of the median norm are not trained on; null keeps them.
     A few such rows hold nearly all squared norm and would drown the rest."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ExcludeConfig":
+        check_different("token_ids", self.token_ids)
+        check_different("positions", self.positions)
+        return self
+
+    def check_positions(self, context_size: int) -> None:
+        """Raise ValueError for positions that no context has, and for all of them."""
+        beyond = [position for position in self.positions if position >= context_size]
+        if beyond:
+            raise ValueError(
+                f"train.exclude.positions: {beyond[0]}: a context has positions 0 to {context_size - 1} "
+                f"(context_size), so this leaves out nothing"
+            )
+        if len(self.positions) == context_size:
+            raise ValueError("train.exclude.positions: every position of a context, so no row is left to train on")
 
 
 class SweepConfig(Settings):
@@ -135,6 +152,19 @@ class TrainConfig(Settings):
         if self.training_tokens is not None and self.training_tokens < self.batch_size:
             raise ValueError(f"training_tokens is less than one batch of batch_size = {self.batch_size} rows")
         return self
+
+    def batches(self, rows: int) -> int:
+        """Steps of a run over so many training rows.
+
+        Raises ValueError where epochs do not fill a batch.
+        """
+        tokens = self.training_tokens or int((self.epochs or 0) * rows)
+        if tokens < self.batch_size:
+            raise ValueError(
+                f"train.epochs: {self.epochs:g}: gives {tokens:,} of the {rows:,} training rows, less than one batch "
+                f"of train.batch_size = {self.batch_size:,}; raise it or lower train.batch_size"
+            )
+        return tokens // self.batch_size
 
     def expanded(self) -> list["TrainConfig"]:
         """The single settings that a sweep stands for; without one, these settings."""

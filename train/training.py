@@ -25,9 +25,14 @@ from train.trainer import Trainer
 
 
 def total_steps(config: TrainConfig, rows: int) -> int:
-    """Steps of a run over a store of so many training rows."""
-    tokens = config.training_tokens or int((config.epochs or 0) * rows)
-    return max(1, tokens // config.batch_size)
+    """Steps of a run over a store of so many training rows.
+
+    Raises UserError where they do not fill a batch.
+    """
+    try:
+        return config.batches(rows)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def is_trained(folder: Path) -> bool:

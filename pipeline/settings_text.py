@@ -1,0 +1,167 @@
+"""Settings as text: a file of YAML 1.2 and `section.key=value` overrides, as plain values that know where they stand.
+
+PyYAML reads YAML 1.1, in which `010` is 8, `1:30` is 90, `no` is false and 2026-01-01 is a date. Here a plain scalar
+is what the core schema of 1.2 says, with one addition: numbers may have underscores between digits, as `1_000`.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+MAX_SETTINGS_BYTES = 1 << 20  # a settings file is a page; a larger one is some other file
+QUOTES = "a value with spaces takes quotes within SET: SET=\"train.sweep.l1_coefficient='[3, 5]'\""
+COMMAND_LINE = "command line"
+
+
+class SettingsError(ValueError):
+    """A settings file or override that cannot be used; the text is for the user."""
+
+
+class Loaded(NamedTuple):
+    """Nested plain values, and where each dotted path stands ("configs/x.yaml:7")."""
+
+    values: dict[str, Any]
+    places: dict[str, str]
+
+
+class _Loader(yaml.SafeLoader):
+    """The core schema of YAML 1.2, and merge keys (`<<`)."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own name for it
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """`010` is ten; octal is `0o10`, hexadecimal `0x10`."""
+        text = self.construct_scalar(node)
+        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+_DIGITS = r"[0-9]+(?:_[0-9]+)*"
+for _kind, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", rf"[-+]?{_DIGITS}|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (
+        "float",
+        rf"[-+]?(?:\.[0-9]+|{_DIGITS}(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def read(path: Path, sections: list[str]) -> Loaded:
+    """The values of a settings file, which has these sections.
+
+    Raises SettingsError.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_SETTINGS_BYTES + 1)
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot read the settings file: {error.strerror}") from None
+    if len(raw) > MAX_SETTINGS_BYTES:
+        raise SettingsError(f"{path}: larger than {MAX_SETTINGS_BYTES} bytes; is it a settings file?")
+    try:
+        loader = _Loader(raw.decode())
+        node = loader.get_single_node()
+        places: dict[str, str] = {}
+        if not isinstance(node, yaml.MappingNode):
+            raise SettingsError(f"{path}: no settings in it; it needs {', '.join(sections)}")
+        _note_places(node, "", str(path), places)
+        values = loader.construct_document(node)
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: not UTF-8 text; is it a settings file?") from None
+    except RecursionError:
+        raise SettingsError(f"{path}: nested too deeply or refers to itself") from None
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 0
+        raise SettingsError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        if isinstance(error, SettingsError):
+            raise
+        raise SettingsError(f"{path}: not valid YAML: {error}") from None
+    return Loaded(values, places)
+
+
+def _note_places(node: yaml.Node, prefix: str, source: str, places: dict[str, str]) -> None:
+    """Note where each setting of a node stands; of a file with its line."""
+
+    def place(mark: yaml.Mark) -> str:
+        return source if source == COMMAND_LINE else f"{source}:{mark.line + 1}"
+
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            if name in seen:
+                raise SettingsError(f"{place(key.start_mark)}: {name}: set twice")
+            seen.add(name)
+            places[name] = place(key.start_mark)
+            _note_places(value, f"{name}.", source, places)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            places[f"{prefix}{i}"] = place(value.start_mark)
+            _note_places(value, f"{prefix}{i}.", source, places)
+
+
+def override(loaded: Loaded, text: str) -> None:
+    """Set one dotted path; `sample.sources.0.share=0.3` reaches into a list.
+
+    The last of several counts, with a warning. Raises SettingsError for what is no override.
+    """
+    name, equals, value_text = text.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", name):
+        raise SettingsError(f"{text!r}: an override is section.key=value, as train.sae.l1_coefficient=4; {QUOTES}")
+    if not value_text.strip():
+        raise SettingsError(f"{COMMAND_LINE}: {text}: no value; null takes a setting away")
+    given: dict[str, str] = {}
+    try:
+        loader = _Loader(value_text)
+        node = loader.get_single_node()
+        value = None if node is None else loader.construct_document(node)
+        if node is not None:
+            _note_places(node, f"{name}.", COMMAND_LINE, given)
+    except SettingsError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise SettingsError(f"{text}: the value is not valid YAML; {QUOTES}") from None
+    _warn_of_twice(loaded, name)
+    _put(loaded.values, name, value, text)
+    for place in [p for p in loaded.places if p.startswith(f"{name}.")]:
+        del loaded.places[place]
+    loaded.places.update({name: COMMAND_LINE, **given})
+
+
+def _warn_of_twice(loaded: Loaded, name: str) -> None:
+    """Say where an earlier override gave this setting, the section that it is in, or one in it."""
+    earlier = [place for place, where in loaded.places.items() if where == COMMAND_LINE]
+    replaced = [place for place in earlier if place == name or place.startswith(f"{name}.")]
+    above = [place for place in earlier if name.startswith(f"{place}.")]
+    if above and not any(place.startswith(f"{above[-1]}.") for place in earlier):  # a section given as null
+        replaced = above
+    if replaced:
+        first = "" if replaced[0] == name else f", with {replaced[0]}"
+        print(f"warning: {COMMAND_LINE}: {name}: set twice{first}; the last one counts", file=sys.stderr)
+
+
+def _put(values: dict[str, Any], name: str, value: Any, text: str) -> None:
+    target: Any = values
+    *path, last = name.split(".")
+    for part in path:
+        if isinstance(target, list):
+            target = target[int(part)] if part.isdigit() and int(part) < len(target) else None
+        elif isinstance(target, dict):
+            if target.get(part) is None:  # an absent section, or one that stands there empty
+                target[part] = {}
+            target = target[part]
+    if isinstance(target, list) and last.isdigit() and int(last) < len(target):
+        target[int(last)] = value
+    elif isinstance(target, dict):
+        target[last] = value
+    else:
+        raise SettingsError(f"{text}: there is no {name} to set")
