@@ -10,9 +10,7 @@ PYTHON ?= python3
 # Processes that share the harvest's shards, and that training splits the features over: one a GPU, or PROCS on a CPU.
 GPUS ?= 1
 PROCS ?= $(GPUS)
-# On a CPU: waiting threads sleep (a busy neighbour costs five times as much else), and freed memory is kept, as
-# every large tensor would be new pages otherwise (10% of a forward pass). Neither changes a result.
-RUN = OMP_WAIT_POLICY=passive MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000 .venv/bin/python -m pipeline
+RUN = .venv/bin/python -m pipeline
 
 # After Ctrl-C a checkpoint is written; the launcher's own patience is 30 s. It would set OMP_NUM_THREADS to 1 itself,
 # with a warning.

@@ -30,7 +30,7 @@ def run(stage: str, runs: Path, options: argparse.Namespace, *more: str) -> floa
     """CPU-seconds of one command, its children included."""
     command = [sys.executable, "-m", "pipeline", stage, "--config", options.config, "--runs", str(runs)]
     settings = ["train.epochs=1", "train.training_tokens=null", *options.set, *more]
-    malloc = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}  # as in the Makefile
+    malloc = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}  # as pipeline/environment.py
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*command, *settings], cwd=ROOT, check=True, stdout=sys.stderr, env={**os.environ, **malloc})
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
