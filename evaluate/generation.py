@@ -119,7 +119,8 @@ def complete(
     """
     causal: Any = model.model
     ids = prompt_ids(tokenizer, prompts, chat, bos)
-    _check_lengths(causal, ids, sampling.max_new_tokens)
+    limit = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
+    check_lengths(ids, sampling.max_new_tokens, limit)
     ends = _end_tokens(causal, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(ends), 0)
     # The model's own defaults (temperature, penalties) would fill what is not set here.
@@ -145,8 +146,8 @@ def complete(
     return out
 
 
-def _check_lengths(causal: Any, ids: list[list[int]], new: int) -> None:
-    limit = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
+def check_lengths(ids: Sequence[Sequence[int]], new: int, limit: int | None) -> None:
+    """Raise UserError for a prompt that has, with `new` tokens, more than the model's `limit` of positions."""
     for number, tokens in enumerate(ids):
         if limit and len(tokens) + new > limit:
             raise UserError(

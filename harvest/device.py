@@ -90,8 +90,27 @@ def numerics(device: torch.device, dtype: torch.dtype, **more: Any) -> dict[str,
     }
 
 
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def check_threads(setting: str, threads: int, device: torch.device) -> None:
+    """Raise UserError for more threads than cores where their number enters a result; two are always allowed."""
+    if device.type == "cpu" and threads > max(2, cores()):
+        raise UserError(
+            f"{setting}: {threads:,}: this machine has {cores()} cores; lower it (it is part of the settings' "
+            "fingerprint, as it changes last bits)"
+        )
+
+
 def set_threads(threads: int, device: torch.device) -> int:
-    """Set torch's CPU threads (0: all cores) and return how many are used."""
+    """Set torch's CPU threads (0: all cores), no more than there are cores, and return how many are used."""
     if device.type == "cpu":
-        torch.set_num_threads(threads or ALL_THREADS)
+        most = max(2, cores())
+        if threads > most:
+            print(
+                f"runtime.threads: {threads:,}: this machine has {cores()} cores; {most} threads are used", flush=True
+            )
+        torch.set_num_threads(min(threads, most) or ALL_THREADS)
     return torch.get_num_threads()

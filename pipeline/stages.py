@@ -4,6 +4,7 @@ Nothing here imports torch until a stage really runs.
 """
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -158,7 +159,7 @@ def run_stage(
     if not todo:
         return
     _check_processes(sweep[0].config, stage, force)
-    _check_hooks(sweep[0], stage)
+    _check_hooks(sweep, stage)
     watch = Watch(sweep[0].config, sweep[0].inputs, sweep[0].root, stage)
     if _is_follower():
         _beside_rank_0(todo, stage, watch, allow_mixed, follow)
@@ -253,14 +254,29 @@ def _check_processes(config: PipelineConfig | IngestedConfig, stage: str, force:
         )
 
 
-def _check_hooks(runs: AnyRuns, stage: str) -> None:
-    """Raise UserError before any text is read for hooks that the harvest would refuse hours later."""
-    if stage == "sample" and isinstance(runs.config, PipelineConfig):
-        from harvest.language_model import check_hooks
+_checked: set[Any] = set()  # settings that this process has checked, with their fingerprints, and so contents
 
-        config = runs.config
-        offline = config.sample.runtime.offline or config.harvest.runtime.offline
-        check_hooks(config.model, resolved_commit(runs.inputs.tokenizer), config.harvest.hooks, offline)
+
+def _check_hooks(sweep: Sequence[AnyRuns], stage: str) -> None:
+    """Raise UserError, before the first stage runs, for settings that one of the stages would refuse hours later."""
+    from pipeline.settings_check import check_model, check_settings, warn_of_absent_tokens
+
+    key = tuple((runs.config, runs.fingerprints["evaluate"]) for runs in sweep)
+    configs = [runs.config for runs in sweep if isinstance(runs.config, PipelineConfig)]
+    if not _is_follower() and key not in _checked:
+        check_settings(sweep[0].config)
+        if configs:
+            inputs = sweep[0].inputs
+            check_model(configs, resolved_commit(inputs.model), resolved_commit(inputs.tokenizer), stage)
+        _checked.add(key)
+    if configs and stage == "harvest" and not _is_follower():
+        from harvest.contexts import Contexts
+        from harvest.stream import load_stream
+
+        limit = configs[0].harvest.runtime.disk_limit
+        if limit is not None and load_stream(sweep[0].directory("harvest")) is None:
+            print(f"warning: harvest.runtime.disk_limit: {limit}: only `make stream` keeps it", file=sys.stderr)
+        warn_of_absent_tokens(configs[0], Contexts(sweep[0].directory("sample") / "contexts"))
 
 
 def _ignore(_numerics: dict[str, Any]) -> None:
