@@ -104,8 +104,13 @@ def check_threads(setting: str, threads: int, device: torch.device) -> None:
         )
 
 
-def set_threads(threads: int, device: torch.device) -> int:
-    """Set torch's CPU threads (0: all cores), no more than there are cores, and return how many are used."""
+def set_threads(threads: int, device: torch.device, hashed: str = "") -> int:
+    """Set torch's CPU threads (0: all cores), no more than there are cores, and return how many are used.
+
+    Raises UserError as `check_threads` does for the number of a setting that is hashed.
+    """
+    if hashed:
+        check_threads(hashed, threads, device)
     if device.type == "cpu":
         most = max(2, cores())
         if threads > most:

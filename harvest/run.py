@@ -20,7 +20,7 @@ import torch
 from harvest.activation_store import SPLITS, ActivationStore, Geometry
 from harvest.config import HarvestConfig, ModelConfig, SampleConfig
 from harvest.contexts import Contexts
-from harvest.device import check_threads, local_device, numerics, resolve_device, resolve_dtype, set_threads
+from harvest.device import local_device, numerics, resolve_device, resolve_dtype, set_threads
 from harvest.disk import check_room
 from harvest.files import UserError, is_abandoned, is_out_of_memory, read_json
 from harvest.language_model import HookedModel, load_model
@@ -50,8 +50,7 @@ def run(
     workers = Workers.from_environment()
     device = local_device(resolve_device(config.runtime.device))
     dtype = resolve_dtype(config.compute_dtype, device)
-    check_threads("harvest.threads", config.threads, device)
-    set_threads(config.threads, device)
+    set_threads(config.threads, device, hashed="harvest.threads")
     model = load_model(model_config, model_commit, config.hooks, dtype, device, offline=config.runtime.offline)
     model_settings: Any = model.model.config
     products = {"products": "float32, rounded"} if widens(device, dtype) else {}

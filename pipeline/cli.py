@@ -1,5 +1,6 @@
 """The command line: `python -m pipeline COMMAND --config FILE [section.key=value ...]`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,8 @@ def _run(
 ) -> None:
     with errors(root):
         sweep = find_any(file, overrides, root)
+        for warning in config.given_twice(overrides or []):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
 
         confirm = asker(yes)
         for name in names:

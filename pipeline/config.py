@@ -5,16 +5,19 @@ An error names the file and line (or the command line), the setting, the value a
 
 import difflib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError, model_validator
 
 from evaluate.config import EvaluateConfig
 from harvest.config import HarvestConfig, IngestConfig, ModelConfig, SampleConfig, Settings
-from pipeline.settings_text import Loaded, SettingsError, override, read
+from pipeline.settings_text import Loaded, SettingsError, given_twice, override, read
 from train.config import TrainConfig
 
-__all__ = ["IngestedConfig", "PipelineConfig", "SettingsError", "load"]
+__all__ = ["IngestedConfig", "PipelineConfig", "SettingsError", "given_twice", "load"]
+
+
+Kind = TypeVar("Kind", "PipelineConfig", "IngestedConfig")
 
 
 class PipelineConfig(Settings):
@@ -87,10 +90,16 @@ def load(path: Path, overrides: list[str]) -> PipelineConfig | IngestedConfig:
     loaded = read(path, list(PipelineConfig.model_fields))
     for text in overrides:
         override(loaded, text)
-    kind = IngestedConfig if "ingest" in loaded.values else PipelineConfig
+    return _validated(IngestedConfig if "ingest" in loaded.values else PipelineConfig, loaded, path)
+
+
+def _validated(kind: type[Kind], loaded: Loaded, path: Path) -> Kind:
     try:
         return kind.model_validate(loaded.values)
     except ValidationError as error:
+        texts = [".".join(map(str, e["loc"])) for e in error.errors() if e["type"] == "string_type"]
+        if any([loaded.take_as_written(name) for name in texts]):
+            return _validated(kind, loaded, path)
         raise SettingsError("\n".join(_explain(e, loaded, path, kind) for e in error.errors())) from None
 
 

@@ -27,6 +27,9 @@ def check_settings(config: AnyConfig) -> None:
         from harvest.sampling import contexts_by_source
 
         _check_local(config)
+        positions = config.train.exclude.positions
+        if len(positions) == config.sample.context_size:
+            raise UserError(f"train.exclude.positions: {list(positions)}: leaves no row of a context to train on")
         for split in ("train", "holdout"):
             for i, count in enumerate(contexts_by_source(config.sample, split)):
                 if not count:
@@ -41,22 +44,12 @@ def check_settings(config: AnyConfig) -> None:
 
 
 def _check_local(config: PipelineConfig) -> None:
-    """Raise UserError for settings of the hub beside a local path, which they cannot change."""
-    from harvest.sources import local_files
-
+    """Raise UserError for a revision beside a local model or SAE, which it cannot change."""
     diff, out = config.evaluate.diff, "a local path has none, and enters by its content; take it out"
     models = {"model": config.model} | ({"evaluate.diff.model": diff.model} if diff and diff.model else {})
     for setting, model in models.items():
         if model.revision is not None and Path(model.name).is_dir():
             raise UserError(f"{setting}.revision: {model.revision!r}: {out}")
-    for i, source in enumerate(config.sample.sources):
-        files = local_files(source.path)
-        named = {"revision": source.revision, "subset": source.subset}
-        if len(files) == 1:  # of several, they may be those of a split
-            named["split"] = None if source.split == "train" else source.split
-        for name, value in named.items():
-            if files and value is not None:
-                raise UserError(f"sample.sources.{i}.{name}: {value!r}: {out}")
     for i, published in enumerate(config.evaluate.also):
         if published.revision is not None and Path(published.path).exists():
             raise UserError(f"evaluate.also.{i}.revision: {published.revision!r}: {out}")
@@ -214,8 +207,8 @@ def _check_token_ids(config: PipelineConfig, largest: int) -> None:
         beyond = [token for token in tokens if token > largest]
         if beyond:
             raise UserError(
-                f"{setting}: {beyond[0]}: the tokenizer's ids end at {largest}, so this leaves out nothing; name the "
-                "ids that you mean"
+                f"{setting}: {beyond[0]}: never occurs, as the tokenizer's ids end at {largest}, so it leaves out "
+                "nothing; name the ids that you mean"
             )
 
 

@@ -5,7 +5,7 @@ is what the core schema of 1.2 says, with one addition: numbers may have undersc
 """
 
 import re
-import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +21,18 @@ class SettingsError(ValueError):
 
 
 class Loaded(NamedTuple):
-    """Nested plain values, and where each dotted path stands ("configs/x.yaml:7")."""
+    """Nested plain values, and by dotted path where each stands ("configs/x.yaml:7") and how its numbers are written."""
 
     values: dict[str, Any]
     places: dict[str, str]
+    numbers: dict[str, str]  # for settings that are text: a commit may be all digits
+
+    def take_as_written(self, name: str) -> bool:
+        """Make a number the text that it was written as; whether there is such a number."""
+        if name not in self.numbers:
+            return False
+        _put(self.values, name, self.numbers.pop(name), name)
+        return True
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,11 +77,11 @@ def read(path: Path, sections: list[str]) -> Loaded:
     try:
         loader = _Loader(raw.decode())
         node = loader.get_single_node()
-        places: dict[str, str] = {}
+        loaded = Loaded({}, {}, {})
         if not isinstance(node, yaml.MappingNode):
             raise SettingsError(f"{path}: no settings in it; it needs {', '.join(sections)}")
-        _note_places(node, "", str(path), places)
-        values = loader.construct_document(node)
+        _note(node, "", str(path), loaded)
+        loaded.values.update(loader.construct_document(node))
     except UnicodeDecodeError:
         raise SettingsError(f"{path}: not UTF-8 text; is it a settings file?") from None
     except RecursionError:
@@ -85,11 +93,11 @@ def read(path: Path, sections: list[str]) -> Loaded:
         if isinstance(error, SettingsError):
             raise
         raise SettingsError(f"{path}: not valid YAML: {error}") from None
-    return Loaded(values, places)
+    return loaded
 
 
-def _note_places(node: yaml.Node, prefix: str, source: str, places: dict[str, str]) -> None:
-    """Note where each setting of a node stands; of a file with its line."""
+def _note(node: yaml.Node, prefix: str, source: str, loaded: Loaded) -> None:
+    """Note where each setting of a node stands, of a file with its line, and how numbers are written."""
 
     def place(mark: yaml.Mark) -> str:
         return source if source == COMMAND_LINE else f"{source}:{mark.line + 1}"
@@ -101,52 +109,61 @@ def _note_places(node: yaml.Node, prefix: str, source: str, places: dict[str, st
             if name in seen:
                 raise SettingsError(f"{place(key.start_mark)}: {name}: set twice")
             seen.add(name)
-            places[name] = place(key.start_mark)
-            _note_places(value, f"{name}.", source, places)
+            loaded.places[name] = place(key.start_mark)
+            _note(value, f"{name}.", source, loaded)
     elif isinstance(node, yaml.SequenceNode):
         for i, value in enumerate(node.value):
-            places[f"{prefix}{i}"] = place(value.start_mark)
-            _note_places(value, f"{prefix}{i}.", source, places)
+            loaded.places[f"{prefix}{i}"] = place(value.start_mark)
+            _note(value, f"{prefix}{i}.", source, loaded)
+    elif node.tag.endswith((":int", ":float")):
+        loaded.numbers[prefix.removesuffix(".")] = node.value
 
 
 def override(loaded: Loaded, text: str) -> None:
     """Set one dotted path; `sample.sources.0.share=0.3` reaches into a list.
 
-    The last of several counts, with a warning. Raises SettingsError for what is no override.
+    Of several, the last one counts. Raises SettingsError for what is no override.
     """
     name, equals, value_text = text.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", name):
         raise SettingsError(f"{text!r}: an override is section.key=value, as train.sae.l1_coefficient=4; {QUOTES}")
     if not value_text.strip():
         raise SettingsError(f"{COMMAND_LINE}: {text}: no value; null takes a setting away")
-    given: dict[str, str] = {}
+    given = Loaded({}, {}, {})
     try:
         loader = _Loader(value_text)
         node = loader.get_single_node()
         value = None if node is None else loader.construct_document(node)
         if node is not None:
-            _note_places(node, f"{name}.", COMMAND_LINE, given)
+            _note(node, f"{name}.", COMMAND_LINE, given)
     except SettingsError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError):
         raise SettingsError(f"{text}: the value is not valid YAML; {QUOTES}") from None
-    _warn_of_twice(loaded, name)
     _put(loaded.values, name, value, text)
-    for place in [p for p in loaded.places if p.startswith(f"{name}.")]:
-        del loaded.places[place]
-    loaded.places.update({name: COMMAND_LINE, **given})
+    for noted, new in ((loaded.places, given.places), (loaded.numbers, given.numbers)):
+        for place in [p for p in noted if p == name or p.startswith(f"{name}.")]:
+            del noted[place]
+        noted.update(new)
+    loaded.places[name] = COMMAND_LINE
 
 
-def _warn_of_twice(loaded: Loaded, name: str) -> None:
-    """Say where an earlier override gave this setting, the section that it is in, or one in it."""
-    earlier = [place for place, where in loaded.places.items() if where == COMMAND_LINE]
-    replaced = [place for place in earlier if place == name or place.startswith(f"{name}.")]
-    above = [place for place in earlier if name.startswith(f"{place}.")]
-    if above and not any(place.startswith(f"{above[-1]}.") for place in earlier):  # a section given as null
-        replaced = above
-    if replaced:
-        first = "" if replaced[0] == name else f", with {replaced[0]}"
-        print(f"warning: {COMMAND_LINE}: {name}: set twice{first}; the last one counts", file=sys.stderr)
+def given_twice(overrides: Sequence[str]) -> Iterator[str]:
+    """A sentence for each override that replaces an earlier one, or one within it, or a null above it."""
+    loaded = Loaded({}, {}, {})
+    for text in overrides:
+        name = text.partition("=")[0]
+        replaced = [place for place in loaded.places if place == name or place.startswith(f"{name}.")]
+        above = [place for place in loaded.places if name.startswith(f"{place}.")]
+        if above and not any(place.startswith(f"{above[-1]}.") for place in loaded.places):
+            replaced = above
+        if replaced:
+            first = "" if replaced[0] == name else f", with {replaced[0]}"
+            yield f"{COMMAND_LINE}: {name}: set twice{first}; the last one counts"
+        try:
+            override(loaded, text)
+        except SettingsError:  # of one that reaches into what the file has
+            loaded.places[name] = COMMAND_LINE
 
 
 def _put(values: dict[str, Any], name: str, value: Any, text: str) -> None:

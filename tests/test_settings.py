@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY, pipeline
+from conftest import ROOT, pipeline
 
 from harvest import device
 from harvest.files import UserError
 from pipeline.config import SettingsError, load
-from pipeline.settings_text import Loaded, override, read
+from pipeline.settings_text import Loaded, given_twice, override, read
 
 SMOLLM2 = ROOT / "configs" / "smollm2.yaml"
 
@@ -31,7 +31,7 @@ def test_scalars_are_those_of_yaml_1_2(tmp_path, text, value):
     found = read(file, []).values["a"]
     assert (found, type(found)) == (value, type(value))
     if text:
-        loaded = Loaded({}, {})
+        loaded = Loaded({}, {}, {})
         override(loaded, f"a={text}")
         assert (loaded.values["a"], type(loaded.values["a"])) == (value, type(value))
 
@@ -47,10 +47,26 @@ def test_scalars_are_those_of_yaml_1_2(tmp_path, text, value):
         (["sample.sources.0.share=0.4", "sample.sources.1.share=0.6"], None),
     ],
 )
-def test_what_is_given_twice_on_the_command_line_is_said(capsys, given, warned):
+def test_what_is_given_twice_on_the_command_line_is_said(given, warned):
     load(SMOLLM2, given)
-    said = capsys.readouterr().err
-    assert warned in said if warned else not said
+    said = list(given_twice(given))
+    assert len(said) == bool(warned)
+    assert all(warned in sentence for sentence in said)
+
+
+def test_a_stage_says_it_and_the_last_one_counts(fresh_folder):
+    ran = pipeline("sample", "sample.seed=3", "sample.seed=4")
+    assert ran.status == 0, ran.out
+    assert "warning: command line: sample.seed: set twice; the last one counts" in ran.out
+    assert pipeline("path", "sample", "sample.seed=4").out.strip() in ran.out
+
+
+def test_text_that_looks_like_a_number_is_taken_as_written(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text(SMOLLM2.read_text().replace("name: assets/smollm2-135m", "name: 010"))
+    config = load(file, ["sample.sources.1.revision=012e5", "evaluate.reason_score.words=[1_000, so]"])
+    assert (config.model.name, config.sample.sources[1].revision) == ("010", "012e5")
+    assert config.evaluate.reason_score.words == ("1_000", "so")
 
 
 @pytest.mark.parametrize(
@@ -95,11 +111,6 @@ def test_ingested_activations_too():
         load(ROOT / "configs" / "ingest.yaml", settings)
 
 
-def test_every_position_excluded():
-    with pytest.raises(SettingsError, match="every position of a context"):
-        load(TINY, [f"train.exclude.positions={list(range(16))}"])
-
-
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -108,8 +119,14 @@ def test_every_position_excluded():
         (["harvest.hooks=[model.rotary_emb]"], "'model.rotary_emb': gives (1, 3, 8) for 2 x 3 tokens"),
         (["harvest.hooks=[model.layers.0.self_attn.q_proj,model.layers.0.mlp.up_proj]"], "hooks of different widths"),
         (["harvest.threads=100000"], "harvest.threads: 100,000: this machine has"),
-        (["train.exclude.token_ids=[1,5000]"], "train.exclude.token_ids: 5000: the tokenizer's ids end at"),
-        (["evaluate.reason_score.ignored_token_ids=[5000]"], "ignored_token_ids: 5000: the tokenizer's ids end at"),
+        (
+            ["train.exclude.token_ids=[1,5000]"],
+            "train.exclude.token_ids: 5000: never occurs, as the tokenizer's ids end at",
+        ),
+        (
+            ["evaluate.reason_score.ignored_token_ids=[5000]"],
+            "ignored_token_ids: 5000: never occurs, as the tokenizer's ids end at",
+        ),
         (["evaluate.steering.max_new_tokens=128"], "evaluate.steering.max_new_tokens: 128: prompt 1 of 2 has"),
         (["evaluate.steering.feature_ids=[128]"], "evaluate.steering.feature_ids: 128: the SAE has 128 features"),
         (["evaluate.features.include=[128]"], "evaluate.features.include: 128: the SAE has 128 features"),
@@ -120,6 +137,7 @@ def test_every_position_excluded():
         (["sample.sources.0.subset=all"], "sample.sources.0.subset: 'all': a local path has none"),
         (["sample.sources.0.revision=main"], "sample.sources.0.revision: 'main': a local path has none"),
         (["sample.sources.0.split=test"], "sample.sources.0.split: 'test': a local path has none"),
+        ([f"train.exclude.positions={list(range(16))}"], "leaves no row of a context to train on"),
         (["model.revision=main"], "model.revision: 'main': a local path has none"),
     ],
 )

@@ -49,15 +49,13 @@ class ExcludeConfig(Settings):
         return self
 
     def check_positions(self, context_size: int) -> None:
-        """Raise ValueError for positions that no context has, and for all of them."""
+        """Raise ValueError for positions that no context has."""
         beyond = [position for position in self.positions if position >= context_size]
         if beyond:
             raise ValueError(
                 f"train.exclude.positions: {beyond[0]}: a context has positions 0 to {context_size - 1} "
                 f"(context_size), so this leaves out nothing"
             )
-        if len(self.positions) == context_size:
-            raise ValueError("train.exclude.positions: every position of a context, so no row is left to train on")
 
 
 class SweepConfig(Settings):

@@ -16,7 +16,16 @@ from typing import Any
 
 import safetensors.torch
 
-from harvest.files import UserError, file_crc32c, fsync_path, partial_name, read_json, replacing, write_json, write_sealed
+from harvest.files import (
+    UserError,
+    file_crc32c,
+    fsync_path,
+    partial_name,
+    read_json,
+    replacing,
+    write_json,
+    write_sealed,
+)
 from train.checkpoint import WEIGHTS, SavedSae
 from train.sae import SAE
 
