@@ -5,7 +5,7 @@ An error names the file and line (or the command line), the setting, the value a
 
 import difflib
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError, model_validator
 
@@ -15,9 +15,6 @@ from pipeline.settings_text import Loaded, SettingsError, given_twice, override,
 from train.config import TrainConfig
 
 __all__ = ["IngestedConfig", "PipelineConfig", "SettingsError", "given_twice", "load"]
-
-
-Kind = TypeVar("Kind", "PipelineConfig", "IngestedConfig")
 
 
 class PipelineConfig(Settings):
@@ -93,12 +90,14 @@ def load(path: Path, overrides: list[str]) -> PipelineConfig | IngestedConfig:
     return _validated(IngestedConfig if "ingest" in loaded.values else PipelineConfig, loaded, path)
 
 
-def _validated(kind: type[Kind], loaded: Loaded, path: Path) -> Kind:
+def _validated(
+    kind: type[PipelineConfig | IngestedConfig], loaded: Loaded, path: Path
+) -> PipelineConfig | IngestedConfig:
     try:
         return kind.model_validate(loaded.values)
     except ValidationError as error:
         texts = [".".join(map(str, e["loc"])) for e in error.errors() if e["type"] == "string_type"]
-        if any([loaded.take_as_written(name) for name in texts]):
+        if loaded.take_as_written(texts):
             return _validated(kind, loaded, path)
         raise SettingsError("\n".join(_explain(e, loaded, path, kind) for e in error.errors())) from None
 

@@ -21,18 +21,18 @@ class SettingsError(ValueError):
 
 
 class Loaded(NamedTuple):
-    """Nested plain values, and by dotted path where each stands ("configs/x.yaml:7") and how its numbers are written."""
+    """Nested plain values, and by dotted path where each stands ("configs/x.yaml:7") and how numbers are written."""
 
     values: dict[str, Any]
     places: dict[str, str]
     numbers: dict[str, str]  # for settings that are text: a commit may be all digits
 
-    def take_as_written(self, name: str) -> bool:
-        """Make a number the text that it was written as; whether there is such a number."""
-        if name not in self.numbers:
-            return False
-        _put(self.values, name, self.numbers.pop(name), name)
-        return True
+    def take_as_written(self, names: Sequence[str]) -> bool:
+        """Make numbers of these settings the text that they were written as; whether any of them is one."""
+        found = [name for name in names if name in self.numbers]
+        for name in found:
+            _put(self.values, name, self.numbers.pop(name), name)
+        return bool(found)
 
 
 class _Loader(yaml.SafeLoader):
