@@ -33,7 +33,10 @@ class OpenedFile:
         self._stamp, self._hashed_ns = self._look()
 
     def blocks(self) -> Iterator[bytes]:
-        """All of the file, in pieces, hashed on the way."""
+        """All of the file, in pieces, hashed on the way.
+
+        Raises ChangedError where it has another hash than before.
+        """
         self._stamp, self._hashed_ns = self._look()
         digest, offset = hashlib.sha256(), 0
         while block := os.pread(self._file.fileno(), BLOCK, offset):
@@ -45,10 +48,7 @@ class OpenedFile:
         self.sha256 = digest.hexdigest()
 
     def hash(self) -> None:
-        """Read it for its hash alone.
-
-        Raises ChangedError where it has another one than before.
-        """
+        """Read it for its hash alone. Raises ChangedError as `blocks` does."""
         for _ in self.blocks():
             pass
 

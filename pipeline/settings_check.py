@@ -5,17 +5,46 @@ What cannot work, or would leave out nothing, is an error; what has no effect is
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from harvest.config import HarvestConfig
 from harvest.files import UserError
+from harvest.hub import resolved_commit
 from pipeline.config import IngestedConfig, PipelineConfig
+from pipeline.fingerprint import Inputs
 
 AnyConfig = PipelineConfig | IngestedConfig
 TOKENS = (2, 3)  # that shapes are asked for
 FIRST_CONTEXTS = 4096  # that are looked through for tokens to leave out
+
+
+_checked: set[Any] = set()  # settings that this process has checked, with their fingerprints, and so contents
+
+
+def check_before(
+    stage: str, sweep: Sequence[AnyConfig], fingerprints: Sequence[str], inputs: Inputs, here: Callable[[str], Path]
+) -> None:
+    """Check the settings of a sweep once, before the first stage runs; `here` gives the directory of a stage.
+
+    Raises UserError for settings that one of the stages would refuse hours later.
+    """
+    configs = [config for config in sweep if isinstance(config, PipelineConfig)]
+    key = tuple(zip(sweep, fingerprints, strict=True))
+    if key not in _checked:
+        check_settings(sweep[0])
+        if configs:
+            check_model(configs, resolved_commit(inputs.model), resolved_commit(inputs.tokenizer), stage)
+        _checked.add(key)
+    if configs and stage == "harvest":
+        from harvest.contexts import Contexts
+        from harvest.stream import load_stream
+
+        limit = configs[0].harvest.runtime.disk_limit
+        if limit is not None and load_stream(here("harvest")) is None:
+            print(f"warning: harvest.runtime.disk_limit: {limit}: only `make stream` keeps it", file=sys.stderr)
+        warn_of_absent_tokens(configs[0], Contexts(here("sample") / "contexts"))
 
 
 def check_settings(config: AnyConfig) -> None:

@@ -4,7 +4,6 @@ Nothing here imports torch until a stage really runs.
 """
 
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
@@ -159,7 +158,11 @@ def run_stage(
     if not todo:
         return
     _check_processes(sweep[0].config, stage, force)
-    _check_hooks(sweep, stage)
+    if not _is_follower():
+        from pipeline.settings_check import check_before
+
+        known = [runs.fingerprints["evaluate"] for runs in sweep]
+        check_before(stage, [runs.config for runs in sweep], known, sweep[0].inputs, sweep[0].directory)
     watch = Watch(sweep[0].config, sweep[0].inputs, sweep[0].root, stage)
     if _is_follower():
         _beside_rank_0(todo, stage, watch, allow_mixed, follow)
@@ -252,31 +255,6 @@ def _check_processes(config: PipelineConfig | IngestedConfig, stage: str, force:
             "harvest --force: one of several workers could write into what another deletes; start one process with "
             "--force, stop it with Ctrl-C once it harvests, then start the workers"
         )
-
-
-_checked: set[Any] = set()  # settings that this process has checked, with their fingerprints, and so contents
-
-
-def _check_hooks(sweep: Sequence[AnyRuns], stage: str) -> None:
-    """Raise UserError, before the first stage runs, for settings that one of the stages would refuse hours later."""
-    from pipeline.settings_check import check_model, check_settings, warn_of_absent_tokens
-
-    key = tuple((runs.config, runs.fingerprints["evaluate"]) for runs in sweep)
-    configs = [runs.config for runs in sweep if isinstance(runs.config, PipelineConfig)]
-    if not _is_follower() and key not in _checked:
-        check_settings(sweep[0].config)
-        if configs:
-            inputs = sweep[0].inputs
-            check_model(configs, resolved_commit(inputs.model), resolved_commit(inputs.tokenizer), stage)
-        _checked.add(key)
-    if configs and stage == "harvest" and not _is_follower():
-        from harvest.contexts import Contexts
-        from harvest.stream import load_stream
-
-        limit = configs[0].harvest.runtime.disk_limit
-        if limit is not None and load_stream(sweep[0].directory("harvest")) is None:
-            print(f"warning: harvest.runtime.disk_limit: {limit}: only `make stream` keeps it", file=sys.stderr)
-        warn_of_absent_tokens(configs[0], Contexts(sweep[0].directory("sample") / "contexts"))
 
 
 def _ignore(_numerics: dict[str, Any]) -> None:
