@@ -216,11 +216,9 @@ def _turn(item: Any) -> tuple[Turn, bool]:
         return Turn(role, _plain(content, "content")), False
     fields = [item[name].strip() for name in REASONING_FIELDS if isinstance(item.get(name), str)]
     thoughts += [field for field in dict.fromkeys(fields) if field]
-    if content is None and thoughts:  # an answer that was cut off while the model still thought
-        content = ""
-    elif not isinstance(content, str):
-        _plain(content, "content")
-    answer = split_answer(content, "\n\n".join(thoughts) if thoughts else None)
+    # Without content, an answer was cut off while the model still thought.
+    text = "" if content is None and thoughts else content if isinstance(content, str) else _plain(content, "content")
+    answer = split_answer(text, "\n\n".join(thoughts) if thoughts else None)
     if not answer.after.strip() and not answer.reasoning:
         raise _UnusableError("content is empty")
     return Turn(role, answer.after, answer.reasoning, answer.before), answer.malformed

@@ -22,6 +22,7 @@ COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b
 BOM = b"\xef\xbb\xbf"
 TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)  # a lone quote: a text that goes on
 FIRST_ROWS = 100  # of a file, that say which columns it has
+SHORTEST_ROW = 8  # {"a":1} and a line feed; what is shorter may be blank
 LONGEST_FIRST_LINE = 64 << 20
 
 
@@ -96,7 +97,7 @@ def open_json(file: OpenedFile, schemas: Sequence[Sequence[str]], scratch: Path 
     with data.stream() as stream:
         start, form = _form(stream)
     if form == "lines":
-        spans = _line_spans(data.blocks(), start)
+        spans = _line_spans(data, start)
     else:
         spans = _value_spans(file.path, data.blocks(), in_array=form == "array")
     found = JsonRows(file.path, data, spans, has_lines=True)
@@ -107,7 +108,7 @@ def open_json(file: OpenedFile, schemas: Sequence[Sequence[str]], scratch: Path 
         return found
     unpacked = Unpacked(scratch)
     unpacked.file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-    return JsonRows(file.path, unpacked, _line_spans(unpacked.blocks(), 0), has_lines=False)
+    return JsonRows(file.path, unpacked, _line_spans(unpacked, 0), has_lines=False)
 
 
 def _decompress(path: Path, stream: BinaryIO, kind: str, out: Unpacked) -> None:
@@ -144,17 +145,19 @@ def _form(stream: BinaryIO) -> tuple[int, str]:
     return start, "values" if len(lines) > 1 and lines[0].lstrip()[:1] == b"{" else "lines"
 
 
-def _line_spans(blocks: Iterable[bytes], start: int) -> Spans:
+def _line_spans(data: OpenedFile | Unpacked, start: int) -> Spans:
     """Lines that are not blank."""
     found, size, last = [np.zeros(0, np.int64)], 0, b"\n"
-    for block in blocks:
+    for block in data.blocks():
         found.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size)
         size, last = size + len(block), block[-1:]
     if last != b"\n":
         found.append(np.array([size]))
     ends = np.concatenate(found)
     starts = np.concatenate([[start], ends[:-1] + 1])[: len(ends)]
-    filled = ends - starts > 1  # no object is of one character: that is a carriage return or a blank
+    filled = ends > starts
+    for short in np.flatnonzero(filled & (ends - starts < SHORTEST_ROW)):
+        filled[short] = bool(data.read(int(starts[short]), int(ends[short] - starts[short])).strip())
     return Spans(starts[filled], ends[filled])
 
 

@@ -200,7 +200,7 @@ def _shapes(model: Any, modules: dict[str, str]) -> dict[str, tuple[int, ...] | 
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from harvest.language_model import first_tensor
+    from harvest.hooked_model import first_tensor
 
     shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(modules)
 
