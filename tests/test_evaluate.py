@@ -260,7 +260,7 @@ def test_a_batch_of_one_text_says_nothing_of_other_texts(finished, monkeypatch, 
     tokens = np.random.default_rng(0).integers(0, 300, (4, 16)).astype(np.uint32)
     tokens[1] = tokens[0]
     saved = identity(32)._replace(hook=hook)
-    found = downstream(model, saved, ExcludeConfig(), torch.zeros(32), tokens, np.zeros(4, np.uint8), ["a"], 2)
+    found = downstream(model, saved, ExcludeConfig(), torch.zeros(32), tokens, {}, 2)
     ids = torch.from_numpy(tokens.astype(np.int64))
     handle = model.modules[hook].register_forward_hook(lambda _module, _inputs, output: torch.zeros_like(output))
     with torch.no_grad():
