@@ -113,7 +113,11 @@ def test_rows_that_training_leaves_out_pass_through(finished, monkeypatch):
 def test_densities():
     figures = density_figures(np.array([0, 0, 0.5, 0.01, 1.0]))
     assert (figures["dead_features"], figures["dense_features"], figures["dead_fraction"]) == (2, 2, 0.4)
-    assert sum(figures["log10_density_histogram"]["counts"]) == 3
+    histogram = figures["log10_density_histogram"]
+    assert (len(histogram["counts"]), histogram["edges"][0], histogram["edges"][-1]) == (56, -7, 0)
+    assert (sum(histogram["counts"]), histogram["counts"][0]) == (3, 0)
+    rare = density_figures(np.array([0, 1e-9, 0.5]))["log10_density_histogram"]["counts"]
+    assert (sum(rare), rare[0]) == (2, 1)
 
 
 def test_metrics_are_named_and_defined(finished):

@@ -84,6 +84,7 @@ def test_text_that_looks_like_a_number_is_taken_as_written(tmp_path):
         ("evaluate.reason_score.sources=[chat,chat]", "names 'chat' twice"),
         ("evaluate.reason_score.words=[Wait,wait]", "'wait': fold with 'Wait' into one word, as both stand for 'wait'"),
         ("evaluate.reason_score.words=[WAIT,wait]", "'wait': fold with 'WAIT' into one word"),
+        ("evaluate.reason_score.words=[wait,WAIT]", "'WAIT': fold with 'wait' into one word"),
         ("evaluate.reason_score.words=[hmm|hm,hm]", "as both stand for 'hm'"),
         ("evaluate.reason_score.words=[wait,wait]", "'wait': is named twice"),
         ("evaluate.reason_score.words=[wait,' ']", "' ': an empty word"),
