@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from evaluate.spellings import check_apart, check_not_empty
 from harvest.config import ComputeDtype, Device, ModelConfig, Seed, Settings, check_different
 
-EVALUATE_VERSION = 5
+EVALUATE_VERSION = 6
 LARGEST_STRENGTH = 1e6
 
 

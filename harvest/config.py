@@ -19,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-SAMPLE_VERSION = 1
+SAMPLE_VERSION = 2
 HARVEST_VERSION = 1
 LARGEST = 1e30  # of any number in the settings: products with it stay within float32
 

@@ -84,11 +84,6 @@ def _layer_list(model: nn.Module, config: Any) -> str | None:
     return min(lists, key=lambda path: (not is_of_text(path), len(path)), default=None)
 
 
-def check_hooks(model: ModelConfig, commit: str | None, hooks: Sequence[str], offline: bool) -> None:
-    """Raise UserError for a hook that the model does not have, from its configuration alone."""
-    find_hooks(load_skeleton(model, commit, offline), hooks)
-
-
 def find_hooks(skeleton: Skeleton, hooks: Sequence[str]) -> dict[str, HookPoint]:
     """Resolve the names of hooks.
 
