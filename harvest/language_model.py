@@ -141,7 +141,9 @@ def load_model(
     points = find_hooks(skeleton, hooks)
     _check_head(skeleton, points, with_head)
     layers = None if with_head else max(point.layers for point in points.values())
-    loaded = load_weights(skeleton, model, commit, offline, compute_dtype, lambda whole: _cut(whole, skeleton, layers))
+    loaded = load_weights(
+        skeleton, model, commit, offline, compute_dtype, lambda whole: _cut(whole, skeleton, layers), writes=with_head
+    )
     loaded = _apart_from_files(loaded.to(device)).eval().requires_grad_(False)
     if compute_dtype == torch.float32:
         loaded = loaded.float()  # never the other way: bfloat16 would round the rotary frequencies, which stay float32
@@ -163,8 +165,12 @@ def load_weights(
     offline: bool,
     compute_dtype: torch.dtype,
     cut: Callable[[Any], None],
+    *,
+    writes: bool = False,
 ) -> Any:
     """The model with its weights, but for the modules that `cut` takes out of it before any is loaded.
+
+    Where it `writes`, its own settings of generation are read too.
 
     They are bfloat16, unless that would round what the files hold and float32 is computed. The configuration stays
     whole, so what depends on the number of layers (scales, which layers share keys) is as it is in the whole model.
@@ -179,7 +185,11 @@ def load_weights(
         tied = self.all_tied_weights_keys.items()
         self.all_tied_weights_keys = {name: source for name, source in tied if {name, source} <= kept}
 
-    without: Any = type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
+    without: Any = type(
+        kind.__name__,
+        (kind,),
+        {"__init__": init, "__module__": kind.__module__, "can_generate": classmethod(lambda _kind: writes)},
+    )
     rounds = compute_dtype == torch.float32 and holds_more_than_bfloat16(model, commit, offline)
     try:
         loaded, about = without.from_pretrained(

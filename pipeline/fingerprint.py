@@ -34,7 +34,6 @@ TOKENIZER_FILES = re.compile(
 )
 CHAT_TEMPLATE_FILES = re.compile(r"chat_template\.(jinja|json)|additional_chat_templates/.*\.jinja")
 GENERATION_FILES = re.compile(r"generation_config\.json")
-WRITTEN_TEMPLATES = ("chatml", "deepseek-r1", "deepseek-r1-paper")  # those that are not the model's own
 SETUP = [str(assets.ASSETS / name) for name in assets.NAMES]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -138,18 +137,16 @@ def identify(config: PipelineConfig | IngestedConfig, memory: "Memory", stages: 
             parts = [[file for path in paths for file in files_within(path)] for paths in ingest_files(config.ingest)]
             activations = "+".join(memory.files_hash(files) for files in parts if files)
         return Inputs(None, None, (), activations, also, second)
-    own = config.sample.template not in WRITTEN_TEMPLATES
-    tokenizer = (TOKENIZER_FILES, CHAT_TEMPLATE_FILES) if own else (TOKENIZER_FILES,)
     model, sources, generation = None, (), None
     if "harvest" in stages or "evaluate" in stages:
         model = _model_identity(config.model, (WEIGHT_FILES,), memory)
     if "sample" in stages:
         sources = tuple(_source_identity(i, source, memory) for i, source in enumerate(config.sample.sources))
-    if "evaluate" in stages and config.evaluate.steering and Path(config.model.name).is_dir():
+    if "evaluate" in stages and Path(config.model.name).is_dir():
         generation = _model_identity(config.model, (CHAT_TEMPLATE_FILES, GENERATION_FILES), memory)
     reads_tokenizer = "sample" in stages or "evaluate" in stages
     return Inputs(
-        _model_identity(config.model, tokenizer, memory) if reads_tokenizer else None,
+        _model_identity(config.model, (TOKENIZER_FILES, CHAT_TEMPLATE_FILES), memory) if reads_tokenizer else None,
         model,
         sources,
         activations,

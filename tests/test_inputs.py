@@ -308,9 +308,7 @@ def full_model(fresh_folder) -> Path:
 
 
 def test_what_a_stage_opens_is_in_its_fingerprint(full_model, monkeypatch):
-    """But for what the loaders open and these settings do not use: the chat template, in a sample of chatml."""
     monkeypatch.setattr(content, "RECENT_NS", 0)  # so that nothing is opened just to be hashed again for another stage
-    unused = {"sample": {"chat_template.jinja", "additional_chat_templates/default.jinja"}, "harvest": set()}
     for stage in ("sample", "harvest", "train", "evaluate"):
         pipeline("status")
         opened = Opened(MODEL, MODEL / "additional_chat_templates")
@@ -319,7 +317,7 @@ def test_what_a_stage_opens_is_in_its_fingerprint(full_model, monkeypatch):
         names = {name for name in opened.names() if (MODEL / name).is_file()}
         if stage == "train":
             names -= {name for name in names if changed_by(name)}  # `find_inputs` may hash them again
-        assert {name for name in names if stage not in changed_by(name)} <= unused.get(stage, set()), stage
+        assert {name for name in names if stage not in changed_by(name)} == set(), stage
         needed = {"harvest": "model.safetensors", "evaluate": "generation_config.json", "sample": "tokenizer.json"}
         assert stage == "train" or needed[stage] in names
 
@@ -335,8 +333,8 @@ def test_what_a_stage_opens_is_in_its_fingerprint(full_model, monkeypatch):
         ("special_tokens_map.json", "sample"),
         ("config.json", "sample"),
         ("model.safetensors", "harvest"),
-        ("chat_template.jinja", "evaluate"),
-        ("additional_chat_templates/default.jinja", "evaluate"),
+        ("chat_template.jinja", "sample"),
+        ("additional_chat_templates/default.jinja", "sample"),
         ("generation_config.json", "evaluate"),
     ],
 )
@@ -345,25 +343,20 @@ def test_a_file_of_the_model_concerns(full_model, name, stage):
     assert changed_by(name) == set(every[every.index(stage) :] if stage else [])
 
 
-def test_the_model_s_own_template_concerns_the_sample(full_model):
-    def of(template: str | None) -> str | None:
-        config = load(TINY, [])
-        sample = config.sample.model_copy(update={"template": template})
-        return find_inputs(config.model_copy(update={"sample": sample}), Path("runs")).tokenizer
-
-    before = {template: of(template) for template in ("chatml", "model", None)}
-    (MODEL / "chat_template.jinja").write_text("other")
-    assert [template for template in before if of(template) != before[template]] == ["model", None]
-
-
 def test_a_file_that_is_put_into_the_folder(run_folder):
-    """A chat template decides what steering asks the model."""
+    """Its settings of generation say what ends a text."""
     assert "evaluate  complete" in pipeline("status").out
-    (MODEL / "chat_template.jinja").write_text(EXTRA["chat_template.jinja"])
+    path = MODEL / "generation_config.json"
+    path.write_text(path.read_text() + "\n")
     lines = pipeline("status").out.splitlines()
     assert [line.split()[1] for line in lines] == ["complete", "complete", "complete", "would"]
     assert "evaluate  would run: generation: sha256:" in lines[3]
-    assert "complete" in pipeline("status", "evaluate.steering=null").out.splitlines()[2]
+
+
+def test_a_chat_template_names_what_no_content_makes(run_folder):
+    """So it concerns a sample of chatml too."""
+    (MODEL / "chat_template.jinja").write_text(EXTRA["chat_template.jinja"])
+    assert "sample    would run: tokenizer: sha256:" in pipeline("status").out
 
 
 def test_what_is_not_hashed_changes_no_byte(full_model):
@@ -374,7 +367,7 @@ def test_what_is_not_hashed_changes_no_byte(full_model):
     for name in EXTRA:
         if not changed_by(name) & {"sample", "harvest"}:
             (MODEL / name).unlink()
-    assert not (MODEL / "chat_template.jinja").exists() and not (MODEL / "README.md").exists()
+    assert not (MODEL / "README.md").exists()
     assert pipeline("sample").status == 0
     assert contents(only(full_model, "runs/sample/*/contexts")) == before
 

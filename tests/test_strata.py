@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,7 +36,9 @@ def stratum_of(source_C: np.ndarray) -> np.ndarray:
 class Stratified(Contexts):
     """The contexts of a run as if the sample had recorded strata."""
 
-    strata = STRATA
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.strata = STRATA
 
     def read(self, split: str, name: str, first: int, count: int) -> np.ndarray:
         if name == "stratum":
