@@ -26,8 +26,16 @@ def context_groups(contexts: Contexts, split: str) -> Groups:
         groups[name] = of_source_C
         for number, stratum in enumerate(strata):
             if stratum["source"] == name:
-                groups[f"{name}/{visible(str(stratum['value']))}"] = of_source_C & (stratum_C == number)
+                groups[_unused(f"{name}/{visible(str(stratum['value']))}", groups)] = of_source_C & (
+                    stratum_C == number
+                )
     return groups
+
+
+def _unused(name: str, groups: Groups) -> str:
+    """The name, with a number where values look the same, as 1 and "1" do."""
+    names = (name, *(f"{name} ({number})" for number in range(2, len(groups) + 2)))
+    return next(each for each in names if each not in groups)
 
 
 def by_source(source_C: np.ndarray, names: Sequence[str]) -> Groups:

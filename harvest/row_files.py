@@ -18,7 +18,8 @@ from harvest.files import UserError, read_json
 SPLITS = ("train", "holdout")
 MANY = 1000  # shards; of more, the sizes of their files are left to `make verify`
 CRC_BYTES = 4  # at the end of a chunk of contexts
-ITEM_BYTES = {"uint32": 4, "uint8": 1}
+ITEM_BYTES = {"uint32": 4, "uint16": 2, "uint8": 1}
+OF_CONTEXTS = ("source", "stratum")  # arrays with one value a context; those of tokens have two axes
 
 
 def missing_rows(directory: Path) -> list[str]:
@@ -86,7 +87,7 @@ def _checksums(directory: Path) -> dict[str, list[int]]:
 
 
 def _chunk_names(array: str, count: int) -> list[str]:
-    inner = "" if array.endswith("/source") else "/0"  # the others have two axes
+    inner = "" if array.split("/")[-1] in OF_CONTEXTS else "/0"
     return [f"contexts/{array}/c/{number}{inner}" for number in range(count)]
 
 

@@ -20,7 +20,7 @@ TOKENS = (2, 3)  # that shapes are asked for
 FIRST_CONTEXTS = 4096  # that are looked through for tokens to leave out
 
 
-_checked: set[Any] = set()  # settings that this process has checked, with their fingerprints, and so contents
+_checked: set[tuple[tuple[str, str], ...]] = set()  # settings that this process has checked, and their fingerprints
 
 
 def check_before(
@@ -31,7 +31,7 @@ def check_before(
     Raises UserError for settings that one of the stages would refuse hours later.
     """
     configs = [config for config in sweep if isinstance(config, PipelineConfig)]
-    key = tuple(zip(sweep, fingerprints, strict=True))
+    key = tuple(zip((config.model_dump_json() for config in sweep), fingerprints, strict=True))
     if key not in _checked:
         check_settings(sweep[0])
         if configs:
