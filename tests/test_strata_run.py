@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-import torch
 import zarr
 from conftest import contents, only, pipeline
 
@@ -152,10 +151,10 @@ def test_values_that_look_the_same_are_groups_of_their_own():
         def __init__(self):
             self.arrays = {"source": np.zeros(6, np.uint8), "stratum": np.arange(6, dtype=np.uint16) // 2}
 
-        def read(self, split, name, first, count):
+        def read(self, _split, name, first, count):
             return self.arrays[name][first : first + count]
 
-        def count(self, split):
+        def count(self, _split):
             return 6
 
     groups = context_groups(Two(), "holdout")
