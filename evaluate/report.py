@@ -26,6 +26,15 @@ FIDELITY_COLUMNS = {
     "cosine": "cosine",
     "norm_ratio": "norm ratio",
 }
+TEXT_COLUMNS = {  # of a source in the sample's summary
+    "rows": "rows",
+    "train_documents": "used: training",
+    "holdout_documents": "used: held out",
+    "rows_dropped": "dropped",
+    "rows_filtered": "filtered out",
+    "rows_not_needed": "not needed",
+    "rows_not_reached": "not reached",
+}
 DOWNSTREAM_ROWS = {
     "contexts": "contexts",
     "ce_clean": "activations as they are",
@@ -58,6 +67,7 @@ def write_report(
         charts={hook: _charts(metrics["saes"][hook], _lines(file)) for hook, file in curves.items()},
         diff_charts={hook: _diff_charts(sae.get("diff", {})) for hook, sae in metrics["saes"].items()},
         manifests=manifests,
+        text=_text(manifests.get("sample")),
         waits=_waits(manifests),
         settings={name: _flat(manifest["settings"]) for name, manifest in manifests.items()},
         numerics={name: _flat(manifest["numerics"]) for name, manifest in manifests.items()},
@@ -77,6 +87,32 @@ def figure(value: Any, name: str = "") -> str:
     if name in ("l0", "mse"):
         return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
     return f"{value:.3f}"
+
+
+def _text(sample: dict[str, Any] | None) -> dict[str, Any] | None:
+    """What became of the rows of each source, by the manifest of the sample; None without text.
+
+    Samples of earlier versions did not count them all.
+    """
+    if sample is None:
+        return None
+    settings, summary = sample["settings"], sample["summary"]
+    sources = {source["name"]: summary[source["name"]] for source in settings["sources"]}
+    counted = {name: counts for name, counts in sources.items() if "rows" in counts}
+    has_chats = any(source["rows"] not in ("text", "tokens") for source in settings["sources"])
+    return {
+        "template": (settings["template"] or "model") if has_chats else "none",
+        "bos": summary.get("bos", "none"),
+        "columns": TEXT_COLUMNS,
+        "sources": counted,
+        "reasons": [
+            (name, what, reason, kept)
+            for name, counts in counted.items()
+            for what in ("dropped", "cut")
+            for reason, kept in sorted(counts[what].items(), key=lambda item: -item[1]["rows"])
+        ],
+        "malformed": {name: counts["rows_malformed"] for name, counts in counted.items() if counts["rows_malformed"]},
+    }
 
 
 def _waits(manifests: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from harvest.files import UserError
 from harvest.templates import BOS, MARKERS, THINK, THINK_END, TOOL_MARKERS, Refused, Segment, compose
 from harvest.tokenizer import SegmentTokenizer, embedding_rows, load_whole_tokenizer
 
-SHOWN = 12  # names of added tokens in a line
+SHOWN = 6  # names of added tokens in a line
 
 
 class DocumentTokenizer(SegmentTokenizer):
@@ -71,9 +71,9 @@ class DocumentTokenizer(SegmentTokenizer):
         special = [token.content for token in added if token.special]
         others = [token.content for token in added if token.content in self.protected and not token.special]
         if self.protected:
-            named = f"{len(special)} special tokens ({_some(special)})"
-            also = f" and none of the markers {_some(others)}" if others else ""
-            out.append(f"text makes none of the tokenizer's {named}{also}: spelt out, they stay text")
+            kinds = [f"{len(special)} special tokens ({_some(special)})"] if special else []
+            kinds += [f"markers {_some(others)}"] if others else []
+            out.append(f"text that spells one of the tokenizer's {' or '.join(kinds)} stays text")
         return out
 
     def counted(self) -> list[str]:
