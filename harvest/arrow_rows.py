@@ -88,6 +88,20 @@ def parquet_columns(file: OpenedFile) -> list[str]:
         return pq.read_schema(stream).names
 
 
+def parquet_bytes(file: OpenedFile, columns: Sequence[str]) -> int:
+    """What these columns of a parquet file take at least once they are unpacked.
+
+    Raises UserError that names the file where it cannot be read.
+    """
+    import pyarrow.parquet as pq
+
+    with _named_errors(file, "parquet"), file.stream() as stream:
+        metadata = pq.ParquetFile(stream).metadata
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    chunks = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in columns)
+
+
 def open_parquet(file: OpenedFile, columns: Sequence[str], scratch: Path | None) -> ArrowRows:
     """The rows of a parquet file, of which only these columns are there.
 

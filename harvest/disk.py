@@ -41,18 +41,20 @@ def check_room(directory: Path, shards: int, geometry: Geometry) -> None:
         )
 
 
-def check_room_for_contexts(directory: Path, tokens: int) -> None:
+def check_room_for_contexts(directory: Path, tokens: int, unpacked: int) -> None:
     """Raise UserError when the contexts of so many tokens do not fit on the folder's disk.
 
     They take 8 bytes a token (its id, its document), and as much again in scratch files until they are shuffled.
+    `unpacked` bytes of the sources' files stand beside them meanwhile.
     """
     begun = [path for folder in ("scratch", "contexts") for path in directory.glob(f"{folder}/**/*") if path.is_file()]
-    needed = 16 * tokens - sum(path.stat().st_blocks * 512 for path in begun)
+    needed = 16 * tokens + unpacked - sum(path.stat().st_blocks * 512 for path in begun)
     free = shutil.disk_usage(directory).free
     if needed > free:
+        files = f", {size_text(unpacked)} of it for unpacked files of the sources" if unpacked else ""
         raise UserError(
             f"sample.train_tokens, sample.holdout_tokens: {tokens:,} tokens take {size_text(needed)} more in "
-            f"{directory} while they are sampled, and its disk has {size_text(free)} free; lower them, make room "
+            f"{directory} while they are sampled{files}, and its disk has {size_text(free)} free; lower them, make room "
             "(`make prune` lists old runs), or choose another disk with --runs"
         )
 

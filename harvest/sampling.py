@@ -32,6 +32,7 @@ from harvest.disk import check_room_for_contexts
 from harvest.documents import DocumentTokenizer, load_document_tokenizer
 from harvest.packing import PackedSource
 from harvest.progress import Progress
+from harvest.sources import unpacked_bytes
 
 
 def run(
@@ -54,7 +55,8 @@ def run(
         print(f"sample: {line}")
     scratch = directory / "scratch"
     scratch.mkdir(parents=True, exist_ok=True)
-    check_room_for_contexts(directory, sum(config.shards(split) * config.shard_rows for split in SPLITS))
+    tokens = sum(config.shards(split) * config.shard_rows for split in SPLITS)
+    check_room_for_contexts(directory, tokens, unpacked_bytes(config.sources))
     contexts = {split: contexts_by_source(config, split) for split in SPLITS}
     # All are opened before the first is packed: a column that is missing in the last is not found after hours.
     sources = [

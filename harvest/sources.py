@@ -5,11 +5,11 @@ And where activations are that need no harvest: files of arrays, or a folder tha
 
 import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from harvest.arrow_rows import open_arrow, open_parquet, parquet_columns
+from harvest.arrow_rows import open_arrow, open_parquet, parquet_bytes, parquet_columns
 from harvest.config import IngestConfig, Source
 from harvest.conversations import COLUMNS, needed_columns
 from harvest.files import UserError
@@ -17,10 +17,11 @@ from harvest.hub import hub_answers
 from harvest.json_rows import open_json
 from harvest.opened_file import OpenedFile, content_name
 from harvest.rows import Damaged, FileRows, HubRows, Rows
-from harvest.source_files import find_files, is_local, kind_of
+from harvest.source_files import COMPRESSIONS, find_files, is_local, kind_of
 
 ARRAY_SUFFIXES = (".npy", ".safetensors", ".pt", ".pth")
 SLOW_BYTES = 10 << 30  # reading more is told
+UNPACKED = 2  # times its size that compressed JSON has at least
 
 
 class OpenedSource(NamedTuple):
@@ -74,6 +75,23 @@ def open_source(source: Source, commit: str | None, offline: bool, scratch: Path
         raise UserError(f"{where}.path: {source.path!r}: holds no row")
     content = content_name((path.name, file.sha256) for path, file in zip(found.files, files, strict=True))
     return OpenedSource(rows, columns or _columns(source, rows, where), content, found.passed_over)
+
+
+def unpacked_bytes(sources: Iterable[Source]) -> int:
+    """What unpacked files of some sources take at least in the scratch folder: columns of parquet, compressed JSON.
+
+    Raises UserError where there are no files, or such that cannot be read.
+    """
+    total = 0
+    for source in sources:
+        files = find_files(source, f"sample.sources ({source.name})").files if is_local(source.path) else []
+        columns = {*COLUMNS[source.rows], "system", *(source.where or ()), *([source.strata] if source.strata else [])}
+        for path in files:
+            if kind_of(path) == "parquet":
+                total += parquet_bytes(OpenedFile(path), [*columns])
+            elif path.suffix.lower() in COMPRESSIONS:
+                total += UNPACKED * path.stat().st_size
+    return total
 
 
 def _columns(source: Source, rows: "Rows | _Named", where: str) -> list[str]:

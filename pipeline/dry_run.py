@@ -9,7 +9,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def dry_run(config: PipelineConfig, folder: Path, name: str, say: Callable[[str]
     d_in, origin = _write_model(config, folder / "model")
     rehearsed = rehearsal(config, d_in, folder)
     for source in rehearsed.sample.sources:
-        write_rows(Path(source.path), source, words_needed(rehearsed.sample, source))
+        words = words_needed(rehearsed.sample, source)
+        write_rows(Path(source.path), source, words, config.train.exclude.token_ids)
     say(f"dry-run  {name}: shape of the model from {origin}; width {d_in} -> {D_IN}, everything into {folder}")
     sweep = find_runs(rehearsed, folder / "runs")
     for stage in STAGES:
@@ -181,14 +182,17 @@ def words_needed(sample: SampleConfig, source: Source) -> int:
     return int(1.5 * source.share * need) + 20_000
 
 
-def write_rows(path: Path, source: Source, words: int) -> None:
-    """Made-up rows in a source's schema, with so many words in all; equal on every machine."""
+def write_rows(path: Path, source: Source, words: int, excluded: Sequence[int] = ()) -> None:
+    """Made-up rows in a source's schema, with so many words in all; equal on every machine.
+
+    Rows of token ids have the `excluded` ones at their start, where templates put markers.
+    """
     rng = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         while words > 0:
             length = rng.randint(60, 400)
             words -= length
-            row = _row(source.rows, length, rng) | _chosen(source)
+            row = _row(source.rows, length, rng, excluded) | _chosen(source)
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
@@ -198,11 +202,11 @@ def _chosen(source: Source) -> dict[str, Any]:
     return ({source.strata: "made up"} if source.strata else {}) | wanted
 
 
-def _row(rows: str, words: int, rng: random.Random) -> dict[str, Any]:
+def _row(rows: str, words: int, rng: random.Random, excluded: Sequence[int]) -> dict[str, Any]:
     parts = (" ".join(rng.choices(TEXT.split(), k=max(1, words * share // 10))) for share in (2, 6, 2))
     first, second, third = parts
     if rows == "tokens":
-        return {"input_ids": [rng.randrange(100) for _ in range(words)]}
+        return {"input_ids": [*excluded, *(rng.randrange(100) for _ in range(words))]}
     if rows in ("conversation", "messages"):  # LMSYS-Chat-1M
         turns = [("user", first), ("assistant", second), ("user", third), ("assistant", "so it is")]
         conversation = [{"role": role, "content": text} for role, text in turns]

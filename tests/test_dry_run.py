@@ -101,3 +101,22 @@ def test_made_up_rows_fit_their_schema(tmp_path, rows):
     words += sum(len(reading.ids) for reading in readings if reading.ids is not None)
     assert words >= 1800
     assert json.loads(Path(source.path).read_text().splitlines()[0])
+
+
+def test_sources_with_strata_where_and_token_ids_are_rehearsed(fresh_folder):
+    chosen = "where: {domain: [math, code], right: true, level: 3}, strata: domain"
+    sources = [
+        f"{{name: reasoning, path: nobody/chosen, rows: reasoning, share: 0.5, {chosen}}}",
+        "{name: kinds, path: nobody/kinds, split: train+test, rows: text, share: 0.25, strata: kind}",
+        "{name: ids, path: nobody/ids, rows: tokens, share: 0.25, drop: any}",
+    ]
+    config = load(TINY, [f"sample.sources=[{', '.join(sources)}]", "train.exclude.token_ids=[1, 2, 300]"])
+    lines = []
+    (report,) = dry_run(config, Path("runs/dry-run/tiny"), "tiny", lines.append)
+    assert "kinds/made up" in report.read_text()
+    assert "reasoning/math" in report.read_text()
+    assert any(line.startswith("dry-run  token 300 ") for line in lines)
+    ids = [json.loads(line)["input_ids"] for line in Path("runs/dry-run/tiny/ids.jsonl").read_text().splitlines()]
+    assert all(row[:3] == [1, 2, 300] for row in ids)  # else a token of no other source would never occur
+    row = json.loads(Path("runs/dry-run/tiny/reasoning.jsonl").read_text().splitlines()[0])
+    assert (row["domain"], row["right"], row["level"]) == ("math", True, 3)

@@ -1,21 +1,25 @@
 """Sources with `strata` and `where`, from their rows to the report."""
 
+import gzip
 import json
 import re
 import shutil
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import tiny
 import zarr
-from conftest import contents, only, pipeline
+from conftest import TINY, contents, only, pipeline
 
 from evaluate.groups import context_groups
 from harvest.activation_store import ActivationStore
 from harvest.contexts import CHECKSUMS, NO_STRATUM, Contexts
 from harvest.conversations import is_held_out
+from harvest.sources import unpacked_bytes
+from pipeline.config import load
 from train.checkpoint import load_sae
 
 HOOK = "model.layers.1"
@@ -273,3 +277,24 @@ def test_rows_without_a_stratum_are_dropped_and_counted(kinds_folder):
     without = Counter(rows[row]["kind"] for row in looked_at)[None]
     assert summary["dropped"]["no value in kind"]["rows"] == without > 0
     assert f"{without} no value in kind" in ran.out
+
+
+def test_room_is_asked_for_what_is_unpacked(kinds_folder, monkeypatch):
+    """Of parquet, the columns that are needed; of compressed JSON, twice its size."""
+    big = [row | {"other": "x" * 5000 + str(number)} for number, row in enumerate(ROWS)]
+    datasets.Dataset.from_list(big).to_parquet("kinds.parquet")
+    Path("kinds.jsonl.gz").write_bytes(gzip.compress(Path("kinds.jsonl").read_bytes()))
+    packed = Path("kinds.jsonl.gz").stat().st_size
+    text = sum(len(row["text"]) + 4 for row in ROWS)
+    for name, least, most in (("parquet", text, 1.5 * text), ("jsonl.gz", 2 * packed, 2 * packed)):
+        source = f"sample.sources=[{{name: kinds, path: kinds.{name}, rows: text, share: 1, strata: kind}}]"
+        found = unpacked_bytes(load(TINY, [source, *QUICK]).sample.sources)
+        assert least <= found <= most
+        for free, status in ((16 * 2048 + found, 0), (16 * 2048 + found - 1, 1)):
+            usage = shutil._ntuple_diskusage(10**9, 0, free)
+            with monkeypatch.context() as patch:
+                patch.setattr(shutil, "disk_usage", lambda _path, usage=usage: usage)
+                ran = pipeline("sample", source.replace("strata: kind", "where: {kind: letters}"), *QUICK)
+            assert ran.status == status, ran.out
+            assert status == 0 or "of it for unpacked files of the sources, and its disk has" in ran.out
+            shutil.rmtree("runs")
