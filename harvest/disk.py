@@ -54,8 +54,8 @@ def check_room_for_contexts(directory: Path, tokens: int, unpacked: int) -> None
         files = f", {size_text(unpacked)} of it for unpacked files of the sources" if unpacked else ""
         raise UserError(
             f"sample.train_tokens, sample.holdout_tokens: {tokens:,} tokens take {size_text(needed)} more in "
-            f"{directory} while they are sampled{files}, and its disk has {size_text(free)} free; lower them, make room "
-            "(`make prune` lists old runs), or choose another disk with --runs"
+            f"{directory} while they are sampled{files}, and its disk has {size_text(free)} free; lower them, make "
+            "room (`make prune` lists old runs), or choose another disk with --runs"
         )
 
 
