@@ -26,7 +26,7 @@ from harvest.progress import Progress
 from harvest.row_counts import RowCounts
 from harvest.rows import Damaged
 from harvest.sources import open_source
-from harvest.strata import Choice, find_strata
+from harvest.strata import Choice, find_strata, none_taken
 from harvest.templates import Refused, Segment
 
 DOCUMENTS_AT_ONCE = 512
@@ -267,6 +267,8 @@ class PackedSource:
 
     def _check_filled(self) -> None:
         """Raise UserError for a split, or a stratum of it, that has too little text."""
+        if self.counts.filtered == len(self._opened.rows):
+            raise none_taken(self.source, self._opened, self.setting)
         for split in SPLITS:
             for number, lane in enumerate(self._lanes[split]):
                 if lane.is_full:

@@ -9,6 +9,7 @@ from harvest.sources import OpenedSource
 
 MOST_STRATA = 255
 ROWS_AT_ONCE = 4096
+FIRST_ROWS, SHOWN_VALUES, SHOWN_CHARACTERS = 100, 5, 40  # of values that a message shows
 Key = tuple[str, Any]
 
 
@@ -39,12 +40,13 @@ def find_strata(source: Source, opened: OpenedSource, setting: str) -> list[Any]
     """
     if not source.strata:
         return []
-    choice, found = Choice(source, []), {}
+    choice, found, taken = Choice(source, []), {}, 0
     columns = list(dict.fromkeys([source.strata, *(source.where or ())]))
     for first in range(0, len(opened.rows), ROWS_AT_ONCE):
         numbers = range(first, min(first + ROWS_AT_ONCE, len(opened.rows)))
         for row in opened.rows.take(numbers, columns):
             if not isinstance(row, Damaged) and choice.takes(row):
+                taken += 1
                 value = row[source.strata]
                 found.setdefault(_key(value), value)
         found.pop(_NONE, None)
@@ -54,9 +56,22 @@ def find_strata(source: Source, opened: OpenedSource, setting: str) -> list[Any]
                 f"{setting}.strata: {source.strata!r} has more than {MOST_STRATA} values ({some}, ...); name a column "
                 "of few values"
             )
+    if source.where and not taken:
+        raise none_taken(source, opened, setting)
     if not found:
         raise UserError(f"{setting}.strata: {source.strata!r}: no row that is taken has a value there")
     return [found[key] if key[0] != "text" else key[1] for key in sorted(found)]
+
+
+def none_taken(source: Source, opened: OpenedSource, setting: str) -> UserError:
+    """What to say where no row has the values of `where`: those that the first rows have."""
+    columns = [*(source.where or ())]
+    rows = [row for row in opened.rows.take(range(min(FIRST_ROWS, len(opened.rows))), columns) if isinstance(row, dict)]
+    seen = {column: list(dict.fromkeys(repr(row[column])[:SHOWN_CHARACTERS] for row in rows)) for column in columns}
+    there = "; ".join(f"{column} is {', '.join(values[:SHOWN_VALUES])}" for column, values in seen.items())
+    return UserError(
+        f"{setting}.where: none of the {len(opened.rows):,} rows has these values; in the first rows {there}"
+    )
 
 
 _NONE: Key = ("none", "")
