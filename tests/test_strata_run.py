@@ -279,6 +279,8 @@ def test_rows_without_a_stratum_are_dropped_and_counted(kinds_folder):
     without = Counter(rows[row]["kind"] for row in looked_at)[None]
     assert summary["dropped"]["no value in kind"]["rows"] == without > 0
     assert f"{without} no value in kind" in ran.out
+    assert "kinds  rows_dropped" in ran.out
+    assert "rows_malformed" not in ran.out  # there were none
 
 
 def test_room_is_asked_for_what_is_unpacked(kinds_folder, monkeypatch):
