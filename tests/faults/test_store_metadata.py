@@ -130,10 +130,10 @@ def test_a_store_that_has_to_be_there(tmp_path):
 
 def test_room_for_contexts_counts_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 0, 8_000_000))
-    check_room_for_contexts(tmp_path, 500_000)
+    check_room_for_contexts(tmp_path, 500_000, 0)
     with pytest.raises(UserError, match="600,000 tokens take 9"):
-        check_room_for_contexts(tmp_path, 600_000)
+        check_room_for_contexts(tmp_path, 600_000, 0)
     for name in ("scratch/0-train-tokens", "contexts/train/tokens/c/0"):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).write_bytes(bytes(1_000_000))
-    check_room_for_contexts(tmp_path, 600_000)
+    check_room_for_contexts(tmp_path, 600_000, 0)
