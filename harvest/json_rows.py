@@ -127,7 +127,7 @@ def _decompress(path: Path, stream: BinaryIO, kind: str, out: Unpacked) -> None:
 
 
 def _form(stream: BinaryIO) -> tuple[int, str]:
-    """Where the first value begins, and what there is: `lines`, an `array`, or `values` that go over lines.
+    """Where the first value begins, and what there is: `lines`, an `array`, or `values` that go over lines or share one.
 
     Lines they are where one of the first two is an object: another may be damaged.
     """
@@ -142,7 +142,17 @@ def _form(stream: BinaryIO) -> tuple[int, str]:
                 return start, "lines"
         except (ValueError, RecursionError):
             continue
-    return start, "values" if len(lines) > 1 and lines[0].lstrip()[:1] == b"{" else "lines"
+    goes_on = len(lines) > 1 or (len(lines) == 1 and b"}" in lines[0] and _holds_several(lines[0]))
+    return start, "values" if goes_on and lines[0].lstrip()[:1] == b"{" else "lines"
+
+
+def _holds_several(line: bytes) -> bool:
+    """Whether one value follows another in a line."""
+    text = line.decode("utf-8", "replace").lstrip()
+    try:
+        return text[json.JSONDecoder().raw_decode(text)[1] :].lstrip()[:1] == "{"
+    except (ValueError, RecursionError):
+        return False
 
 
 def _line_spans(data: OpenedFile | Unpacked, start: int) -> Spans:

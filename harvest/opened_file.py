@@ -2,8 +2,9 @@
 
 A fingerprint names content by its sha256. So that nothing else is read under that name, a file is opened once, hashed
 through that descriptor, and looked at again while and after it is used. Stamps (size, mtime, ctime, inode) tell that
-nothing was written in between; where they cannot, because the file was changed at about the time of the hash and clocks
-of file systems are coarse, it is hashed again.
+nothing was written in between: the same content again is not enough, since rows may have been read before it was put
+back. Where stamps cannot tell, because the file was changed at about the time of the hash and clocks of file systems
+are coarse, it is hashed again.
 """
 
 import hashlib
@@ -30,21 +31,22 @@ class OpenedFile:
         self.path = path
         self._file = path.open("rb", buffering=0)
         self.sha256 = ""
-        self._stamp, self._hashed_ns = self._look()
+        self._stamp, self._hashed_ns = self._look(), 0
 
     def blocks(self) -> Iterator[bytes]:
         """All of the file, in pieces, hashed on the way.
 
-        Raises ChangedError where it has another hash than before.
+        Raises ChangedError where it was written to since it was opened.
         """
-        self._stamp, self._hashed_ns = self._look()
+        self._check_stamp()
+        self._hashed_ns = time.time_ns()
         digest, offset = hashlib.sha256(), 0
         while block := os.pread(self._file.fileno(), BLOCK, offset):
             digest.update(block)
             offset += len(block)
             yield block
         if self.sha256 and digest.hexdigest() != self.sha256:
-            raise ChangedError(f"{self.path}: changed while it was read; the same command again begins anew")
+            raise self._changed()
         self.sha256 = digest.hexdigest()
 
     def hash(self) -> None:
@@ -74,17 +76,24 @@ class OpenedFile:
         return data
 
     def check(self) -> None:
-        """Raise ChangedError unless the file is still what was hashed."""
-        stamp, _ = self._look()
-        if stamp != self._stamp or stamp.ctime_ns > self._hashed_ns - RECENT_NS:
+        """Raise ChangedError unless the file is, and was since it was opened, what was hashed."""
+        self._check_stamp()
+        if self._stamp.ctime_ns > self._hashed_ns - RECENT_NS:
             self.hash()
 
     def close(self) -> None:
         """Give the descriptor back."""
         self._file.close()
 
-    def _look(self) -> tuple[Stamp, int]:
-        return stamp_of(os.fstat(self._file.fileno())), time.time_ns()
+    def _look(self) -> Stamp:
+        return stamp_of(os.fstat(self._file.fileno()))
+
+    def _check_stamp(self) -> None:
+        if self._look() != self._stamp:
+            raise self._changed()
+
+    def _changed(self) -> ChangedError:
+        return ChangedError(f"{self.path}: changed while it was read; the same command again begins anew")
 
 
 def content_name(hashes: Iterable[tuple[str, str]]) -> str:
