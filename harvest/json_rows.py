@@ -127,9 +127,8 @@ def _decompress(path: Path, stream: BinaryIO, kind: str, out: Unpacked) -> None:
 
 
 def _form(stream: BinaryIO) -> tuple[int, str]:
-    """Where the first value begins, and what there is: `lines`, an `array`, or `values` that go over lines or share one.
-
-    Lines they are where one of the first two is an object: another may be damaged.
+    """Where the first value begins, and what there is: `lines`, an `array`, or `values` that go over lines or share
+    one. Lines they are where one of the first two is an object: another may be damaged.
     """
     start = len(BOM) if stream.read(len(BOM)) == BOM else 0
     stream.seek(start)
