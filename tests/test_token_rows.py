@@ -213,7 +213,7 @@ def test_counts_are_shown_and_kept(fresh_folder):
     mixed(bad=60)
     for train in (256, 1024):
         change = settings("text", "t.jsonl", train, 256, ", where: {kind: a}")
-        tokens, documents, summary, out = sampled(*change)
+        _, documents, summary, out = sampled(*change)
         counts = summary["t"]
         assert sum(counts[each] for each in COUNTED) == counts["rows"] == 360
         used = {int(row) for split in documents.values() for row in np.unique(split)}
