@@ -140,13 +140,13 @@ def _form(stream: BinaryIO) -> tuple[int, str]:
             if isinstance(json.loads(line.decode("utf-8", "replace")), dict | str):
                 return start, "lines"
         except (ValueError, RecursionError):
-            continue
-    goes_on = len(lines) > 1 or (len(lines) == 1 and b"}" in lines[0] and _holds_several(lines[0]))
-    return start, "values" if goes_on and lines[0].lstrip()[:1] == b"{" else "lines"
+            if _holds_several(line):
+                return start, "values"
+    return start, "values" if len(lines) > 1 and lines[0].lstrip()[:1] == b"{" else "lines"
 
 
 def _holds_several(line: bytes) -> bool:
-    """Whether one value follows another in a line."""
+    """Whether an object follows a value in a line."""
     text = line.decode("utf-8", "replace").lstrip()
     try:
         return text[json.JSONDecoder().raw_decode(text)[1] :].lstrip()[:1] == "{"

@@ -71,7 +71,7 @@ class OpenedFile:
         data = os.pread(self._file.fileno(), length, start)
         while len(data) < length:  # of more than 2 GB at once, the kernel gives a part
             if not (more := os.pread(self._file.fileno(), length - len(data), start + len(data))):
-                raise ChangedError(f"{self.path}: became shorter while it was read; the same command again begins anew")
+                raise self._changed()
             data += more
         return data
 
@@ -93,7 +93,7 @@ class OpenedFile:
             raise self._changed()
 
     def _changed(self) -> ChangedError:
-        return ChangedError(f"{self.path}: changed while it was read; the same command again begins anew")
+        return ChangedError(f"{self.path}: changed while it was read; the same command again takes what is there then")
 
 
 def content_name(hashes: Iterable[tuple[str, str]]) -> str:

@@ -66,6 +66,7 @@ AS_DATASETS = {
     "lines.json": LINES,
     "objects.json": "\n".join(json.dumps(row, indent=1) for row in ROWS).encode(),
     "beside.json": "".join(json.dumps(row) for row in ROWS).encode(),
+    "two.jsonl": b'{"text": "so"}{"text": "even"}\n{"text": "is"}\n{"text": "two"} {"text": "odd"}\n',
     "one.json": b'{"text": "only"}',
     "texts.json": b'["so", "even"]',
     "a.jsonl.gz": gzip.compress(LINES),
@@ -230,6 +231,7 @@ def test_folders_that_datasets_saved(here):
     data.filter(lambda row: not row["text"].endswith("3"))  # leaves a file of its cache
     assert len(list(Path("plain").glob("cache-*.arrow"))) == 1
     assert texts("plain") == texts("plain/*") == texts("./plain/") == expected
+    assert [path.suffix for path in opened("plain").passed_over] == [".arrow"]
     both = {name: datasets.Dataset.from_list([{"text": f"{name} {i}"} for i in range(3)]) for name in ("train", "odd")}
     datasets.DatasetDict(both).save_to_disk("dict")
     for name in both:
