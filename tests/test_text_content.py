@@ -117,7 +117,17 @@ def test_new_text_with_the_old_size_and_time_is_read(fresh_folder, tmp_path, kin
     assert len(complete()) == 2
 
 
-MOMENTS = ("before", "hashed", "opened", "unpacked and back", "read", "read and back", "packed", "written")
+MOMENTS = (
+    "before",
+    "hashed",
+    "opening and back",
+    "opened",
+    "unpacked and back",
+    "read",
+    "read and back",
+    "packed",
+    "written",
+)
 
 
 class Edit:
@@ -168,6 +178,8 @@ def hook(patch: pytest.MonkeyPatch, moment: str, edit: Edit) -> None:
     match moment:
         case "hashed":
             around(stages, "find_inputs", lambda: None, edit)
+        case "opening and back":
+            around(packing, "open_source", edit)
         case "opened":
             around(packing, "open_source", lambda: None, edit)
         case "unpacked and back":
@@ -188,7 +200,7 @@ def hook(patch: pytest.MonkeyPatch, moment: str, edit: Edit) -> None:
         around(sampling, "_write", interrupted)
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(27))
 def test_a_sample_names_the_text_that_it_read(fresh_folder, tmp_path, monkeypatch, seed):
     """Random edits that keep size, time or both: a manifest is there for no other content than was read."""
     monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", 3)
@@ -212,6 +224,8 @@ def test_a_sample_names_the_text_that_it_read(fresh_folder, tmp_path, monkeypatc
     with pytest.MonkeyPatch.context() as patch:
         hook(patch, moment, edit)
         first = pipeline("sample", *settings(path))
+    if moment == "opening and back":
+        edit(back=True)
     assert edit.left == (0 if "back" in moment else 1)
     assert (first.status == 0) is (moment == "before"), first.out
     assert "Traceback" not in first.out
