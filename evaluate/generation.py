@@ -75,7 +75,10 @@ def prompt_texts(tokenizer: Any, prompts: Sequence[str], chat: bool | None) -> l
     try:
         return [render(tokenizer, [{"role": "user", "content": p}], add_generation_prompt=True) for p in prompts]
     except Refused as refused:
-        raise UserError(f"a prompt cannot be put as a user's turn ({refused}); use --no-chat") from None
+        raise UserError(
+            f"the model's chat template cannot write a prompt as a user's turn ({refused}); mend it, or use "
+            "`steer --no-chat` and evaluate.steering=null"
+        ) from None
 
 
 def prompt_ids(

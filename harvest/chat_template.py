@@ -54,6 +54,9 @@ class ChatTemplate:
         self._structures: dict[tuple[Any, ...], list[_Piece]] = {}
         try:
             self._base = self._probe([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")])
+            found = [piece.slot for piece in self._base if piece.slot is not None]
+            if found != [_slot(0, 0), _slot(1, 0), _slot(2, 0)]:
+                raise Refused("it leaves out what a user or an assistant says, or does not take it as text")
         except Refused as refused:
             raise UserError(
                 f"sample.template: the model's own chat template cannot write a plain conversation ({refused}); choose "

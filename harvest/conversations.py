@@ -148,7 +148,9 @@ def _problem(row: dict[str, Any]) -> Reading:
     thought = split_answer(_plain(reasoning, "deepseek_reasoning"))
     solution = solution if isinstance(solution, str) and solution.strip() else ""
     if thought.reasoning is None:  # no tags, or such that do not pair
-        answer = Turn("assistant", solution, reasoning)
+        told = split_answer(solution, reasoning)
+        answer = Turn("assistant", told.after, told.reasoning, told.before)
+        thought = thought._replace(malformed=thought.malformed or told.malformed)
     else:
         # Where the column holds the whole answer, what follows the reasoning is the solution.
         parts = [thought.after] if thought.after == solution.strip() else [thought.after, solution]

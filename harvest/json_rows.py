@@ -133,8 +133,9 @@ def _form(stream: BinaryIO) -> tuple[int, str]:
     start = len(BOM) if stream.read(len(BOM)) == BOM else 0
     stream.seek(start)
     lines = [line for line in (stream.readline(LONGEST_FIRST_LINE) for _ in range(20)) if line.strip()][:2]
-    for line in lines:
-        if line.lstrip()[:1] == b"[":
+    for number, line in enumerate(lines):
+        # A row of an array is an object or a text; [1, 2] is a line that is no row.
+        if number == 0 and re.match(rb"\s*\[\s*([\[{\"\]]|$)", line):
             return start, "array"
         try:
             if isinstance(json.loads(line.decode("utf-8", "replace")), dict | str):

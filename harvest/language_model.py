@@ -110,7 +110,8 @@ def find_hook(skeleton: Skeleton, hook: str) -> HookPoint:
         raise UserError(f"harvest.hooks: {hook!r}: the model has {layers} layers, 0 to {layers - 1}")
     names = [name for name, _ in skeleton.model.named_modules() if name]
     if module not in names or isinstance(skeleton.model.get_submodule(module), nn.ModuleList):
-        close = difflib.get_close_matches(module, names, n=1)
+        hookable = [n for n in names if n != module and not isinstance(skeleton.model.get_submodule(n), nn.ModuleList)]
+        close = difflib.get_close_matches(module, hookable, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"a layer is {skeleton.layer_list}.0"
         raise UserError(f"harvest.hooks: {hook!r}: no such module in {type(skeleton.model).__name__}; {hint}")
     return HookPoint(module, int(inside[1]) + 1 if inside else layers)

@@ -141,7 +141,8 @@ class PackedSource:
     def say(self) -> None:
         """Tell what was not used as it stands, and what lies beside the files and was not read."""
         if self._opened.passed_over:
-            names = [path.name for path in self._opened.passed_over]
+            root = Path(self.source.path).expanduser()
+            names = [str(p.relative_to(root)) if p.is_relative_to(root) else p.name for p in self._opened.passed_over]
             more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
             print(f"{self.setting}: passed over: {', '.join(names[:MOST_NAMES])}{more}")
         for line in self.counts.lines(self._opened.rows.place):

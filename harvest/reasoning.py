@@ -7,7 +7,8 @@
         <|begin_of_solution|>answer<|end_of_solution|>
     <think>one</think>answer<think>two</think>more        several thoughts: they are joined, and so is the rest
 
-Tags that do not pair (one that is not closed, one within another, a closing one too many) leave the text as it is.
+Tags that do not pair (one that is not closed, one within another, a closing one too many) leave the text as it is, and
+so do tags between quotation marks, of which an answer speaks.
 """
 
 import re
@@ -16,7 +17,11 @@ from typing import NamedTuple
 
 FORMS = {"<think>": "</think>", "<|begin_of_thought|>": "<|end_of_thought|>"}  # opening: closing
 TAG = re.compile("|".join(re.escape(tag) for pair in FORMS.items() for tag in pair))
+QUOTES = tuple("`'\"“”‘’")
 SOLUTION = re.compile(r"\s*<\|(?:begin|end)_of_solution\|>\s*")
+
+
+SOLUTION_ALONE = re.compile(r"\s*<\|begin_of_solution\|>\s*(.*?)\s*(?:<\|end_of_solution\|>\s*)?", re.DOTALL)
 
 
 class Answer(NamedTuple):
@@ -35,9 +40,12 @@ def split_answer(text: str, given: str | None = None) -> Answer:
     """
     tags = list(TAG.finditer(text))
     if not tags:
+        bare = SOLUTION_ALONE.fullmatch(text) if given is not None else None
+        if bare:
+            return Answer("", given, bare[1])
         return Answer("", given, text, malformed=bool(SOLUTION.search(text)))
     paired = _pairs(tags)
-    if paired is None:
+    if paired is None or any(_is_quoted(text, tag) for tag in tags):
         return Answer("", given, text, malformed=True)
     thoughts, outside, end = [] if given is None else [given], [], 0
     for opening, closing in paired:
@@ -48,6 +56,11 @@ def split_answer(text: str, given: str | None = None) -> Answer:
     # Some sets write the same thought into a field and into the answer.
     once = dict.fromkeys(thought.strip() for thought in thoughts)
     return Answer(before.strip(), _joined(once), _joined(SOLUTION.sub("\n\n", part) for part in rest))
+
+
+def _is_quoted(text: str, tag: re.Match[str]) -> bool:
+    """Whether an answer speaks of a tag, as in `<think>`."""
+    return text[: tag.start()][-1:] in QUOTES and text[tag.end() :][:1] in QUOTES
 
 
 def _pairs(tags: list[re.Match[str]]) -> list[tuple[tuple[int, int], tuple[int, int]]] | None:

@@ -1,6 +1,7 @@
 """Which files a local source is: a file, a folder's, or a glob's; which of them its split takes; which are no data."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
+RUNS_MEMORY = ".inputs.json"  # of a folder of runs; hidden, and so passed over and named
 WILD = re.compile(r"[*?\[]")
 
 
@@ -74,6 +76,8 @@ def nearest_hint(name: str, also: list[str]) -> str:
     """What a path that is not there may have meant, as the end of a sentence; `also` may be meant too."""
     if not name or Path(name).expanduser().exists():
         return ""
+    if Path(name).expanduser().is_symlink():
+        return "; it is a link to a file that is not there"
     beside = [str(path) for path in Path(name).parent.glob("*")]
     close = difflib.get_close_matches(name, [*also, *beside], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
@@ -92,11 +96,14 @@ def _below(root: Path) -> LocalFiles:
     """Data files of a folder, or of a pattern."""
     fixed = _fixed(root)
     if root.is_dir():
-        found: Iterator[Path] = root.rglob("*")
+        found: Iterator[Path] = _walked(root)
     else:
         found = fixed.glob(str(root.relative_to(fixed))) if root != fixed else iter(())
     paths = sorted(path for path in found if path.is_file())
     saved = {path.parent: _saved_names(path) for path in {p.parent / SAVED for p in paths} if path.is_file()}
+    for folder, names in saved.items():
+        if missing := sorted(name for name in names or () if not (folder / name).is_file()):
+            raise UserError(f"{folder / SAVED} names {missing[0]}, which is not there; the folder is half copied")
     files, passed_over = [], []
     for path in paths:
         kind = kind_of(path)
@@ -108,6 +115,21 @@ def _below(root: Path) -> LocalFiles:
             leftover = path.name in NO_DATA or re.fullmatch(r"cache-.*\.arrow", path.name)
             (passed_over if hidden or leftover else files).append(path)
     return LocalFiles(files, passed_over)
+
+
+def _walked(root: Path) -> Iterator[Path]:
+    """All files below a folder, also behind links to folders, each folder once."""
+    seen: set[str] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        here = os.path.realpath(folder)
+        if here in seen:
+            subfolders.clear()
+            continue
+        seen.add(here)
+        if RUNS_MEMORY in names:  # our own results: new files at every start
+            subfolders.clear()
+            names = [RUNS_MEMORY]
+        yield from (Path(folder, name) for name in names)
 
 
 def _fixed(root: Path) -> Path:
@@ -142,9 +164,15 @@ def _of_split(source: Source, root: Path, files: list[Path], setting: str) -> li
                 f"{setting}.split: {source.path!r} has files of the splits {', '.join(named[:-1])} and {named[-1]}; "
                 f"name the one to read, or several as {'+'.join(named[:2])}"
             )
+        if named and named != ["train"] and None in split_of.values():
+            other = next(path for path, split in split_of.items() if split is None)
+            raise UserError(
+                f"{setting}.split: {source.path!r} has files of the split {named[0]} beside others ({other.name}); set "
+                f"split: {named[0]}, or point path at the files that you mean"
+            )
         return files
     asked = [SPLITS.get(name, name) if name not in named else name for name in source.split.split("+")]
-    if missing := [name for name in asked if name not in named]:
+    if missing := [typed for typed, name in zip(source.split.split("+"), asked, strict=True) if name not in named]:
         there = f"there are {', '.join(named)}" if named else "the files are of no split; leave it out"
         raise UserError(f"{setting}.split: {missing[0]!r}: {source.path!r} has no such files; {there}")
     return [path for path in files if split_of[path] in asked]

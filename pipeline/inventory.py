@@ -14,7 +14,7 @@ from harvest.files import file_crc32c
 from harvest.row_files import damaged_chunks, missing_chunks, missing_rows
 
 SMALL_BYTES = 16 << 20  # of a file that `status` reads; of a larger one it looks at the size
-NO_RESULTS = ("begun.json", "manifest.json", "progress.json", "stream.json", "stream_done.json")
+NO_RESULTS = ("manifest.json", "progress.json", "stream.json", "stream_done.json")
 STREAMED = "store/train/shards"  # records that change as training beside the harvest reads on
 RECORD = re.compile(r"store/((?:train|holdout)/shards/\d{5,}\.json)")
 PASSED_OVER = {  # folders, as they are below the stage's directory

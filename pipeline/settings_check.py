@@ -249,8 +249,9 @@ def _check_prompts(config: PipelineConfig, tokenizer: Any, limit: int) -> None:
     if steering is None:
         return
     prompts = steering.prompts or built_in_prompts()[: steering.built_in_prompts]
+    ids = prompt_ids(tokenizer, prompts, None)
     try:
-        check_lengths(prompt_ids(tokenizer, prompts, None), steering.max_new_tokens, limit)
+        check_lengths(ids, steering.max_new_tokens, limit)
     except UserError as error:
         raise UserError(f"evaluate.steering.max_new_tokens: {steering.max_new_tokens}: {error}") from None
 

@@ -165,3 +165,17 @@ def test_named_templates_take_the_default(loaded):
     assert text_of(ChatTemplate(loaded), CHAT) == "[user]so[assistant]Yes"
     loaded.chat_template = {"rag": "x"}
     assert not has_chat_template(loaded)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages if m.role == 'user' %}<|im_start|>{{ m.content }}{% endfor %}",
+        "{{ messages[-1].content }}",
+        "x",
+        "{% for m in messages %}<|im_start|>{% for p in m.content %}{{ p.text }}{% endfor %}<|im_end|>{% endfor %}",
+    ],
+)
+def test_a_template_that_leaves_out_turns_is_refused(loaded, source):
+    with pytest.raises(UserError, match="cannot write a plain conversation"):
+        template(loaded, source)

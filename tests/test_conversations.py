@@ -98,3 +98,17 @@ def test_missing_columns_are_named():
         UserError, match=r"needs the columns deepseek_reasoning, deepseek_solution.*rows: text would fit"
     ):
         needed_columns("reasoning", ["problem", "text"], (), "maths")
+
+
+def test_tags_that_an_answer_speaks_of_stay_text():
+    answer = "The tag `<think>` opens and `</think>` closes."
+    turns = [{"role": "user", "content": "what is it?"}, {"role": "assistant", "content": answer}]
+    reading = read_row("messages", {"messages": turns})
+    assert reading.turns[1] == Turn("assistant", answer) and reading.malformed
+
+
+def test_tags_in_a_column_of_solutions():
+    row = {"problem": "p", "deepseek_reasoning": "r", "deepseek_solution": "<think>z</think>s"}
+    assert read_row("reasoning", row).turns[1] == Turn("assistant", "s", "r\n\nz")
+    row["deepseek_solution"] = "<|begin_of_solution|>\n\ns\n<|end_of_solution|>"
+    assert read_row("reasoning", row).turns[1] == Turn("assistant", "s", "r")

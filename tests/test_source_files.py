@@ -314,3 +314,48 @@ def test_kinds_side_by_side_are_refused(here):
     datasets.Dataset.from_list(ROWS).to_parquet("set/b.parquet")
     with pytest.raises(UserError, match=r"files side by side \(a\.jsonl and b\.parquet\)"):
         texts("set")
+
+
+def test_a_saved_data_set_that_lost_a_file(here):
+    datasets.Dataset.from_list(ROWS * 4).save_to_disk(here / "saved", num_shards=4)
+    assert len(texts("saved")) == 12
+    (here / "saved" / "data-00001-of-00004.arrow").unlink()
+    with pytest.raises(UserError, match=r"state\.json names data-00001-of-00004\.arrow, which is not there"):
+        opened("saved")
+
+
+def test_folders_behind_links_are_read_once(here):
+    for folder in ("data", "elsewhere"):
+        (here / folder).mkdir()
+        (here / folder / f"{folder}.jsonl").write_bytes(LINES)
+    (here / "data" / "more").symlink_to(here / "elsewhere")
+    (here / "data" / "round").symlink_to(here / "data")
+    assert len(texts("data")) == 2 * len(ROWS)
+
+
+def test_results_of_ours_beside_the_text_are_no_text(here):
+    (here / "a.jsonl").write_bytes(LINES)
+    (here / "runs" / "sample").mkdir(parents=True)
+    (here / "runs" / ".inputs.json").write_text("{}")
+    (here / "runs" / "sample" / "begun.json").write_text("{}")
+    assert len(texts(".")) == len(ROWS)
+
+
+def test_files_of_a_test_split_beside_others_are_asked_about(here):
+    (here / "test").mkdir()
+    for name in ("data.jsonl", "test/x.jsonl"):
+        (here / name).write_bytes(LINES)
+    with pytest.raises(UserError, match=r"files of the split test beside others \(data\.jsonl\)"):
+        opened(here)
+    assert len(texts(here, split="test")) == len(ROWS)
+    with pytest.raises(UserError, match=r"'dev'.* has no such files; there are test"):
+        opened(here, split="dev")
+
+
+def test_a_bad_first_line_that_begins_as_a_list_does(here):
+    for line in (b"[broken\n", b"[1, 2]\n"):
+        (here / "a.jsonl").write_bytes(line + LINES)
+        assert len(texts("a.jsonl", drop="any")) == 1 + len(ROWS)
+    for rows in (b'[\n{"text": "a"}\n]', b'[{"text": "a"},\n{"text": "b"}\n]', b'["a",\n"b"]', b'[\n\n{"text": "a"}]'):
+        (here / "a.json").write_bytes(rows)
+        assert texts("a.json")[0] == "a"
