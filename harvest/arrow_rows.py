@@ -119,9 +119,10 @@ def open_parquet(file: OpenedFile, columns: Sequence[str], scratch: Path | None)
             rows = pa.record_batch({"": pa.nulls(parquet.metadata.num_rows)})
             return ArrowRows(file.path, [rows], names)
         unpacked, out = Unpacked(scratch), None
-        for batch in parquet.iter_batches(UNPACKED_ROWS, columns=here):
-            out = out or pa.ipc.new_stream(unpacked.file, batch.schema)
-            out.write_batch(batch)
+        for group in range(parquet.num_row_groups):  # over all of them at once, memory grows with the file
+            for batch in parquet.iter_batches(UNPACKED_ROWS, row_groups=[group], columns=here):
+                out = out or pa.ipc.new_stream(unpacked.file, batch.schema)
+                out.write_batch(batch)
         if out:
             out.close()
     file.check()

@@ -145,17 +145,16 @@ def _text(row: dict[str, Any]) -> Reading:
 def _problem(row: dict[str, Any]) -> Reading:
     problem, reasoning, solution = (row.get(name) for name in COLUMNS["reasoning"])
     question = Turn("user", _plain(problem, "problem"))
-    thought = split_answer(_plain(reasoning, "deepseek_reasoning"))
-    solution = solution if isinstance(solution, str) and solution.strip() else ""
-    if thought.reasoning is None:  # no tags, or such that do not pair
-        told = split_answer(solution, reasoning)
-        answer = Turn("assistant", told.after, told.reasoning, told.before)
-        thought = thought._replace(malformed=thought.malformed or told.malformed)
-    else:
-        # Where the column holds the whole answer, what follows the reasoning is the solution.
-        parts = [thought.after] if thought.after == solution.strip() else [thought.after, solution]
-        answer = Turn("assistant", "\n\n".join(filter(None, parts)), thought.reasoning, thought.before)
-    return Reading([question, answer], malformed=thought.malformed)
+    column = split_answer(_plain(reasoning, "deepseek_reasoning"))
+    if column.reasoning is None:  # no tags, or such that do not pair
+        column = column._replace(reasoning=reasoning, after="")
+    answer = split_answer(solution if isinstance(solution, str) and solution.strip() else "", column.reasoning)
+    # Where the column holds the whole answer, what follows the reasoning is the solution.
+    parts = [] if column.after == answer.after.strip() else [column.after]
+    content = "\n\n".join(filter(None, [*parts, answer.after]))
+    before = "\n\n".join(filter(None, [column.before, answer.before]))
+    malformed = column.malformed or answer.malformed
+    return Reading([question, Turn("assistant", content, answer.reasoning, before)], malformed=malformed)
 
 
 def _conversation(rows: str, row: dict[str, Any]) -> Reading:

@@ -58,7 +58,7 @@ def with_gap(before: str) -> str:
 def _chatml(document: Sequence[Turn]) -> list[Segment]:
     out = []
     for turn in document:
-        text = turn.content if turn.reasoning is None else f"{turn.reasoning}\n\n{turn.content}".rstrip()
+        text = turn.content if not turn.reasoning else f"{turn.reasoning}\n\n{turn.content}".rstrip()
         out += [
             Segment(f"<|im_start|>{turn.role}\n", True),
             Segment(with_gap(turn.before) + text, False),

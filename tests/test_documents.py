@@ -55,7 +55,7 @@ def documents(loaded: Any, template: str, **more: Any) -> DocumentTokenizer:
 def chatml(turns: list[Turn]) -> str:
     out = ""
     for turn in turns:
-        text = turn.content if turn.reasoning is None else f"{turn.reasoning}\n\n{turn.content}".rstrip()
+        text = turn.content if not turn.reasoning else f"{turn.reasoning}\n\n{turn.content}".rstrip()
         out += f"<|im_start|>{turn.role}\n{text}<|im_end|>\n"
     return out
 
