@@ -124,5 +124,5 @@ def test_a_bos_that_begins_every_turn_is_left_in_prompts():
 def test_a_prompt_that_the_template_refuses_is_one_sentence():
     loaded = made_tokenizers.byte_level()
     loaded.chat_template = "{{ raise_exception('a system turn is needed') }}"
-    with pytest.raises(UserError, match=r"as a user's turn \(.*a system turn is needed\); mend it, or use .steer --no-chat."):
+    with pytest.raises(UserError, match=r"as a user's turn \(.*a system turn is needed\); mend it"):
         prompt_ids(loaded, ["so"], None, "none")
