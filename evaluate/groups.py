@@ -19,8 +19,7 @@ Groups = dict[str, np.ndarray]  # name -> bool (contexts,); a source stands befo
 def context_groups(contexts: Contexts, split: str) -> Groups:
     """The groups of a split; none without text."""
     source_C = contexts.read(split, "source", 0, contexts.count(split))
-    strata = contexts.strata
-    stratum_C = contexts.read(split, "stratum", 0, len(source_C)) if strata else source_C
+    strata, stratum_C = contexts.strata, contexts.strata_of(split, 0, len(source_C))
     groups: Groups = {}
     for name, of_source_C in by_source(source_C, contexts.sources).items():
         groups[name] = of_source_C

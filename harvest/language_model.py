@@ -10,7 +10,6 @@ import difflib
 import re
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 from harvest.config import ModelConfig
 from harvest.files import UserError
 from harvest.hooked_model import HookedModel
+from harvest.hub import where_it_is
 from harvest.products import widens, with_widened_products
 from harvest.weight_files import holds_more_than_bfloat16
 
@@ -55,7 +55,7 @@ def load_skeleton(model: ModelConfig, commit: str | None, offline: bool) -> Skel
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = AutoConfig.from_pretrained(model.name, **_where(model, commit, offline))
+        config = AutoConfig.from_pretrained(model.name, **where_it_is(model, commit, offline))
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # of any kind: the classes check their numbers in many ways, or lack a package
@@ -199,7 +199,7 @@ def load_weights(
             dtype=torch.float32 if rounds else torch.bfloat16,
             use_safetensors=True,
             output_loading_info=True,
-            **_where(model, commit, offline),
+            **where_it_is(model, commit, offline),
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
@@ -251,8 +251,3 @@ def _apart_from_files(model: Any) -> Any:
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
     return model
-
-
-def _where(model: ModelConfig, commit: str | None, offline: bool) -> dict[str, Any]:
-    local = Path(model.name).is_dir()
-    return {"revision": commit, "local_files_only": offline or local, "trust_remote_code": False}

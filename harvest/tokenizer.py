@@ -9,7 +9,6 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from tokenizers import Tokenizer, models
 
 from harvest.config import ModelConfig
 from harvest.files import UserError
+from harvest.hub import where_it_is
 from harvest.long_text import encode_long
 from harvest.renamed_tokens import RenamedTokens, opening, rename_tokens
 from harvest.templates import ALL_MARKERS, Segment
@@ -72,10 +72,6 @@ class SegmentTokenizer:
     def encode_text(self, text: str) -> list[int]:
         """Token ids of content that stands alone."""
         return self.encode([[Segment(text, False)]])[0].tolist()
-
-    def has_token(self, name: str) -> bool:
-        """Whether a marker is one token."""
-        return self.whole.token_to_id(name) is not None
 
     def check(self) -> None:
         """Compare the tokenizer with the one of other names: every id, and a text with each of the markers.
@@ -236,12 +232,7 @@ def load_whole_tokenizer(model: ModelConfig, commit: str | None, offline: bool) 
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(
-            model.name,
-            revision=commit,
-            local_files_only=offline or Path(model.name).is_dir(),
-            trust_remote_code=False,
-        )
+        loaded = AutoTokenizer.from_pretrained(model.name, **where_it_is(model, commit, offline))
     except Exception as error:  # tokenizers raises a bare Exception for a damaged tokenizer.json
         if isinstance(error, OSError) and error.errno:
             raise
@@ -257,12 +248,7 @@ def embedding_rows(model: ModelConfig, commit: str | None, offline: bool) -> int
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
-            model.name,
-            revision=commit,
-            local_files_only=offline or Path(model.name).is_dir(),
-            trust_remote_code=False,
-        )
+        config = AutoConfig.from_pretrained(model.name, **where_it_is(model, commit, offline))
     except (OSError, ValueError, KeyError):
         return None
     rows = getattr(config.get_text_config(), "vocab_size", None)
