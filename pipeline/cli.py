@@ -6,51 +6,12 @@ from typing import Annotated
 
 import typer
 
-from pipeline import config, share_commands, stages
-from pipeline import status as status_of
-from pipeline.command import (
-    DEFAULT_CONFIG,
-    DEFAULT_RUNS,
-    AllowMixed,
-    ConfigFile,
-    Force,
-    Overrides,
-    Root,
-    Yes,
-    app,
-    asker,
-    errors,
-    find,
-    find_any,
-    load_settings,
-)
+from pipeline import steer as steering
+from pipeline.command import DEFAULT_CONFIG, AllowMixed, Given, How, Root, Yes, app, asker, command
 from pipeline.fingerprint import STAGES
-
-__all__ = ["app", "main", "share_commands"]  # the last adds commands of its own to app
-
-
-def _run(
-    names: tuple[str, ...],
-    file: Path,
-    overrides: list[str] | None,
-    root: Path,
-    allow_mixed: bool,
-    force: bool,
-    yes: bool,
-    follow: bool = False,
-) -> None:
-    with errors(root):
-        sweep = find_any(file, overrides, root)
-        for warning in config.given_twice(overrides or []):
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-
-        confirm = asker(yes)
-        for name in names:
-            stages.run_stage(sweep, name, allow_mixed=allow_mixed, force=force, confirm=confirm, follow=follow)
-        if names[-1] == "evaluate":
-            for runs in sweep:
-                print(runs.directory("evaluate") / "report.html")
-
+from pipeline.running import run_stage
+from pipeline.settings_text import SettingsError, given_twice
+from pipeline.status import status_lines
 
 STAGE_HELP = {
     "sample": "Turn the sources' text into packed contexts of tokens.",
@@ -59,128 +20,107 @@ STAGE_HELP = {
 }
 
 
-def _add_stage(stage: str) -> None:
-    @app.command(stage, help=STAGE_HELP[stage])
-    def command(
-        overrides: Overrides = None,
-        config_file: ConfigFile = DEFAULT_CONFIG,
-        runs: Root = DEFAULT_RUNS,
-        allow_mixed: AllowMixed = False,
-        force: Force = False,
-        yes: Yes = False,
-    ) -> None:
-        _run((stage,), config_file, overrides, runs, allow_mixed, force, yes)
+def _run(names: tuple[str, ...], given: Given, how: How, follow: bool = False) -> None:
+    sweep = given.find()
+    for warning in given_twice(given.overrides or []):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    for name in names:
+        confirm = asker(how.yes)
+        run_stage(sweep, name, allow_mixed=how.allow_mixed, force=how.force, confirm=confirm, follow=follow)
+    if names[-1] == "evaluate":
+        for runs in sweep:
+            print(runs.directory("evaluate") / "report.html")
 
 
-for _stage in STAGE_HELP:
-    _add_stage(_stage)
+def _add_stage(stage: str, text: str) -> None:
+    def run_stage_alone(given: Given, how: How) -> None:
+        _run((stage,), given, how)
+
+    run_stage_alone.__doc__ = text
+    command(stage)(run_stage_alone)
 
 
-@app.command()
+for _stage, _text in STAGE_HELP.items():
+    _add_stage(_stage, _text)
+
+
+@command()
 def train(
-    overrides: Overrides = None,
-    config_file: ConfigFile = DEFAULT_CONFIG,
-    runs: Root = DEFAULT_RUNS,
+    given: Given,
+    how: How,
     follow: Annotated[bool, typer.Option("--follow", help="Start beside the harvest; wait for each window.")] = False,
-    allow_mixed: AllowMixed = False,
-    force: Force = False,
-    yes: Yes = False,
 ) -> None:
     """Train one SAE for each hook from the store."""
-    _run(("train",), config_file, overrides, runs, allow_mixed, force, yes, follow)
+    _run(("train",), given, how, follow)
 
 
-@app.command()
-def ingest(
-    overrides: Overrides = None,
-    config_file: ConfigFile = Path("configs/ingest.yaml"),
-    runs: Root = DEFAULT_RUNS,
-    allow_mixed: AllowMixed = False,
-    force: Force = False,
-    yes: Yes = False,
-) -> None:
+@command()
+def ingest(given: Given, how: How) -> None:
     """Turn activations that are there (.npy, .safetensors, .pt, a SAELens cache) into a store: ingest.path=FILE."""
-    with errors(runs):
-        if not isinstance(config.load(config_file, overrides or []), config.IngestedConfig):
-            raise config.SettingsError(f"{config_file}: has no section `ingest`; configs/ingest.yaml is an example")
-    _run(("harvest",), config_file, overrides, runs, allow_mixed, force, yes)
+    if given.config_file == DEFAULT_CONFIG:
+        given = given._replace(config_file=Path("configs/ingest.yaml"))
+    if not given.settings().ingest:
+        raise SettingsError(f"{given.config_file}: has no section `ingest`; configs/ingest.yaml is an example")
+    _run(("harvest",), given, how)
 
 
-@app.command()
-def run(
-    overrides: Overrides = None,
-    config_file: ConfigFile = DEFAULT_CONFIG,
-    runs: Root = DEFAULT_RUNS,
-    allow_mixed: AllowMixed = False,
-) -> None:
+@command()
+def run(given: Given, allow_mixed: AllowMixed = False) -> None:
     """All stages, each only if it is not complete; ends with the path of the report."""
-    _run(STAGES, config_file, overrides, runs, allow_mixed, force=False, yes=False)
+    _run(STAGES, given, How(allow_mixed))
 
 
-@app.command()
+@command()
 def stream(
-    overrides: Overrides = None,
-    config_file: ConfigFile = DEFAULT_CONFIG,
-    runs: Root = DEFAULT_RUNS,
+    given: Given,
     processes: Annotated[int, typer.Option(min=1, help="GPUs, or processes on a CPU; 1: both sides take turns.")] = 1,
-    harvest_processes: Annotated[
-        int | None, typer.Option(min=1, help="How many of them harvest; default: by measured rates.")
-    ] = None,
+    harvest_processes: Annotated[int | None, typer.Option(min=1, help="How many of them harvest; default: 1.")] = None,
     allow_mixed: AllowMixed = False,
 ) -> None:
     """Harvest and train side by side on a bounded disk (harvest.runtime.disk_limit): the same SAE, byte for byte."""
-    with errors(runs):
-        from pipeline import stream as streaming
+    from pipeline import stream as streaming
 
-        request = streaming.Request(config_file, overrides or [], runs, processes, harvest_processes, allow_mixed)
-        streaming.stream(find(config_file, overrides, runs), request, asker(yes=False))
+    overrides, file, root = given.overrides or [], given.config_file, given.runs
+    request = streaming.Request(file, overrides, root, processes, harvest_processes, allow_mixed)
+    streaming.stream(given.find_of_text(), request, asker(yes=False))
 
 
-@app.command()
-def status(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFIG, runs: Root = DEFAULT_RUNS) -> None:
+@command()
+def status(given: Given) -> None:
     """Say which stages are complete, which would run, and why."""
-    with errors():
-        for line in status_of.status_lines(find_any(config_file, overrides, runs)):
-            print(line)
+    print("\n".join(status_lines(given.find())))
 
 
-@app.command()
-def path(
-    stage: Annotated[str, typer.Argument(help=f"One of {', '.join(STAGES)}.")],
-    overrides: Overrides = None,
-    config_file: ConfigFile = DEFAULT_CONFIG,
-    runs: Root = DEFAULT_RUNS,
-) -> None:
+@command()
+def path(stage: Annotated[str, typer.Argument(help=f"One of {', '.join(STAGES)}.")], given: Given) -> None:
     """Print a stage's directory for these settings (one for each of a sweep) and nothing else, for scripts."""
-    with errors():
-        if stage not in STAGES:
-            raise config.SettingsError(f"path: {stage!r}: not a stage; one of {', '.join(STAGES)}")
-        sweep = find_any(config_file, overrides, runs)
-        if stage not in sweep[0].stages:
-            raise config.SettingsError(f"path: {stage!r}: these settings ingest activations and have no such stage")
-        for directory in dict.fromkeys(each.directory(stage) for each in sweep):
-            print(directory)
+    if stage not in STAGES:
+        raise SettingsError(f"path: {stage!r}: not a stage; one of {', '.join(STAGES)}")
+    sweep = given.find()
+    if stage not in sweep[0].stages:
+        raise SettingsError(f"path: {stage!r}: these settings ingest activations and have no such stage")
+    for directory in dict.fromkeys(each.directory(stage) for each in sweep):
+        print(directory)
 
 
-@app.command()
+@command()
 def verify(
-    overrides: Overrides = None,
-    config_file: ConfigFile = DEFAULT_CONFIG,
-    runs: Root = DEFAULT_RUNS,
+    given: Given,
     digest: Annotated[bool, typer.Option("--digest", help="Only print one sha256 of all files of the store.")] = False,
 ) -> None:
     """Read every byte that the stages left; what is bad is named, and rows are made anew by the next harvest."""
-    with errors():
-        from pipeline import verification
+    from harvest import verify as store_verification
+    from harvest.store_place import files_of
+    from pipeline import verification
 
-        sweep = find_any(config_file, overrides, runs)
-        if digest:
-            print(verification.store_digest(sweep[0]))
-            return
-        verification.verify(sweep, print)
+    sweep = given.find()
+    if digest:
+        print(store_verification.digest(files_of(sweep[0].directory("harvest"))))
+        return
+    verification.verify(sweep, print)
 
 
-@app.command()
+@command()
 def prune(
     targets: Annotated[
         list[str] | None,
@@ -190,40 +130,100 @@ def prune(
         ),
     ] = None,
     config_file: Annotated[list[Path] | None, typer.Option("--config", "-c", help="Settings files to keep.")] = None,
-    runs: Root = DEFAULT_RUNS,
+    runs: Root = Path("runs"),
     yes: Yes = False,
 ) -> None:
     """List the runs with size, age and users; delete what these settings do not use, or those named."""
-    with errors(runs):
-        from pipeline import prune as pruning
+    from pipeline import prune as pruning
 
-        directories = [Path(target) for target in targets or [] if "=" not in target]
-        overrides = [target for target in targets or [] if "=" in target]
-        files = config_file or ([] if directories else [DEFAULT_CONFIG])
-        used = {each.directory(s) for file in files for each in find_any(file, overrides, runs) for s in each.stages}
-        pruning.prune(runs, directories, used, asker(yes), print)
+    directories = [Path(target) for target in targets or [] if "=" not in target]
+    overrides = [target for target in targets or [] if "=" in target]
+    files = config_file or ([] if directories else [DEFAULT_CONFIG])
+    sweeps = [each for file in files for each in Given(overrides, file, runs).find()]
+    used = {each.directory(stage) for each in sweeps for stage in each.stages}
+    pruning.prune(runs, directories, used, asker(yes), print)
 
 
-@app.command()
-def estimate(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFIG, runs: Root = DEFAULT_RUNS) -> None:
+@command()
+def estimate(given: Given) -> None:
     """Say what these settings need (disk, memory, hours) from a short measurement of this machine."""
-    with errors(runs):
-        settings = load_settings(config_file, overrides)
-        from pipeline.estimate import estimate as lines
+    settings = given.settings_of_text()
+    from pipeline.estimate import estimate as lines
 
-        for line in lines(settings, runs):
-            print(line)
+    for line in lines(settings, given.runs):
+        print(line)
 
 
-@app.command("dry-run")
-def dry_run(overrides: Overrides = None, config_file: ConfigFile = DEFAULT_CONFIG, runs: Root = DEFAULT_RUNS) -> None:
+@command("dry-run")
+def dry_run(given: Given) -> None:
     """Rehearse every stage of these settings in a minute, on a narrow random model and made-up text."""
-    with errors(runs):
-        from pipeline.dry_run import dry_run as rehearse
+    from pipeline.dry_run import dry_run as rehearse
 
-        settings = load_settings(config_file, overrides)
-        for report in rehearse(settings, runs / "dry-run" / config_file.stem, str(config_file), print):
-            print(report)
+    folder = given.runs / "dry-run" / given.config_file.stem
+    for report in rehearse(given.settings_of_text(), folder, str(given.config_file), print):
+        print(report)
+
+
+@command()
+def export(
+    given: Given,
+    to: Annotated[Path | None, typer.Option(help="Folder to write; runs/export/FINGERPRINT by default.")] = None,
+    model_name: Annotated[str | None, typer.Option(help="Hub id of a model that is a local folder.")] = None,
+    force: Annotated[bool, typer.Option(help="Write an older export anew.")] = False,
+) -> None:
+    """Write the trained SAEs as SAELens folders with a model card; prints the folder."""
+    from pipeline import export as exports
+
+    print(exports.export(given.find_of_text(), to, model_name, force))
+
+
+@command()
+def steer(request: steering.Request, given: Given) -> None:
+    """Let the model write with a feature amplified and without, side by side."""
+    steering.steer(given.find_of_text(), request)
+
+
+@command()
+def push(
+    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub; made if absent.")],
+    given: Given,
+    folder: Annotated[Path | None, typer.Option(help="The export; runs/export/FINGERPRINT by default.")] = None,
+    with_text: Annotated[bool, typer.Option("--with-text", help="Push pages with text of gated data too.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Push; without it, only show what would be pushed.")] = False,
+) -> None:
+    """Push an export and its figures to the hub; without --yes, only say what would be pushed."""
+    from pipeline import push as pushing
+
+    planned = pushing.plan_push(given.find_of_text(), folder, with_text)
+    pushing.push(repository, planned, public=public, yes=yes, say=print)
+
+
+@command()
+def compare(
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN... [SECTION.KEY=VALUE]...",
+            help="Evaluate directories, fingerprints (of evaluate or train), or settings files with their overrides.",
+        ),
+    ],
+    runs: Root = Path("runs"),
+    to: Annotated[
+        Path | None, typer.Option(help="Folder of compare.html and compare.json; runs/compare by default.")
+    ] = None,
+) -> None:
+    """Lay evaluated runs, or those of a sweep, side by side: a table, and L0 against fidelity as a plot."""
+    from pipeline import compare as comparison
+
+    overrides = [target for target in targets if "=" in target]
+    names = [target for target in targets if "=" not in target]
+    if not names:
+        raise SettingsError("compare: name at least one run or settings file")
+    folder = to or runs / "compare"
+    for line in comparison.compare_runs(names, overrides, runs, folder):
+        print(line)
+    print(folder / "compare.html")
 
 
 def main() -> None:

@@ -1,69 +1,68 @@
 """`pipeline compare`: find evaluated runs by directory, fingerprint or settings file, and lay them side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from evaluate.compare import FIGURES, Evaluated, compare, short_name, write_comparison
 from evaluate.report import figure
-from harvest.files import UserError, read_json
-from pipeline.fingerprint import STAGES
-from pipeline.manifest import FINGERPRINT, MANIFEST, is_complete, read_manifest, read_metrics
+from harvest.files import UserError
+from harvest.stage_directory import FINGERPRINT, Run
+from pipeline.config import load
+from pipeline.metrics import FILE, read_metrics
+from pipeline.stages import find_runs
+from pipeline.tables import table
 
 
-def compare_runs(names: Sequence[str], root: Path, of_settings: Callable[[Path], list[Path]], to: Path) -> list[str]:
+def compare_runs(names: Sequence[str], overrides: list[str], root: Path, to: Path) -> list[str]:
     """Write compare.html and compare.json into `to`; returns the table's lines.
 
-    A name is an evaluate directory, the fingerprint of one or of a train directory, or a settings file, whose
-    evaluate directories `of_settings` gives. Raises UserError for what is none of them or not evaluated.
+    A name is an evaluate directory, the fingerprint of one or of a train directory, or a settings file, to which
+    the overrides apply. Raises UserError for what is none of them or not evaluated.
     """
-    found = [directory for name in names for directory in _directories(name, root, of_settings)]
-    runs = [_read(directory) for directory in dict.fromkeys(path.resolve() for path in found)]
-    rows = compare(runs)
-    write_comparison(to, runs, rows)
+    found = [run.path.resolve() for name in names for run in _runs(name, overrides, root)]
+    evaluated = [_read(Run(path)) for path in dict.fromkeys(found)]
+    rows = compare(evaluated)
+    write_comparison(to, evaluated, rows)
     return _table(rows)
 
 
-def _directories(name: str, root: Path, of_settings: Callable[[Path], list[Path]]) -> list[Path]:
+def _runs(name: str, overrides: list[str], root: Path) -> list[Run]:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
-        directories = of_settings(path)
-        missing = [directory for directory in directories if not is_complete(directory)]
+        found = [runs.of("evaluate") for runs in find_runs(load(path, overrides), root)]
+        missing = [run.path for run in found if not run.is_complete]
         if missing:
             raise UserError(
-                f"{name}: {len(missing)} of {len(directories)} runs are not evaluated ({missing[0]}); run `make eval` "
+                f"{name}: {len(missing)} of {len(found)} runs are not evaluated ({missing[0]}); run `make eval` "
                 "with the same CONFIG and SET first"
             )
-        return directories
-    if (path / MANIFEST).exists():
-        return [path]
+        return found
+    if Run(path).is_complete:
+        return [Run(path)]
     if FINGERPRINT.fullmatch(name):
-        if is_complete(root / "evaluate" / name):
-            return [root / "evaluate" / name]
-        every = sorted((root / "evaluate").glob(f"*/{MANIFEST}"))
-        of_train = [file.parent for file in every if Path(str(read_json(file).get("upstream"))).name == name]
-        if of_train:
-            return of_train
+        every = [run for run in map(Run, sorted((root / "evaluate").glob("*"))) if run.is_complete]
+        named = [run for run in every if run.path.name == name]
+        if found := named or [run for run in every if run.upstreams and run.upstreams[0].path.name == name]:
+            return found
     raise UserError(
         f"{name!r}: neither a settings file, nor a complete evaluate directory, nor the fingerprint of an evaluated "
         f"run under {root}"
     )
 
 
-def _read(directory: Path) -> Evaluated:
-    manifest = read_manifest(directory)
-    if manifest.get("stage") != "evaluate":
-        raise UserError(f"{directory}: a {manifest.get('stage')} directory; compare takes those of evaluate")
-    metrics = read_metrics(directory)
+def _read(run: Run) -> Evaluated:
+    if (stage := run.manifest.get("stage")) != "evaluate":
+        raise UserError(f"{run.path}: a {stage} directory; compare takes those of evaluate")
+    metrics = read_metrics(run)
     if not isinstance(metrics.get("saes"), dict):
-        raise UserError(f"{directory / 'metrics.json'}: holds no figures of SAEs")
-    settings: dict[str, Any] = {}
-    for stage in STAGES:
-        fingerprint = directory.name if stage == "evaluate" else metrics.get("inputs", {}).get(stage)
-        here = directory.parents[1] / stage / str(fingerprint)
-        if is_complete(here):  # a stage before may have been pruned; ingested activations have no sample
-            settings |= _flat(read_json(here / MANIFEST)["settings"], stage)
-    return Evaluated(directory.name, metrics, settings)
+        raise UserError(f"{run.path / FILE}: holds no figures of SAEs")
+    settings = _flat(run.settings, "evaluate")
+    for stage, fingerprint in metrics.get("inputs", {}).items():
+        before = Run(run.path.parents[1] / stage / str(fingerprint))
+        if before.is_complete:  # it may have been pruned
+            settings |= _flat(before.settings, stage)
+    return Evaluated(run.path.name, metrics, settings)
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Any]:
@@ -76,15 +75,12 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     differing = sorted({name for row in rows for name in row["settings"]})
     cells = [["run", "hook", *map(short_name, differing), *(title for title, _ in FIGURES.values())]]
     for row in rows:
-        settings = [_plain(row["settings"].get(name, "")) for name in differing]
+        settings = [_short(row["settings"].get(name, "")) for name in differing]
         figures = [figure(row["figures"][name], name) for name in FIGURES]
-        cells.append([_plain(row["sae"] or row["run"]), _plain(row["hook"]), *settings, *figures])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    sides = ["<", "<"] + [">"] * len(widths)
-    return ["  ".join(f"{c:{s}{w}}" for c, s, w in zip(line, sides, widths, strict=False)).rstrip() for line in cells]
+        cells.append([_short(row["sae"] or row["run"]), _short(row["hook"]), *settings, *figures])
+    return table(cells, right=range(2, len(cells[0])))
 
 
-def _plain(value: Any) -> str:
-    """Text that a terminal prints and never obeys."""
-    text = "".join(c if c.isprintable() else "?" for c in str(value))
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
     return text if len(text) <= 40 else f"{text[:37]}..."

@@ -7,28 +7,46 @@ import difflib
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from evaluate.config import EvaluateConfig
 from harvest.config import HarvestConfig, IngestConfig, ModelConfig, SampleConfig, Settings
-from pipeline.settings_text import Loaded, SettingsError, given_twice, override, read
+from pipeline.settings_text import Loaded, SettingsError, override, read
 from train.config import TrainConfig
 
-__all__ = ["IngestedConfig", "PipelineConfig", "SettingsError", "given_twice", "load"]
+OF_TEXT = ("model", "sample", "harvest")  # sections whose place `ingest` takes
 
 
 class PipelineConfig(Settings):
-    """A settings file with a model and text."""
+    """A settings file: a model and its text, or activations that are given (`ingest`)."""
 
-    model: ModelConfig
-    sample: SampleConfig
-    harvest: HarvestConfig
+    # Beside `ingest` these three are None; `load` sees to it that else they are there.
+    model: ModelConfig = Field(default=None)
+    sample: SampleConfig = Field(default=None)
+    harvest: HarvestConfig = Field(default=None)
+    ingest: IngestConfig | None = None
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
     def _check(self) -> "PipelineConfig":
-        sample, harvest = self.sample, self.harvest
+        if self.ingest:
+            section, chunk_rows, context_size = "ingest", self.ingest.chunk_rows, self.ingest.context_size
+        elif self.sample and self.harvest:
+            section, chunk_rows, context_size = "harvest", self.harvest.chunk_rows, self.sample.context_size
+            self._check_text(self.sample, self.harvest)
+        else:
+            return self
+        if self.train.pool_rows < chunk_rows:
+            raise ValueError(
+                f"train.pool_rows: {self.train.pool_rows}: must hold at least one chunk of "
+                f"{section}.chunk_rows = {chunk_rows}"
+            )
+        if context_size:
+            self.train.exclude.check_positions(context_size)
+        return self
+
+    def _check_text(self, sample: SampleConfig, harvest: HarvestConfig) -> None:
         if sample.shard_contexts % harvest.batch_contexts:
             raise ValueError(
                 f"harvest.batch_contexts: {harvest.batch_contexts}: must divide sample.shard_contexts = "
@@ -39,108 +57,76 @@ class PipelineConfig(Settings):
                 f"harvest.chunk_rows: {harvest.chunk_rows}: must divide the rows of a shard, "
                 f"sample.shard_contexts x context_size = {sample.shard_rows}"
             )
-        if self.train.pool_rows < harvest.chunk_rows:
-            raise ValueError(
-                f"train.pool_rows: {self.train.pool_rows}: must hold at least one chunk of "
-                f"harvest.chunk_rows = {harvest.chunk_rows}"
-            )
         self.train.batches(sample.shards("train") * sample.shard_rows)
-        self.train.exclude.check_positions(sample.context_size)
-        _check_evaluation(self.evaluate, sample)
-        return self
+        known = [source.name for source in sample.sources]
+        for setting in ("reason_score", "diff"):
+            section = getattr(self.evaluate, setting)
+            for name in (section and section.sources) or ():
+                if name not in known:  # evaluation would look for it in vain, after hours of work
+                    raise ValueError(f"evaluate.{setting}.sources: {name!r}: no such source; one of {', '.join(known)}")
 
 
-def _check_evaluation(evaluate: EvaluateConfig, sample: SampleConfig) -> None:
-    """Sources that evaluation would look for in vain, said before hours of work."""
-    score, diff = evaluate.reason_score, evaluate.diff
-    known = [source.name for source in sample.sources]
-    for setting, names in (("reason_score", score and score.sources), ("diff", diff and diff.sources)):
-        for name in names or ():
-            if name not in known:
-                raise ValueError(f"evaluate.{setting}.sources: {name!r}: no such source; one of {', '.join(known)}")
-
-
-class IngestedConfig(Settings):
-    """Settings for activations that are there already: without text, without a model."""
-
-    ingest: IngestConfig
-    train: TrainConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
-
-    @model_validator(mode="after")
-    def _check(self) -> "IngestedConfig":
-        if self.train.pool_rows < self.ingest.chunk_rows:
-            raise ValueError(
-                f"train.pool_rows: {self.train.pool_rows}: must hold at least one chunk of "
-                f"ingest.chunk_rows = {self.ingest.chunk_rows}"
-            )
-        if self.ingest.context_size:
-            self.train.exclude.check_positions(self.ingest.context_size)
-        return self
-
-
-def load(path: Path, overrides: list[str]) -> PipelineConfig | IngestedConfig:
-    """The settings of a file with overrides applied; a section `ingest` makes them those of given activations.
+def load(path: Path, overrides: list[str]) -> PipelineConfig:
+    """The settings of a file with overrides applied.
 
     Raises SettingsError, one line for each thing that is wrong.
     """
-    loaded = read(path, list(PipelineConfig.model_fields))
+    loaded = read(path, [*OF_TEXT, "train", "evaluate"])
     for text in overrides:
         override(loaded, text)
-    return _validated(IngestedConfig if "ingest" in loaded.values else PipelineConfig, loaded, path)
+    given = loaded.values.get("ingest") is not None
+    wrong = [_wrong_section(name, loaded, path, given) for name in OF_TEXT if given == (name in loaded.values)]
+    if wrong:
+        raise SettingsError("\n".join(wrong))
+    return _validated(loaded, path)
 
 
-def _validated(
-    kind: type[PipelineConfig | IngestedConfig], loaded: Loaded, path: Path
-) -> PipelineConfig | IngestedConfig:
+def _wrong_section(name: str, loaded: Loaded, path: Path, given: bool) -> str:
+    if not given:
+        return f"{path}: {name}: this setting is required"
+    return (
+        f"{loaded.places.get(name, path)}: {name}: not together with ingest, whose activations need no text and no "
+        "model; take one of them out"
+    )
+
+
+def _validated(loaded: Loaded, path: Path) -> PipelineConfig:
     try:
-        return kind.model_validate(loaded.values)
+        return PipelineConfig.model_validate(loaded.values)
     except ValidationError as error:
         texts = [".".join(map(str, e["loc"])) for e in error.errors() if e["type"] == "string_type"]
         if loaded.take_as_written(texts):
-            return _validated(kind, loaded, path)
-        raise SettingsError("\n".join(_explain(e, loaded, path, kind) for e in error.errors())) from None
+            return _validated(loaded, path)
+        raise SettingsError("\n".join(_explain(e, loaded, path) for e in error.errors())) from None
 
 
-def _explain(error: Any, loaded: Loaded, path: Path, kind: type[BaseModel]) -> str:
+def _explain(error: Any, loaded: Loaded, path: Path) -> str:
     location = [str(part) for part in error["loc"]]
-    name = ".".join(location)
-    place = loaded.places.get(name)
-    parent = location
-    while place is None and parent:
-        parent = parent[:-1]
-        place = loaded.places.get(".".join(parent))
-    where = f"{place or path}: {name}: " if name else f"{path}: "
-    if error["type"] == "extra_forbidden":
-        if kind is IngestedConfig and name in PipelineConfig.model_fields:
-            return f"{where}not together with ingest, whose activations need no text and no model; take one of them out"
-        known = _fields_at(kind, location[:-1])
+    name, kind, value = ".".join(location), error["type"], error["input"]
+    parents = (".".join(location[:end]) for end in range(len(location), 0, -1))
+    place = next((loaded.places[parent] for parent in parents if parent in loaded.places), path)
+    where = f"{place}: {name}: " if name else f"{path}: "
+    if kind == "extra_forbidden":
+        known = list(_section_at(location[:-1]).model_fields)
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean '{close[0]}'?" if close else f"known here: {', '.join(known)}"
         return f"{where}unknown setting; {hint}"
-    if error["type"] == "missing":
+    if kind == "missing":
         return f"{where}this setting is required"
-    if error["type"] == "model_type":
-        return f"{where}{error['input']!r}: this is a section, with {', '.join(_fields_at(kind, location))}"
-    if error["type"] == "string_pattern_mismatch":
-        about = " ".join((_section_at(kind, location[:-1]).model_fields[location[-1]].description or "").split())
-        return f"{where}{error['input']!r}: not of the form that it has: {about}"
-    if error["type"] == "tuple_type":
-        return f"{where}{error['input']!r}: input should be a list, as [{error['input']}]"
+    if kind == "model_type":
+        return f"{where}{value!r}: this is a section, with {', '.join(_section_at(location).model_fields)}"
+    if kind == "string_pattern_mismatch":
+        about = _section_at(location[:-1]).model_fields[location[-1]].description or ""
+        return f"{where}{value!r}: not of the form that it has: {' '.join(about.split())}"
+    if kind == "tuple_type":
+        return f"{where}{value!r}: input should be a list, as [{value}]"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if isinstance(error["input"], dict | BaseModel):
-        return f"{where}{message}"
-    return f"{where}{error['input']!r}: {message}"
+    return f"{where}{message}" if isinstance(value, dict | BaseModel) else f"{where}{value!r}: {message}"
 
 
-def _fields_at(kind: type[BaseModel], location: list[str]) -> list[str]:
-    """Names of the settings in the section at this place."""
-    return list(_section_at(kind, location).model_fields)
-
-
-def _section_at(kind: type[BaseModel], location: list[str]) -> type[BaseModel]:
-    section: Any = kind
+def _section_at(location: list[str]) -> type[BaseModel]:
+    section: Any = PipelineConfig
     for part in location:
         if part.isdigit():
             continue

@@ -17,7 +17,8 @@ from harvest.config import SampleConfig, Source
 from harvest.files import UserError, read_json, write_json
 from pipeline.config import PipelineConfig
 from pipeline.fingerprint import STAGES
-from pipeline.stages import Runs, find_runs, run_stage
+from pipeline.running import run_stage
+from pipeline.stages import Runs, find_runs
 
 MARKER = "dry-run.json"
 D_IN = 32

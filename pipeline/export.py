@@ -16,23 +16,32 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from harvest.files import UserError
 from harvest.hub import resolved_commit
-from harvest.source_files import looks_local
-from pipeline.manifest import check_files, is_complete, read_manifest, read_metrics
+from harvest.source_files import is_local, looks_local
+from harvest.sources import hub_errors
+from pipeline.metrics import definition, read_metrics, value
+from pipeline.running import trained
 from pipeline.stages import Runs, swept
-from pipeline.terms import Terms, source_terms
 
-# Figures of the card: section of metrics.json, its groups, name, and how it is written.
-FIGURES = (
-    ("fidelity", ("outliers_excluded", "all"), "l0", "{:.1f}"),
-    ("fidelity", ("outliers_excluded", "all"), "explained_variance", "{:.3f}"),
-    ("fidelity", ("outliers_excluded", "all"), "explained_variance_legacy", "{:.3f}"),
-    ("downstream", ("all",), "ce_loss_score", "{:.3f}"),
-    ("features", (), "dead_fraction", "{:.2%}"),
-)
-
-
+# Figures of the card: where each is found, and how it is written.
+FIGURES = {
+    ("fidelity", "outliers_excluded", "all", "l0"): "{:.1f}",
+    ("fidelity", "outliers_excluded", "all", "explained_variance"): "{:.3f}",
+    ("fidelity", "outliers_excluded", "all", "explained_variance_legacy"): "{:.3f}",
+    ("downstream", "all", "ce_loss_score"): "{:.3f}",
+    ("features", "dead_fraction"): "{:.2%}",
+}
+# What `make setup` fetches (configs/assets.txt), and its licences.
+SHIPPED = {"assets/smollm2-135m": "apache-2.0", "assets/champ": "mit", "assets/chitchat": "mit"}
 # Hub ids, in small letters, that TransformerLens 3.9's HookedTransformer loads by name.
 TRANSFORMER_LENS = frozenset(Path(__file__).with_name("transformer_lens.txt").read_text(encoding="utf-8").split())
+
+
+class Terms(NamedTuple):
+    """Under which terms a data set may be passed on."""
+
+    licence: str | None  # as the hub writes it; None where it is not known
+    free: bool  # known to be open: on the hub, neither gated nor private, or shipped with the set-up
+    note: str  # for people
 
 
 class Exported(NamedTuple):
@@ -59,7 +68,12 @@ def export(sweep: Sequence[Runs], to: Path | None, model_name: str | None, force
     from train.export import new_export, write_saelens_folder
 
     folder = to or sweep[0].root / "export" / export_name(sweep)
-    about = {"saes": [_about(sae) for sae in saes], "model": model}
+    which = sweep[0].config.evaluate.sae
+    listed = [
+        {"folder": sae.folder, "train": sae.runs.fingerprints["train"], "hook": sae.hook, "which_sae": which}
+        for sae in saes
+    ]
+    about = {"saes": listed, "model": model}
     with new_export(folder, about, force) as partial:
         rows = []
         for sae in saes:
@@ -76,14 +90,26 @@ def export_name(sweep: Sequence[Runs]) -> str:
     return names[0] if len(names) == 1 else hashlib.sha256(" ".join(names).encode()).hexdigest()[:12]
 
 
+def source_terms(path: str) -> Terms:
+    """Terms of a data set; asks the hub, and does not fail where it cannot be asked."""
+    if path in SHIPPED:
+        return Terms(SHIPPED[path], True, "open")
+    if is_local(path):
+        return Terms(None, False, "local files")
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().dataset_info(path, timeout=10)
+    except hub_errors() as error:
+        return Terms(None, False, f"not looked up ({type(error).__name__})")
+    licence = getattr(info.card_data, "license", None) if info.card_data else None
+    text = ", ".join(licence) if isinstance(licence, list) else licence
+    closed = "gated" if info.gated else "private" if info.private else None
+    return Terms(text, closed is None, closed or "open")
+
+
 def _saes(runs: Runs, sweep: Sequence[Runs]) -> list[Exported]:
-    directory = runs.directory("train")
-    if not is_complete(directory):
-        raise UserError(
-            f"export: the train stage for these settings is not complete ({directory}); run `make train` with the "
-            "same CONFIG and SET first"
-        )
-    check_files(directory)
+    directory = trained(runs, "export")
     from harvest.activation_store import slug
     from harvest.language_model import saelens_hook
 
@@ -98,16 +124,12 @@ def _saes(runs: Runs, sweep: Sequence[Runs]) -> list[Exported]:
     return out
 
 
-def _about(sae: Exported) -> dict[str, Any]:
-    which = sae.runs.config.evaluate.sae
-    return {"folder": sae.folder, "train": sae.runs.fingerprints["train"], "hook": sae.hook, "which_sae": which}
-
-
 def _metadata(sae: Exported, model: str) -> dict[str, Any]:
     """Metadata of cfg.json under SAELens' names."""
     from harvest.language_model import saelens_hook
 
-    config, module = sae.runs.config, _module(sae)
+    config, module, sample = sae.runs.config, _module(sae), sae.runs.of("sample")
+    bos = sample.summary.get("bos") if sample.is_complete else None
     at_layer = saelens_hook(module)
     known = at_layer if model.lower() in TRANSFORMER_LENS else None
     layer = re.search(r"\.(\d+)(\.|$)", module)
@@ -121,18 +143,12 @@ def _metadata(sae: Exported, model: str) -> dict[str, Any]:
         "hook_layer": int(layer[1]) if layer else None,
         "hook_head_index": None,
         "context_size": config.sample.context_size,
-        "prepend_bos": _bos(sae.runs) in ("document", "context"),
+        "prepend_bos": bos in ("document", "context"),
         "exclude_special_tokens": list(config.train.exclude.token_ids) or False,
         # Of several, a name that no loader takes for one of them.
         "dataset_path": ", ".join(_public_name(source.path) for source in config.sample.sources),
         "reasoning_sae": {"train": sae.runs.fingerprints["train"], "which_sae": config.evaluate.sae},
     }
-
-
-def _bos(runs: Runs) -> str | None:
-    """Where a BOS stands in the sample's text; None where its manifest is gone."""
-    sample = runs.directory("sample")
-    return read_manifest(sample)["summary"].get("bos") if is_complete(sample) else None
 
 
 def _module(sae: Exported) -> str:
@@ -153,7 +169,7 @@ def _public_name(name: str) -> str:
 
 def _card(saes: list[Exported], rows: list[dict[str, Any]], model: str, terms: list[Terms]) -> str:
     runs = saes[0].runs
-    manifest = read_manifest(runs.directory("train"))
+    manifest = runs.of("train").manifest
     sources = [
         {
             "name": source.name,
@@ -182,7 +198,7 @@ def _card(saes: list[Exported], rows: list[dict[str, Any]], model: str, terms: l
         saes=rows,
         model=model,
         evaluated=any(row["evaluated"] for row in rows),
-        definitions=next((row["definitions"] for row in rows if row["definitions"]), {}),
+        definitions=next((row["definitions"] for row in rows if row["evaluated"]), {}),
         sample=runs.config.sample,
         sources=sources,
         settings=settings,
@@ -204,17 +220,9 @@ def _excluded(exclude: dict[str, Any]) -> str:
 
 
 def _card_row(sae: Exported, d_in: int, d_sae: int) -> dict[str, Any]:
-    directory = sae.runs.directory("evaluate")
-    metrics = read_metrics(directory) if is_complete(directory) else {}
-    figures = metrics.get("saes", {}).get(sae.hook, {})
-    texts = []
-    for section, groups, name, form in FIGURES:
-        value: Any = figures.get(section, {})
-        for group in groups:
-            value = value.get(group, {})
-        texts.append(form.format(value[name]) if name in value else "–")
-    named = {(section, name) for section, _, name, _ in FIGURES}
-    definitions = metrics.get("definitions", {})
+    run = sae.runs.of("evaluate")
+    metrics = read_metrics(run) if run.is_complete else {}
+    values = {place: value(metrics, sae.hook, place) for place in FIGURES}
     return {
         "folder": sae.folder,
         "hook": sae.hook,
@@ -222,7 +230,7 @@ def _card_row(sae: Exported, d_in: int, d_sae: int) -> dict[str, Any]:
         "d_in": d_in,
         "d_sae": d_sae,
         "l1_coefficient": sae.runs.config.train.sae.l1_coefficient,
-        "figures": texts,
-        "evaluated": bool(figures),
-        "definitions": {name: definitions.get(section, {}).get(name, "") for section, name in sorted(named)},
+        "figures": ["–" if v is None else FIGURES[place].format(v) for place, v in values.items()],
+        "evaluated": any(v is not None for v in values.values()),
+        "definitions": {place[-1]: definition(metrics, place) for place in sorted(FIGURES)},
     }

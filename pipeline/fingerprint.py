@@ -1,31 +1,24 @@
-"""What a stage's result depends on, as 12 hex digits.
+"""What the names in the settings mean: models, text and activations by content, what the hub has by commit.
 
-fingerprint = sha256(stage, its version, upstream fingerprint, inputs by content, settings without
-`runtime`). Local models and data enter by content, hub ones by commit; neither by path.
+Neither enters a fingerprint by its path, and settings enter without `runtime`.
 """
 
-import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluate.config import EVALUATE_VERSION, PublishedSae
-from harvest.config import HARVEST_VERSION, SAMPLE_VERSION, ModelConfig, Settings, Source
+from evaluate.config import PublishedSae
+from harvest.config import ModelConfig, Settings, Source
 from harvest.files import UserError
 from harvest.hub import hub_answers
 from harvest.source_files import find_files, is_local, looks_local, nearest_hint
 from harvest.sources import files_within, hub_errors, ingest_files
 from pipeline import assets
-from pipeline.config import IngestedConfig, PipelineConfig
+from pipeline.config import PipelineConfig
 from pipeline.content import ContentHashes
-from train.config import TRAIN_VERSION
 
 STAGES = ("sample", "harvest", "train", "evaluate")
-VERSIONS: dict[str, int] = dict(
-    zip(STAGES, (SAMPLE_VERSION, HARVEST_VERSION, TRAIN_VERSION, EVALUATE_VERSION), strict=True)
-)
 # What transformers may read of a model's folder; tests/test_inputs.py holds it against what it opens.
 WEIGHT_FILES = re.compile(r"(adapter_)?config(\..+)?\.json|.*\.safetensors|.*\.safetensors\.index\.json")
 TOKENIZER_FILES = re.compile(
@@ -39,7 +32,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Inputs(NamedTuple):
-    """What stands behind the names in the settings: content hashes, or `hub:<name>@<commit>`."""
+    """What the names in the settings mean: content hashes, or `hub:<name>@<commit>`."""
 
     tokenizer: str | None
     model: str | None
@@ -50,7 +43,7 @@ class Inputs(NamedTuple):
     generation: str | None = None  # how a local model begins and ends its answers, which evaluate.steering reads
 
     def known(self, stage: str) -> dict[str, Any]:
-        """Those that there are; the SAEs of others, a second model and generation concern evaluate alone."""
+        """Those that there are; third-party SAEs, a second model and generation concern evaluate alone."""
         of_others = () if stage == "evaluate" else ("also", "diff", "generation")
         return {name: value for name, value in self._asdict().items() if value and name not in of_others}
 
@@ -76,44 +69,10 @@ def hashed_settings(settings: Settings) -> dict[str, Any]:
     return out
 
 
-def fingerprints(config: PipelineConfig | IngestedConfig, inputs: Inputs) -> dict[str, str]:
-    """The fingerprint of every stage that these settings have."""
-    parts: dict[str, tuple[dict[str, Any], Any]]
-    if isinstance(config, IngestedConfig):
-        ingest = {k: v for k, v in hashed_settings(config.ingest).items() if k not in ("path", "token_ids")}
-        parts = {"harvest": ({"ingest": ingest}, inputs.activations)}
-    else:
-        sample = hashed_settings(config.sample)
-        for source, content in zip(sample["sources"], inputs.sources, strict=True):
-            del source["path"], source["revision"]
-            source["content"] = content
-        parts = {"sample": (sample, inputs.tokenizer), "harvest": (hashed_settings(config.harvest), inputs.model)}
-    evaluate = hashed_settings(config.evaluate)
-    for published, content in zip(evaluate.get("also", ()), inputs.also, strict=True):
-        del published["path"], published["revision"], published["file"]
-        published["content"] = content
-    parts["train"] = (hashed_settings(config.train), None)
-    read = {"diff": inputs.diff, "generation": inputs.generation} if inputs.generation else inputs.diff
-    parts["evaluate"] = (_without_name(evaluate), read)
-    out: dict[str, str] = {}
-    upstream = None
-    for stage, (settings, content) in parts.items():
-        document = [stage, VERSIONS[stage], upstream, content, settings]
-        upstream = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:12]
-        out[stage] = upstream
-    return out
-
-
-def _without_name(evaluate: dict[str, Any]) -> dict[str, Any]:
-    """The settings of evaluate, whose second model enters by content."""
-    diff = evaluate.get("diff")
-    return evaluate | {"diff": diff | {"model": None}} if diff and diff["model"] else evaluate
-
-
-def find_inputs(config: PipelineConfig | IngestedConfig, runs: Path) -> Inputs:
+def find_inputs(config: PipelineConfig, runs: Path) -> Inputs:
     """Identify model and data, or activations; hashes and resolved commits are remembered in runs/.inputs.json.
 
-    Raises UserError for what is not there, or a hub branch that cannot be resolved.
+    Raises UserError for what is missing, or a hub branch that cannot be resolved.
     """
     memory = Memory(runs / ".inputs.json")
     inputs = identify(config, memory)
@@ -121,39 +80,36 @@ def find_inputs(config: PipelineConfig | IngestedConfig, runs: Path) -> Inputs:
     return inputs
 
 
-def identify(config: PipelineConfig | IngestedConfig, memory: "Memory", stages: Sequence[str] = STAGES) -> Inputs:
+def identify(config: PipelineConfig, memory: "Memory", stages: Sequence[str] = STAGES) -> Inputs:
     """What these stages read of models, data and activations; what others read is left empty.
 
     Raises UserError as `find_inputs` does.
     """
-    also, second, activations = (), None, None
+    inputs = Inputs(None, None, ())
     if "evaluate" in stages:
-        also = tuple(_published_identity(i, published, memory) for i, published in enumerate(config.evaluate.also))
-        model = config.evaluate.diff.model if config.evaluate.diff else None
-        both = (WEIGHT_FILES, TOKENIZER_FILES)
-        second = _model_identity(model, both, memory, "evaluate.diff.model.name") if model else None
-    if isinstance(config, IngestedConfig):
-        if "harvest" in stages:
-            parts = [[file for path in paths for file in files_within(path)] for paths in ingest_files(config.ingest)]
-            activations = "+".join(memory.files_hash(files) for files in parts if files)
-        return Inputs(None, None, (), activations, also, second)
-    model, sources, generation = None, (), None
-    if "harvest" in stages or "evaluate" in stages:
-        model = _model_identity(config.model, (WEIGHT_FILES,), memory)
+        second = config.evaluate.diff and config.evaluate.diff.model
+        also = [_published_identity(i, published, memory) for i, published in enumerate(config.evaluate.also)]
+        inputs = inputs._replace(also=tuple(also))
+        if second:
+            both = (WEIGHT_FILES, TOKENIZER_FILES)
+            inputs = inputs._replace(diff=_model_identity(second, both, memory, "evaluate.diff.model.name"))
+    if config.ingest:
+        if "harvest" not in stages:
+            return inputs
+        parts = [[file for path in paths for file in files_within(path)] for paths in ingest_files(config.ingest)]
+        return inputs._replace(activations="+".join(memory.files_hash(files) for files in parts if files))
+    kinds = {
+        "tokenizer": ((TOKENIZER_FILES, CHAT_TEMPLATE_FILES), ("sample", "evaluate")),
+        "model": ((WEIGHT_FILES,), ("harvest", "evaluate")),
+        "generation": ((CHAT_TEMPLATE_FILES, GENERATION_FILES), ("evaluate",) if _is_folder(config.model) else ()),
+    }
+    for name, (files, readers) in kinds.items():
+        if set(readers) & set(stages):
+            inputs = inputs._replace(**{name: _model_identity(config.model, files, memory)})
     if "sample" in stages:
-        sources = tuple(_source_identity(i, source, memory) for i, source in enumerate(config.sample.sources))
-    if "evaluate" in stages and Path(config.model.name).is_dir():
-        generation = _model_identity(config.model, (CHAT_TEMPLATE_FILES, GENERATION_FILES), memory)
-    reads_tokenizer = "sample" in stages or "evaluate" in stages
-    return Inputs(
-        _model_identity(config.model, (TOKENIZER_FILES, CHAT_TEMPLATE_FILES), memory) if reads_tokenizer else None,
-        model,
-        sources,
-        activations,
-        also,
-        second,
-        generation,
-    )
+        sources = (_source_identity(i, source, memory) for i, source in enumerate(config.sample.sources))
+        inputs = inputs._replace(sources=tuple(sources))
+    return inputs
 
 
 class Memory(ContentHashes):
@@ -183,8 +139,9 @@ def _resolve(kind: str, name: str, branch: str, setting: str) -> str:
     try:
         commit = HfApi().repo_info(name, repo_type=kind, revision=branch, timeout=20).sha
     except GatedRepoError:
+        page = f"datasets/{name}" if kind == "dataset" else name
         raise UserError(
-            f"{setting}: {name!r} is gated: accept its terms at https://huggingface.co/{_page(kind, name)}, "
+            f"{setting}: {name!r} is gated: accept its terms at https://huggingface.co/{page}, "
             "then `hf auth login` or set HF_TOKEN"
         ) from None
     except RepositoryNotFoundError:
@@ -198,8 +155,8 @@ def _resolve(kind: str, name: str, branch: str, setting: str) -> str:
     return commit
 
 
-def _page(kind: str, name: str) -> str:
-    return f"datasets/{name}" if kind == "dataset" else name
+def _is_folder(model: ModelConfig) -> bool:
+    return Path(model.name).is_dir()
 
 
 def _model_identity(
@@ -210,7 +167,7 @@ def _model_identity(
     Raises UserError for a folder that holds no model, or no tokenizer where that is asked for.
     """
     folder = Path(model.name)
-    if not folder.is_dir():
+    if not _is_folder(model):
         if looks_local(model.name):
             raise UserError(f"{setting}: {model.name!r}: no such folder{_setup_hint(model.name)}")
         return memory.commit("model", model.name, model.revision, setting)
@@ -226,12 +183,9 @@ def _model_identity(
 
 def _source_identity(i: int, source: Source, memory: Memory) -> str:
     setting = f"sample.sources.{i}"
-    if not is_local(source.path):
-        try:
-            return memory.commit("dataset", source.path, source.revision, f"{setting}.path")
-        except UserError as error:
-            raise UserError(f"{error}{_setup_hint(source.path)}") from None
     try:
+        if not is_local(source.path):
+            return memory.commit("dataset", source.path, source.revision, f"{setting}.path")
         return memory.files_hash(find_files(source, setting).files)
     except UserError as error:
         raise UserError(f"{error}{_setup_hint(source.path)}") from None

@@ -1,13 +1,14 @@
 """Short measurements of this machine for `pipeline estimate`: disk, forward pass, training step, memory.
 
 Each lasts a few seconds. What does not fit is measured on a part (one decoder layer, some of the features)
-and scaled by the part's share of the work; `how` says so.
+and scaled by the part's share of the work; the notes say so.
 """
 
 import os
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,12 @@ from harvest.language_model import HookedModel, load_model
 from harvest.progress import size_text
 from pipeline.architecture import Architecture
 from pipeline.config import PipelineConfig
+from pipeline.sizes import Sizes
 from train.config import TrainConfig
 from train.sae import initial_sae
 from train.trainer import Trainer
 
-DISK_BYTES, DISK_SECONDS = 256 << 20, 3.0
-BLOCK = 8 << 20
+DISK_BYTES, DISK_SECONDS, BLOCK = 256 << 20, 3.0, 8 << 20
 STEP_FLOP = {"cpu": 4e10, "cuda": 1e14}  # of the dense step that is timed: well below a second
 LAYER_FLOP = 4e10  # of the one layer that is timed on a CPU
 L0_FRACTION = 0.005  # of the features, active in the timed sparse step
@@ -38,71 +39,69 @@ class Rate(NamedTuple):
     how: str
 
 
-class Measured(NamedTuple):
-    """What was measured on this machine."""
+class Machine(NamedTuple):
+    """How fast a machine is, and its memory."""
 
-    device: str
+    name: str
     is_gpu: bool
-    element: int  # bytes of a number in the forward pass
-    memory: int  # bytes free for the model and the batch: the GPU's, or the host's
-    disk_write: Rate  # bytes/s, with fsync
-    disk_read: Rate  # bytes/s
+    element: int  # bytes of a weight in the forward pass
+    memory: int  # bytes for model, SAE and batches: the GPU's, or the host's
+    write: Rate  # bytes/s of the disk, with fsync
+    read: Rate
     forward: Rate  # tokens/s, up to the last hook
-    dense_step: Rate  # seconds of one SAE
-    sparse_step: Rate
+    step: Rate  # seconds, one SAE
 
 
-def measure(config: PipelineConfig, shape: Architecture, layers: int, root: Path) -> Measured:
-    """Measure for these settings; `layers` are the decoder layers up to the last hook."""
+def measure(config: PipelineConfig, shape: Architecture, s: Sizes, root: Path) -> Machine:
+    """Measure this machine for these settings."""
     device = resolve_device(config.harvest.runtime.device)
     dtype = resolve_dtype(config.harvest.compute_dtype, device)
     set_threads(0, device)
-    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     write, read = measure_disk(root)
-    forward = _forward(config, shape, layers, device, dtype, memory)
-    d_in = shape.skeleton.config.get_text_config().hidden_size
-    dense, sparse = (_step(config.train, d_in, kernel, device) for kernel in ("dense", "sparse"))
-    return Measured(
-        device_name(device), device.type == "cuda", dtype.itemsize, memory, write, read, forward, dense, sparse
-    )
+    forward = _forward(config, shape, s.layers, device, dtype, memory)
+    train = config.train
+    part = {"dense": 1.0, "sparse": 0.0, "auto": train.l1_warmup_fraction}[train.kernel]
+    dense, sparse = (_step(train, s.geometry.d_in, kernel, device) for kernel in ("dense", "sparse"))
+    known = dense.value is not None and sparse.value is not None
+    step = part * dense.value + (1 - part) * sparse.value if known else None
+    step = Rate(step, f"{sparse.how}; {part:.0%} of the steps dense")
+    return Machine(device_name(device), device.type == "cuda", dtype.itemsize, memory, write, read, forward, step)
 
 
 def measure_disk(folder: Path) -> tuple[Rate, Rate]:
     """Bytes a second written (with fsync) and read back in a file of the folder that has no name and leaves none."""
     folder.mkdir(parents=True, exist_ok=True)
-    block = os.urandom(BLOCK)
+    block, buffer = os.urandom(BLOCK), bytearray(BLOCK)
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
-            descriptor, began, written = file.fileno(), time.perf_counter(), 0
+            descriptor, began, written, read = file.fileno(), time.perf_counter(), 0, 0
             while written < DISK_BYTES and time.perf_counter() - began < DISK_SECONDS:
                 written += os.write(descriptor, block)
             os.fsync(descriptor)
-            write = written / (time.perf_counter() - began)
+            write_rate = written / (time.perf_counter() - began)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            buffer, read, began = bytearray(BLOCK), 0, time.perf_counter()
+            began = time.perf_counter()
             while read < written and time.perf_counter() - began < DISK_SECONDS:
                 read += os.preadv(descriptor, [buffer], read)
-            rate = read / (time.perf_counter() - began)
+            read_rate = read / (time.perf_counter() - began)
     except OSError as error:
         missing = Rate(None, f"not measured: {folder}: {error.strerror}")
         return missing, missing
     how = f"measured, {size_text(written)} in {folder}"
-    return Rate(write, f"{how}, with fsync"), Rate(rate, f"{how}, after asking the system to drop it from memory")
+    return Rate(write_rate, f"{how}, with fsync"), Rate(read_rate, f"{how}, after asking the system to forget it")
 
 
 def _forward(
     config: PipelineConfig, shape: Architecture, layers: int, device: torch.device, dtype: torch.dtype, memory: int
 ) -> Rate:
     """Tokens a second of the real model where its folder is at hand, else of one layer of its shape."""
-    size = config.sample.context_size
     contexts = config.harvest.batch_contexts if device.type == "cuda" else 1
-    tokens = torch.randint(0, 64, (contexts, size), device=device)
-    with torch.inference_mode():
-        if shape.has_model and shape.folder:
-            hooked = load_model(config.model, None, config.harvest.hooks, dtype, device, offline=True)
-            note = _compile(config, hooked, tokens)
-            seconds = fastest(lambda: hooked.activations(tokens), device)
-            return Rate(tokens.numel() / seconds, f"measured, the model on {contexts} x {size} tokens{note}")
+    tokens = torch.randint(0, 64, (contexts, config.sample.context_size), device=device)
+    times, how = 1, "the model"
+    if shape.has_model and shape.folder:
+        hooked = load_model(config.model, None, config.harvest.hooks, dtype, device, offline=True)
+    else:
         layer = _one_layer(shape, device, dtype, memory)
         if layer is None:
             return Rate(None, "not measured: one layer does not fit into memory, or is none of this kind by itself")
@@ -110,17 +109,18 @@ def _forward(
             weights = sum(p.numel() for p in layer.parameters())
             tokens = tokens[:, : max(16, int(LAYER_FLOP / (2 * weights)))]
         hooked = HookedModel(layer, {}, device, layer.get_submodule(shape.skeleton.layer_list))
-        note = _compile(config, hooked, tokens)
-        seconds = fastest(lambda: hooked.activations(tokens), device)
+        times, how = layers, f"one layer of this shape with random weights, times {layers},"
+    note = ""
+    with torch.inference_mode():
+        if config.harvest.compile:
+            note = _compiled(hooked, tokens)
+        seconds = _fastest(lambda: hooked.activations(tokens), device)
     counted = f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
-    how = f"measured on one layer of this shape with random weights, {counted}, times {layers} layers{note}"
-    return Rate(tokens.numel() / (seconds * layers), how)
+    return Rate(tokens.numel() / (seconds * times), f"measured, {how} on {counted}{note}")
 
 
-def _compile(config: PipelineConfig, hooked: HookedModel, tokens: torch.Tensor) -> str:
-    """Compile where the harvest will and it is quick; what to say where not."""
-    if not config.harvest.compile:
-        return ""
+def _compiled(hooked: HookedModel, tokens: torch.Tensor) -> str:
+    """Compile where it is quick; what to say of it."""
     if hooked.device.type == "cpu":
         return ", not compiled"
     try:
@@ -131,8 +131,7 @@ def _compile(config: PipelineConfig, hooked: HookedModel, tokens: torch.Tensor) 
 
 
 def _one_layer(shape: Architecture, device: torch.device, dtype: torch.dtype, memory: int) -> Any:
-    from copy import deepcopy
-
+    """A model of this shape with one decoder layer; None where there is no such thing, or no room for it."""
     from transformers import AutoModelForCausalLM
 
     layer = shape.skeleton.model.get_submodule(shape.skeleton.layer_list)[0]  # type: ignore[index]
@@ -140,8 +139,10 @@ def _one_layer(shape: Architecture, device: torch.device, dtype: torch.dtype, me
         return None
     config = deepcopy(shape.skeleton.config)
     text = config.get_text_config()
-    _first_layer(text)
-    text.vocab_size, text.pad_token_id = 64, None
+    for name, value in text.to_dict().items():
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:  # an entry for each layer
+            setattr(text, name, value[:1])
+    text.num_hidden_layers, text.vocab_size, text.pad_token_id = 1, 64, None
     try:
         with device:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
@@ -149,38 +150,27 @@ def _one_layer(shape: Architecture, device: torch.device, dtype: torch.dtype, me
         return None
 
 
-def _first_layer(config: Any) -> None:
-    """Make it a configuration of one decoder layer; per-layer lists are cut alike."""
-    total = config.num_hidden_layers
-    for name, value in config.to_dict().items():
-        if isinstance(value, list) and len(value) == total:
-            setattr(config, name, value[:1])
-    config.num_hidden_layers = 1
-
-
 def _step(train: TrainConfig, d_in: int, kernel: Any, device: torch.device) -> Rate:
     """Seconds of one training step, Adam included, on so many features as a second takes, scaled to all."""
     d_sae, batch = train.sae.width(d_in), train.batch_size
     part = max(64, min(d_sae, int(STEP_FLOP[device.type] / (10 * batch * d_in))))
-    dtype = resolve_dtype(train.compute_dtype, device)
     try:
         sae = initial_sae(d_in, part, 0, device)
         if kernel == "sparse":
             sae.b_enc.fill_(-L0_DEVIATIONS * float(sae.W_enc.norm(dim=0).mean()))
         settings = train.model_copy(update={"kernel": kernel, "lr": 0.0})
-        trainer = Trainer(sae, 1.0, settings, 1000, batch, dtype)
+        trainer = Trainer(sae, 1.0, settings, 1000, batch, resolve_dtype(train.compute_dtype, device))
         rows = torch.randn(batch, d_in, device=device).bfloat16()
-        seconds = fastest(lambda: trainer.step(rows), device)
+        seconds = _fastest(lambda: trainer.step(rows), device)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         return Rate(None, "not measured: out of memory")
     cut = "" if part == d_sae else f" on {part:,} of the features, times {d_sae / part:.3g}"
-    active = f" at an L0 of {L0_FRACTION:.1%} of the features" if kernel == "sparse" else ""
-    return Rate(seconds * d_sae / part, f"measured{active}{cut}")
+    return Rate(seconds * d_sae / part, f"measured at an L0 of {L0_FRACTION:.1%} of the features{cut}")
 
 
-def fastest(action: Callable[[], Any], device: torch.device, budget: float = 1.5) -> float:
+def _fastest(action: Callable[[], Any], device: torch.device, budget: float = 1.5) -> float:
     """Seconds of the fastest of up to five calls after a first one, within a budget of seconds."""
     times: list[float] = []
     began = time.perf_counter()
@@ -193,7 +183,7 @@ def fastest(action: Callable[[], Any], device: torch.device, budget: float = 1.5
     return min(times)
 
 
-def free_memory() -> int:
+def _free_memory() -> int:
     """Bytes of host memory that can still be taken: the system's, or the limit of this process' control group."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

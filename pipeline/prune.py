@@ -1,4 +1,4 @@
-"""What stands in the folder of runs, who uses it, and deleting what nobody needs.
+"""What lies in the folder of runs, who uses it, and deleting what nobody needs.
 
 Only `<runs>/<stage>/<12 hex>` with our marker in it is ever deleted, never through a link, never while a
 process works in it, and never while a run that stays uses it. A directory is renamed before it is
@@ -11,70 +11,58 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from harvest.files import UserError, is_locked, read_json
 from harvest.progress import duration, size_text
+from harvest.stage_directory import BEGUN, FINGERPRINT, MANIFEST, Run, upstreams
 from pipeline.fingerprint import STAGES
-from pipeline.manifest import BEGUN, FINGERPRINT, MANIFEST, is_complete, remote_store
-from pipeline.stages import TRASH
+from pipeline.running import TRASH
+from pipeline.tables import table
 
 LOCK = ".lock-"
 
 
 class Found(NamedTuple):
-    """A run directory as it stands now."""
+    """A run directory as it is now."""
 
     stage: str
     path: Path
     bytes: int  # on the disk, links counted as links
     since: float  # Unix time at which it was finished, or begun
     state: str  # complete, running or interrupted
-    upstream: str | None  # fingerprint of the stage before
-    users: tuple[str, ...]  # "train 0123456789ab": runs of the next stage
+    upstreams: tuple[Path, ...]
 
-    @property
-    def name(self) -> str:
-        """As people call it: "train 0123456789ab"."""
-        return f"{self.stage} {self.path.name}"
+    def uses(self, run: "Found") -> bool:
+        """Whether it depends on another one."""
+        return run.path in self.upstreams
 
 
 def find(root: Path) -> list[Found]:
     """All run directories that bear our marker; links and other names are passed over."""
     found = []
-    for stage in STAGES:
-        for path in _folders(root / stage):
-            marker = next((path / n for n in (MANIFEST, BEGUN) if _is_file(path / n)), None)
-            if not FINGERPRINT.fullmatch(path.name) or marker is None:
-                continue
-            try:
-                begun = read_json(marker)
-            except UserError:
-                begun = {}
-            upstream = begun.get("upstream")
-            found.append(
-                Found(
-                    stage,
-                    path,
-                    size(path),
-                    marker.stat().st_mtime,
-                    "running" if _running(path) else "complete" if is_complete(path) else "interrupted",
-                    Path(upstream).name if isinstance(upstream, str) else None,
-                    (),
-                )
-            )
-    return [run._replace(users=tuple(user.name for user in found if _uses(user, run))) for run in found]
+    for path in (path for stage in STAGES for path in _folders(root / stage)):
+        markers = [path / name for name in (MANIFEST, BEGUN) if _is_file(path / name)]
+        if not FINGERPRINT.fullmatch(path.name) or not markers:
+            continue
+        run = Run(path)
+        begun: dict[str, Any] = {}
+        with suppress(UserError):
+            begun = read_json(markers[0])
+        state = "running" if _running(path) else "complete" if run.is_complete else "interrupted"
+        since = markers[0].stat().st_mtime
+        found.append(Found(run.stage, path, _size(path), since, state, tuple(up.path for up in upstreams(begun, root))))
+    return found
 
 
 def leftovers(root: Path) -> list[Path]:
     """What an interrupted prune or `--force` had set aside to delete."""
     out = []
-    for stage in STAGES:
-        for path in _folders(root / stage):
-            if FINGERPRINT.fullmatch(path.name.removeprefix(TRASH)) and path.name.startswith(TRASH):
-                out.append(path)
-            elif FINGERPRINT.fullmatch(path.name) and not _running(path):
-                out += [inner for inner in _folders(path) if inner.name.startswith(TRASH)]
+    for path in (path for stage in STAGES for path in _folders(root / stage)):
+        if path.name.startswith(TRASH) and FINGERPRINT.fullmatch(path.name.removeprefix(TRASH)):
+            out.append(path)
+        elif FINGERPRINT.fullmatch(path.name) and not _running(path):
+            out += [inner for inner in _folders(path) if inner.name.startswith(TRASH)]
     return out
 
 
@@ -86,8 +74,8 @@ def choose(found: Sequence[Found], directories: Collection[Path], used: Collecti
     """
     if not directories:
         kept = [run for run in found if run.path in used or run.state == "running"]
-        for run in reversed(found):  # later stages first: what a kept run stands on is kept
-            if run not in kept and any(_uses(user, run) for user in kept):
+        for run in reversed(found):  # later stages first: what a kept run depends on is kept
+            if run not in kept and any(user.uses(run) for user in kept):
                 kept.append(run)
         return [run for run in found if run not in kept]
     by_path = {run.path.resolve(): run for run in found}
@@ -102,8 +90,7 @@ def choose(found: Sequence[Found], directories: Collection[Path], used: Collecti
             raise UserError(f"{directory}: used by the settings that --config names; left alone")
         chosen.append(run)
     for run in chosen:
-        users = [user.name for user in found if _uses(user, run) and user not in chosen]
-        if users:
+        if users := [_name(user) for user in found if user.uses(run) and user not in chosen]:
             raise UserError(f"{run.path}: used by {', '.join(users)}; name them as well, or keep it")
     return chosen
 
@@ -121,14 +108,19 @@ def prune(
     """
     found, rest = find(root), leftovers(root)
     chosen = choose(found, directories, used)
-    for line in table(found, chosen, used):
+    rows = [("", "run", "size", "age", "state", "used by")]
+    for run in found:
+        users = [*(_name(user) for user in found if user.uses(run)), *(["these settings"] if run.path in used else [])]
+        action, age = "delete" if run in chosen else "keep", _age(time.time() - run.since)
+        rows.append((action, str(run.path), size_text(run.bytes), age, run.state, ", ".join(users) or "-"))
+    for line in table(rows, right=(2, 3)):
         say(line)
-    total = sum(run.bytes for run in chosen) + sum(size(path) for path in rest)
     if not chosen and not rest:
         say("nothing to delete")
         return
-    counted = [_count(len(chosen), "run"), _count(len(rest), "leftover")]
-    what = f"{' and '.join(text for text in counted if text)} ({size_text(total)})"
+    counted = [f"{n} {noun}{'s' * (n > 1)}" for n, noun in ((len(chosen), "run"), (len(rest), "leftover")) if n]
+    total = sum(run.bytes for run in chosen) + sum(map(_size, rest))
+    what = f"{' and '.join(counted)} ({size_text(total)})"
     if not confirm(f"Delete {what}?"):
         say(f"nothing was deleted; --yes deletes {what}")
         return
@@ -137,52 +129,24 @@ def prune(
     for path in rest:
         shutil.rmtree(path)
     for run in sorted(chosen, key=lambda run: -STAGES.index(run.stage)):
-        store = remote_store(run.path)
-        delete(run)
+        store = Run(run.path).store_url
+        _delete(run.path)
         say(f"deleted  {run.path}")
         if store:
             say(f"left      {store}: its store; delete it with the tools of your bucket")
 
 
-def delete(run: Found) -> None:
-    """Delete one run directory.
-
-    Raises UserError when a process has begun to work in it.
-    """
-    if run.path.is_symlink() or _running(run.path):
-        raise UserError(f"{run.path}: a process has begun to work in it, or it is a link now; left alone")
-    aside = run.path.with_name(f"{TRASH}{run.path.name}")
+def _delete(path: Path) -> None:
+    if path.is_symlink() or _running(path):
+        raise UserError(f"{path}: a process has begun to work in it, or it is a link now; left alone")
+    aside = path.with_name(f"{TRASH}{path.name}")
     if aside.is_dir() and not aside.is_symlink():
         shutil.rmtree(aside)
-    run.path.rename(aside)
+    path.rename(aside)
     shutil.rmtree(aside)
 
 
-def table(found: Sequence[Found], chosen: Collection[Found], used: Collection[Path]) -> list[str]:
-    """One line a run: what would happen to it, size, age, state, and who uses it."""
-    rows = [("", "run", "size", "age", "state", "used by")]
-    for run in found:
-        users = [*run.users, *(["these settings"] if run.path in used else [])]
-        action = "delete" if run in chosen else "keep"
-        figures = (size_text(run.bytes), _age(time.time() - run.since), run.state)
-        rows.append((action, str(run.path), *figures, ", ".join(users) or "-"))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    right = {2, 3}
-    return [
-        "  ".join(
-            [
-                *(
-                    f"{c:>{w}}" if i in right else f"{c:{w}}"
-                    for i, (c, w) in enumerate(zip(row[:5], widths, strict=True))
-                ),
-                row[5],
-            ]
-        )
-        for row in rows
-    ]
-
-
-def size(path: Path) -> int:
+def _size(path: Path) -> int:
     """Bytes that a folder takes on the disk; files that vanish meanwhile do not count."""
     total = 0
     for folder, _, names in os.walk(path):
@@ -207,13 +171,8 @@ def _running(path: Path) -> bool:
     return any(is_locked(path, lock.name.removeprefix(LOCK)) for lock in path.glob(f"{LOCK}*") if _is_file(lock))
 
 
-def _uses(user: Found, run: Found) -> bool:
-    index = STAGES.index(user.stage)
-    return index > 0 and STAGES[index - 1] == run.stage and user.upstream == run.path.name
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'s' * (number > 1)}" if number else ""
+def _name(run: Found) -> str:
+    return f"{run.stage} {run.path.name}"
 
 
 def _age(seconds: float) -> str:

@@ -12,14 +12,13 @@ from typing import NamedTuple
 
 from harvest.files import UserError
 from harvest.sources import hub_errors
-from pipeline.export import export_name
-from pipeline.inventory import changed_files
-from pipeline.manifest import METRICS, is_complete, read_manifest, read_metrics, said, way_out
+from harvest.stage_directory import Run
+from pipeline.export import export_name, source_terms
+from pipeline.metrics import FILE, read_metrics
 from pipeline.stages import Runs
-from pipeline.terms import source_terms
+from pipeline.tables import table
 
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WITHOUT_TEXT = (METRICS,)  # of an evaluate directory
 
 
 class Push(NamedTuple):
@@ -45,55 +44,46 @@ def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Pu
         raise UserError(f"push: {folder}: was exported from other settings; export anew, or give those settings")
     check_exported(folder, marker)
     files = {name: folder / name for name in sorted([*marker["files"], MARKER])}
-    closed = [
-        f"{source.name} ({term.note})"
-        for source in sweep[0].config.sample.sources
-        if not (term := source_terms(source.path)).free
-    ]
+    terms = {source.name: source_terms(source.path) for source in sweep[0].config.sample.sources}
+    closed = [f"{name} ({term.note})" for name, term in terms.items() if not term.free]
     left_out = []
-    for runs in sweep:
-        directory = runs.directory("evaluate")
-        if not is_complete(directory):
-            continue
-        listed = _measured(directory)
-        place = f"evaluation/{directory.name}"
-        files |= {f"{place}/{name}": directory / name for name in WITHOUT_TEXT}
-        texts = [path for path in listed if path.suffix == ".html"]
-        if closed and not with_text:
-            left_out.append(
-                f"{len(texts)} pages with text of {', '.join(closed)} in {directory}; --with-text pushes them"
-            )
-        else:
-            files |= {f"{place}/{path.relative_to(directory)}": path for path in texts}
+    for run in (runs.of("evaluate") for runs in sweep):
+        if run.is_complete:
+            names = _measured(run)
+            texts = [name for name in names if name.endswith(".html")]
+            if closed and not with_text:
+                reason = f"text of {', '.join(closed)} in {run.path}; --with-text pushes them"
+                left_out.append(f"{len(texts)} pages with {reason}")
+                texts = []
+            files |= {f"evaluation/{run.path.name}/{name}": run.path / name for name in (FILE, *texts)}
     return Push(files, left_out)
 
 
-def _measured(directory: Path) -> list[Path]:
-    """What an evaluation left.
+def _measured(run: Run) -> list[str]:
+    """Names of the files that an evaluation left.
 
-    Raises UserError where a file is missing or changed, or that of another run.
+    Raises UserError where one is missing or changed, or that of another run.
     """
-    read_metrics(directory)
-    manifest = read_manifest(directory)
-    if changed := changed_files(directory, manifest):
-        raise UserError(f"{said(directory, changed)}; restore it, or {way_out('evaluate')}")
-    if listed := manifest.get("files"):
-        return sorted(directory / name for name in listed)
-    return [path for path in sorted(directory.rglob("*.html")) if not path.is_symlink()]  # of an earlier version
+    read_metrics(run)
+    if changed := run.changed():
+        raise UserError(f"{run.said(changed)}; restore it, or {run.way_out}")
+    if listed := run.manifest.get("files"):
+        return sorted(listed)
+    pages = (path for path in sorted(run.path.rglob("*.html")) if not path.is_symlink())  # of an earlier version
+    return [str(path.relative_to(run.path)) for path in pages]
 
 
 def push(repository: str, planned: Push, *, public: bool, yes: bool, say: Callable[[str], None]) -> None:
     """Show what would be pushed, and push it as one commit where `yes` is set.
 
-    A repository that is not there is made, private unless `public`. Raises UserError where nobody is logged in,
+    A missing repository is made, private unless `public`. Raises UserError where nobody is logged in,
     the token may not write, or the hub cannot be reached.
     """
     if not REPOSITORY.fullmatch(repository):
         raise UserError(f"push: {repository!r}: a repository of the hub is OWNER/NAME")
-    for place, path in planned.files.items():
-        say(f"{path.stat().st_size:>15,}  {place}")
-    for line in planned.left_out:
-        say(f"left out: {line}")
+    sizes = [(f"{path.stat().st_size:,}", place) for place, path in planned.files.items()]
+    for line in [*table(sizes, right=(0,)), *(f"left out: {line}" for line in planned.left_out)]:
+        say(line)
     if not yes:
         say(f"nothing was pushed to {repository}; --yes pushes these {len(planned.files)} files")
         return

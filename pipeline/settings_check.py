@@ -1,95 +1,86 @@
-"""What settings say against what is there: local files, cores, the model and its tokenizer, before anything runs.
+"""What settings say compared with what is there: files, cores, the model and its tokenizer, before anything runs.
 
 What cannot work, or would leave out nothing, is an error; what has no effect is a warning.
 """
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from harvest.config import HarvestConfig
 from harvest.files import UserError
 from harvest.hub import resolved_commit
-from pipeline.config import IngestedConfig, PipelineConfig
-from pipeline.fingerprint import Inputs
+from pipeline.config import PipelineConfig
+from pipeline.stages import Runs
 
-AnyConfig = PipelineConfig | IngestedConfig
 TOKENS = (2, 3)  # that shapes are asked for
 FIRST_CONTEXTS = 4096  # that are looked through for tokens to leave out
+_checked: set[tuple[str, ...]] = set()  # fingerprints of the sweeps that this process has checked
 
 
-_checked: set[tuple[tuple[str, str], ...]] = set()  # settings that this process has checked, and their fingerprints
-
-
-def check_before(
-    stage: str, sweep: Sequence[AnyConfig], fingerprints: Sequence[str], inputs: Inputs, here: Callable[[str], Path]
-) -> None:
-    """Check the settings of a sweep once, before the first stage runs; `here` gives the directory of a stage.
+def check_before(stage: str, sweep: Sequence[Runs]) -> None:
+    """Check the settings of a sweep once, before the first stage runs.
 
     Raises UserError for settings that one of the stages would refuse hours later.
     """
-    configs = [config for config in sweep if isinstance(config, PipelineConfig)]
-    key = tuple(zip((config.model_dump_json() for config in sweep), fingerprints, strict=True))
+    first, config = sweep[0], sweep[0].config
+    key = (*(runs.config.model_dump_json() for runs in sweep), *(runs.fingerprints["evaluate"] for runs in sweep))
     if key not in _checked:
-        check_settings(sweep[0])
-        if configs:
-            check_model(configs, resolved_commit(inputs.model), resolved_commit(inputs.tokenizer), stage)
+        if not config.ingest:
+            _check_text(config)
+        for warning in _warnings(config):
+            _warn(warning)
+        if not config.ingest:
+            _check_model(sweep, stage)
         _checked.add(key)
-    if configs and stage == "harvest":
-        from harvest.contexts import Contexts
+    if stage == "harvest" and not config.ingest:
         from harvest.stream import load_stream
 
-        limit = configs[0].harvest.runtime.disk_limit
-        if limit is not None and load_stream(here("harvest")) is None:
-            print(f"warning: harvest.runtime.disk_limit: {limit}: only `make stream` keeps it", file=sys.stderr)
-        warn_of_absent_tokens(configs[0], Contexts(here("sample") / "contexts"))
+        limit = config.harvest.runtime.disk_limit
+        if limit is not None and load_stream(first.directory("harvest")) is None:
+            _warn(f"harvest.runtime.disk_limit: {limit}: only `make stream` keeps it")
+        _warn_of_absent_tokens(config, first.directory("sample") / "contexts")
 
 
-def check_settings(config: AnyConfig) -> None:
-    """Check what needs no model, and print warnings.
-
-    Raises UserError.
-    """
-    if isinstance(config, PipelineConfig):
-        from harvest.sampling import contexts_by_source
-
-        _check_local(config)
-        positions = config.train.exclude.positions
-        if len(positions) == config.sample.context_size:
-            raise UserError(f"train.exclude.positions: {list(positions)}: leaves no row of a context to train on")
-        for split in ("train", "holdout"):
-            for i, count in enumerate(contexts_by_source(config.sample, split)):
-                if not count:
-                    source = config.sample.sources[i]
-                    raise UserError(
-                        f"sample.sources.{i}.share: {source.share:g}: gives {source.name} none of the "
-                        f"{config.sample.shards(split) * config.sample.shard_contexts} contexts of the {split} split; "
-                        f"raise it or sample.{split}_tokens, or leave the source out"
-                    )
-    for warning in warnings(config):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def _check_local(config: PipelineConfig) -> None:
-    """Raise UserError for a revision beside a local model or SAE, which it cannot change."""
+def _check_text(config: PipelineConfig) -> None:
+    """Raise UserError for settings of text that need no look at the model."""
+    from harvest.sampling import contexts_by_source
+
     diff, out = config.evaluate.diff, "a local path has none, and enters by its content; take it out"
-    models = {"model": config.model} | ({"evaluate.diff.model": diff.model} if diff and diff.model else {})
-    for setting, model in models.items():
-        if model.revision is not None and Path(model.name).is_dir():
-            raise UserError(f"{setting}.revision: {model.revision!r}: {out}")
-    for i, published in enumerate(config.evaluate.also):
-        if published.revision is not None and Path(published.path).exists():
-            raise UserError(f"evaluate.also.{i}.revision: {published.revision!r}: {out}")
+    local = {"model": (config.model.name, config.model.revision)}
+    if diff and diff.model:
+        local["evaluate.diff.model"] = (diff.model.name, diff.model.revision)
+    local |= {f"evaluate.also.{i}": (also.path, also.revision) for i, also in enumerate(config.evaluate.also)}
+    for setting, (path, revision) in local.items():
+        if revision is not None and Path(path).exists():
+            raise UserError(f"{setting}.revision: {revision!r}: {out}")
+    sample, positions = config.sample, config.train.exclude.positions
+    if len(positions) == sample.context_size:
+        raise UserError(f"train.exclude.positions: {list(positions)}: leaves no row of a context to train on")
+    for split in ("train", "holdout"):
+        for i, count in enumerate(contexts_by_source(sample, split)):
+            if not count:
+                raise UserError(
+                    f"sample.sources.{i}.share: {sample.sources[i].share:g}: gives {sample.sources[i].name} none of "
+                    f"the {sample.shards(split) * sample.shard_contexts} contexts of the {split} split; raise it or "
+                    f"sample.{split}_tokens, or leave the source out"
+                )
 
 
-def warnings(config: AnyConfig) -> Iterator[str]:
+def _warnings(config: PipelineConfig) -> Iterator[str]:
     """Settings that were given and have no effect, one sentence each."""
     train, evaluate = config.train, config.evaluate
-    if "sparse_below" in train.model_fields_set and train.kernel != "auto":
-        yield f"train.sparse_below: without effect, as train.kernel is {train.kernel}"
-    if isinstance(config, PipelineConfig):
+    steering, diff, features = evaluate.steering, evaluate.diff, evaluate.features
+    reasons: list[tuple[Any, str, tuple[str, ...], Any, str]] = [
+        (train, "train", ("sparse_below",), train.kernel != "auto", f"train.kernel is {train.kernel}")
+    ]
+    if not config.ingest:
         steps = train.batches(config.sample.shards("train") * config.sample.shard_rows)
         for name in ("lr_decay_fraction", "l1_warmup_fraction"):
             fraction = getattr(train, name)
@@ -98,30 +89,27 @@ def warnings(config: AnyConfig) -> Iterator[str]:
         runtime = config.harvest.runtime
         if runtime.allow_http and runtime.store is None:
             yield "harvest.runtime.allow_http: without effect, as harvest.runtime.store is not set"
-    steering, diff = evaluate.steering, evaluate.diff
     if steering:
         by = "evaluate.steering"
-        unused = {
-            f"{by}.feature_ids is set": ("features",) if steering.feature_ids else (),
-            f"{by}.prompts is set": ("built_in_prompts",) if steering.prompts else (),
-            f"{by}.temperature is 0": () if steering.temperature else ("top_p", "seed"),
-        }
-        for reason, names in unused.items():
-            for name in names:
-                if name in steering.model_fields_set:
-                    yield f"{by}.{name}: without effect, as {reason}"
-    if diff and diff.model is None:
-        for name in ("contexts", "batch_contexts"):
-            if name in diff.model_fields_set:
-                yield f"evaluate.diff.{name}: without effect, as evaluate.diff.model is not set"
-    if evaluate.features and "random_share" in evaluate.features.model_fields_set and not evaluate.reason_score:
-        yield "evaluate.features.random_share: without effect, as evaluate.reason_score is null and all are drawn"
+        reasons += [
+            (steering, by, ("features",), steering.feature_ids, f"{by}.feature_ids is set"),
+            (steering, by, ("built_in_prompts",), steering.prompts, f"{by}.prompts is set"),
+            (steering, by, ("top_p", "seed"), not steering.temperature, f"{by}.temperature is 0"),
+        ]
+    if diff:
+        unset = "evaluate.diff.model is not set"
+        reasons.append((diff, "evaluate.diff", ("contexts", "batch_contexts"), diff.model is None, unset))
+    if features:
+        by, all_drawn = "evaluate.features", "evaluate.reason_score is null and all are drawn"
+        reasons.append((features, by, ("random_share",), not evaluate.reason_score, all_drawn))
+    for section, prefix, names, holds, reason in reasons:
+        for name in names:
+            if holds and name in section.model_fields_set:
+                yield f"{prefix}.{name}: without effect, as {reason}"
 
 
-def check_model(
-    configs: Sequence[PipelineConfig], model_commit: str | None, tokenizer_commit: str | None, stage: str
-) -> None:
-    """Check hooks, lengths, token ids and features of a sweep's settings against the model, without its weights.
+def _check_model(sweep: Sequence[Runs], stage: str) -> None:
+    """Check hooks, lengths, token ids and features of a sweep against the model, without its weights.
 
     Raises UserError, also where the model cannot be had but for training, which may run where it is not.
     """
@@ -130,14 +118,14 @@ def check_model(
     from harvest.language_model import load_skeleton
     from harvest.tokenizer import load_whole_tokenizer
 
-    config = configs[0]
+    config, inputs = sweep[0].config, sweep[0].inputs
     harvest, evaluate = config.harvest, config.evaluate
     if stage in ("sample", "harvest"):
         check_threads("harvest.threads", harvest.threads, resolve_device(harvest.runtime.device))
     offline = config.sample.runtime.offline or harvest.runtime.offline
     try:
-        skeleton = load_skeleton(config.model, model_commit, offline)
-        tokenizer = load_whole_tokenizer(config.model, tokenizer_commit, offline)
+        skeleton = load_skeleton(config.model, resolved_commit(inputs.model), offline)
+        tokenizer = load_whole_tokenizer(config.model, resolved_commit(inputs.tokenizer), offline)
     except UserError:
         if stage == "train":
             return
@@ -148,15 +136,14 @@ def check_model(
         raise UserError(f"sample.context_size: {config.sample.context_size}: the model has {limit} positions; lower it")
     _check_token_ids(config, max(tokenizer.get_vocab().values()))
     if not tokenizer.eos_token and any(source.rows == "text" for source in config.sample.sources):
-        print(
-            "warning: sample.sources: `rows: text` and a tokenizer without an end token: documents follow each other "
-            "with nothing between them",
-            file=sys.stderr,
+        _warn(
+            "sample.sources: `rows: text` and a tokenizer without an end token: documents follow each other "
+            "with nothing between them"
         )
     if evaluate.steering and limit:
         _check_prompts(config, tokenizer, limit)
-    for single in configs:
-        d_sae = single.train.sae.width(d_in) if d_in else single.train.sae.d_sae
+    for sae in (runs.config.train.sae for runs in sweep):
+        d_sae = sae.width(d_in) if d_in else sae.d_sae
         if d_sae and evaluate.features:
             check_features(evaluate.features.include, d_sae, "evaluate.features.include")
         if d_sae and evaluate.steering:
@@ -184,9 +171,9 @@ def _check_widths(skeleton: Any, harvest: HarvestConfig) -> int | None:
         return skeleton.config.get_text_config().hidden_size if at_layers else None
     for hook, shape in shapes.items():
         if shape is None or len(shape) != 3 or shape[:2] != TOKENS:
-            gives = "nothing" if shape is None else shape
             raise UserError(
-                f"harvest.hooks: {hook!r}: gives {gives} for 2 x 3 tokens, not a row for each; hook a layer"
+                f"harvest.hooks: {hook!r}: gives {'nothing' if shape is None else shape} for 2 x 3 tokens, not a row "
+                "for each; hook a layer"
             )
     widths = {hook: shape[-1] for hook, shape in shapes.items() if shape}
     if len(set(widths.values())) > 1:
@@ -209,9 +196,7 @@ def _shapes(model: Any, modules: dict[str, str]) -> dict[str, tuple[int, ...] | 
         shapes[hook] = tuple(first.shape) if isinstance(first, torch.Tensor) else ()
 
     handles = [
-        model.get_submodule(module).register_forward_hook(
-            lambda _module, _inputs, output, hook=hook: note(hook, output)
-        )
+        model.get_submodule(module).register_forward_hook(lambda _m, _inputs, output, hook=hook: note(hook, output))
         for hook, module in modules.items()
     ]
     log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -233,8 +218,7 @@ def _check_token_ids(config: PipelineConfig, largest: int) -> None:
     ids = {"train.exclude.token_ids": config.train.exclude.token_ids}
     ids |= {"evaluate.reason_score.ignored_token_ids": score.ignored_token_ids} if score else {}
     for setting, tokens in ids.items():
-        beyond = [token for token in tokens if token > largest]
-        if beyond:
+        if beyond := [token for token in tokens if token > largest]:
             raise UserError(
                 f"{setting}: {beyond[0]}: never occurs, as the tokenizer's ids end at {largest}, so it leaves out "
                 "nothing; name the ids that you mean"
@@ -246,27 +230,25 @@ def _check_prompts(config: PipelineConfig, tokenizer: Any, limit: int) -> None:
     from evaluate.steering import built_in_prompts
 
     steering = config.evaluate.steering
-    if steering is None:
-        return
+    assert steering
     prompts = steering.prompts or built_in_prompts()[: steering.built_in_prompts]
-    ids = prompt_ids(tokenizer, prompts, None)
     try:
-        check_lengths(ids, steering.max_new_tokens, limit)
+        check_lengths(prompt_ids(tokenizer, prompts, None), steering.max_new_tokens, limit)
     except UserError as error:
         raise UserError(f"evaluate.steering.max_new_tokens: {steering.max_new_tokens}: {error}") from None
 
 
-def warn_of_absent_tokens(config: PipelineConfig, contexts: Any) -> None:
+def _warn_of_absent_tokens(config: PipelineConfig, folder: Path) -> None:
     """Say which tokens that training leaves out are nowhere in the first contexts of the sample."""
-    import numpy as np
+    from harvest.contexts import Contexts
 
-    count = min(contexts.count("train"), FIRST_CONTEXTS)
-    tokens = contexts.read("train", "tokens", 0, count) if config.train.exclude.token_ids else np.zeros(0, np.uint32)
-    for token in config.train.exclude.token_ids:
-        if not (tokens == token).any():
-            print(
-                f"warning: train.exclude.token_ids: {token}: is not among the {tokens.size:,} tokens of the first "
-                f"{count:,} contexts, so it may leave out nothing",
-                file=sys.stderr,
-                flush=True,
-            )
+    if excluded := config.train.exclude.token_ids:
+        contexts = Contexts(folder)
+        count = min(contexts.count("train"), FIRST_CONTEXTS)
+        tokens = contexts.read("train", "tokens", 0, count)
+        for token in excluded:
+            if not (tokens == token).any():
+                _warn(
+                    f"train.exclude.token_ids: {token}: is not among the {tokens.size:,} tokens of the first "
+                    f"{count:,} contexts, so it may leave out nothing"
+                )

@@ -18,13 +18,14 @@ class Sizes(NamedTuple):
     flop_per_token: float  # of those layers
     parameters: int  # of those layers and the embedding
     context: int  # of one context in a forward pass, at 4 bytes an element
-    d_sae: int
+    d_sae: int  # of the widest SAE
     steps: int
     saes: int  # in a sweep
     contexts: int  # the packed tokens; twice as much while sampling
     shard: int
     sae: int  # weights of one SAE
     checkpoint: int
+    kept_checkpoints: int
 
     @property
     def holdout(self) -> int:
@@ -36,9 +37,14 @@ class Sizes(NamedTuple):
         """Bytes of both splits."""
         return self.shard * self.geometry.train_shards + self.holdout
 
-    def trained(self, keep_last: int, saes: int) -> int:
+    @property
+    def rows(self) -> int:
+        """Training rows, not bytes."""
+        return self.geometry.train_shards * self.geometry.shard_rows
+
+    def trained(self, saes: int) -> int:
         """Checkpoints, one more than are kept for a moment, and the last and the best SAE, of every hook."""
-        return len(self.geometry.hooks) * saes * ((keep_last + 1) * self.checkpoint + 2 * self.sae)
+        return len(self.geometry.hooks) * saes * ((self.kept_checkpoints + 1) * self.checkpoint + 2 * self.sae)
 
 
 def sizes(config: PipelineConfig, shape: Architecture) -> Sizes:
@@ -47,8 +53,7 @@ def sizes(config: PipelineConfig, shape: Architecture) -> Sizes:
     Raises UserError when the model does not have a hook.
     """
     sample, train, hooks = config.sample, config.train, config.harvest.hooks
-    text = shape.skeleton.config.get_text_config()
-    d_in = text.hidden_size
+    d_in = shape.skeleton.config.get_text_config().hidden_size
     layers = max(point.layers for point in find_hooks(shape.skeleton, hooks).values())
     model: Any = shape.skeleton.model
     run = list(model.get_submodule(shape.skeleton.layer_list))[:layers]
@@ -67,8 +72,7 @@ def sizes(config: PipelineConfig, shape: Architecture) -> Sizes:
         stored=config.harvest.stored,
     )
     d_sae = max(single.sae.width(d_in) for single in train.expanded())
-    rows = geometry.train_shards * geometry.shard_rows
-    sae_parameters = 2 * d_in * d_sae + d_in + d_sae
+    sae = 2 * d_in * d_sae + d_in + d_sae
     return Sizes(
         geometry,
         layers,
@@ -76,10 +80,11 @@ def sizes(config: PipelineConfig, shape: Architecture) -> Sizes:
         sum(p.numel() for layer in run for p in layer.parameters()) + model.get_input_embeddings().weight.numel(),
         sample.context_size * (6 * d_in + 3 * widest) * 4,
         d_sae,
-        total_steps(train, rows),
+        total_steps(train, geometry.train_shards * geometry.shard_rows),
         len(train.expanded()),
         8 * (geometry.train_shards + geometry.holdout_shards) * geometry.shard_rows,
         shard_bytes(geometry),
-        4 * sae_parameters,
-        12 * sae_parameters + 8 * d_sae,
+        4 * sae,
+        12 * sae + 8 * d_sae,
+        train.runtime.keep_last,
     )

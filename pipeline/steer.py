@@ -3,36 +3,48 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from rich.box import SIMPLE_HEAD
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from evaluate.config import EvaluateConfig, ReasonScoreConfig
+from evaluate.config import ReasonScoreConfig
 from evaluate.visible import visible
-from harvest.files import UserError, write_json
+from harvest.files import write_json
 from harvest.hub import resolved_commit
-from pipeline.config import SettingsError
-from pipeline.manifest import check_files, is_complete
+from pipeline.running import trained
+from pipeline.settings_text import SettingsError
 from pipeline.stages import Runs
+from pipeline.tables import table
+
+Option = typer.Option
 
 
 class Request(NamedTuple):
-    """The options of one call."""
+    """The options of the command."""
 
-    features: tuple[int, ...]
-    strengths: tuple[float, ...]
-    prompts: tuple[str, ...]
-    prompts_file: Path | None
-    measure: bool
-    words: tuple[str, ...]
-    sampling: tuple[int, float, float, int]  # max_new_tokens, temperature, top_p, seed
-    chat: bool | None
-    hook: str | None
-    max_activation: float | None
-    json: Path | None
+    feature: Annotated[list[int], Option(help="Feature to amplify; may be repeated.")]
+    strength: Annotated[
+        list[float] | None, Option(help="Times the feature's largest activation; may be repeated. Default: 1.")
+    ] = None
+    prompt: Annotated[list[str] | None, Option(help="What to answer; may be repeated.")] = None
+    prompts: Annotated[Path | None, Option(help="File of prompts, one a line.")] = None
+    measure: Annotated[bool, Option("--measure", help="Take the sixty built-in prompts; show figures.")] = False
+    word: Annotated[list[str] | None, Option(help="Word to count, `a|b` for alternatives; may be repeated.")] = None
+    max_new_tokens: Annotated[int, Option(min=1, help="Longest completion, in tokens.")] = 64
+    temperature: Annotated[float, Option(min=0, help="0 takes the likeliest token.")] = 0.0
+    top_p: Annotated[
+        float, Option(min=0.01, max=1, help="Sample from the likeliest tokens of this probability together.")
+    ] = 1.0
+    seed: Annotated[int, Option(min=0, help="Of sampling.")] = 0
+    chat: Annotated[bool | None, Option(help="Use the model's chat template; default: if it has one.")] = None
+    hook: Annotated[str | None, Option(help="Which SAE, where several hooks were trained.")] = None
+    max_activation: Annotated[
+        float | None, Option(help="Instead of the largest one on held-out rows, in scaled units.")
+    ] = None
+    json: Annotated[Path | None, Option(help="Also write completions and figures to this file.")] = None
 
 
 def steer(sweep: Sequence[Runs], request: Request) -> None:
@@ -41,10 +53,11 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     Raises SettingsError for options that make no sense and UserError for what does not fit SAE or model;
     nothing is written before all of it is done.
     """
-    runs = _checked(sweep, request)
+    directory = _checked(sweep, request)
     from evaluate import steering
     from evaluate.generation import Sampling
     from harvest.activation_store import ActivationStore, slug
+    from harvest.contexts import Contexts
     from harvest.device import resolve_device, resolve_dtype, set_threads
     from harvest.language_model import load_model
     from harvest.progress import Progress
@@ -52,17 +65,17 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     from harvest.tokenizer import load_whole_tokenizer
     from train.checkpoint import load_sae
 
-    prompts = request.prompts
-    if request.prompts_file:
-        prompts += steering.read_prompts(request.prompts_file)
+    runs, config = sweep[0], sweep[0].config
+    prompts, strengths = tuple(request.prompt or ()), tuple(request.strength or [1.0])
+    if request.prompts:
+        prompts += steering.read_prompts(request.prompts)
     if request.measure and not prompts:
         prompts = steering.built_in_prompts()
-    steering.check_strengths(request.strengths, "--strength")
-    config, settings = runs.config, runs.config.evaluate
-    hook = request.hook or config.harvest.hooks[0]
-    folder = runs.directory("train") / slug(hook)
+    steering.check_strengths(strengths, "--strength")
+    settings, hook = config.evaluate, request.hook or config.harvest.hooks[0]
+    folder = directory / slug(hook)
     saved = load_sae(folder / "best" if settings.sae == "best" else folder)
-    features = tuple(dict.fromkeys(request.features))
+    features = tuple(dict.fromkeys(request.feature))
     steering.check_features(features, saved.sae.d_sae, "--feature")
     if request.max_activation is None:
         store = ActivationStore.open(files_of(runs.directory("harvest")))
@@ -77,117 +90,90 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     model = load_model(config.model, commit, [hook], dtype, device, offline=offline, with_head=True)
     steering.check_fit(model, saved)
     tokenizer = load_whole_tokenizer(config.model, commit, offline)
-    nonzero = {strength for strength in request.strengths if strength}
-    with Progress("steer", len(prompts) * (1 + len(features) * len(nonzero)), "completions") as progress:
+    contexts = runs.directory("sample") / "contexts"
+    sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)
+    with Progress("steer", len(prompts) * (1 + len(features) * len(set(strengths) - {0})), "completions") as progress:
         found = steering.steer(
             model,
             tokenizer,
             saved._replace(sae=saved.sae.to(device)),
             dict(zip(features, maxima, strict=True)),
-            request.strengths,
+            strengths,
             prompts,
-            Sampling(*request.sampling),
+            sampling,
             chat=request.chat,
-            bos=_bos(runs),
+            bos=Contexts(contexts).bos if contexts.exists() else None,
             progress=progress,
         )
-    words = request.words or _default_words(settings)
+    words = tuple(request.word or (settings.reason_score or ReasonScoreConfig()).words)
     figures = [steering.figures(steered, words) for steered in found]
-    console = Console()
     for steered, measured in zip(found, figures, strict=True):
         if not request.measure:
-            show_completions(console, steered)
-        if request.measure or request.words:
-            show_figures(console, measured, words)
+            show_completions(Console(), steered)
+        if request.measure or request.word:
+            show_figures(measured, words)
     if request.json:
+        completions = [[[c._asdict() for c in row] for row in steered.completions] for steered in found]
         document = {
             "definitions": steering.DEFINITIONS,
             "sae": runs.fingerprints["train"],
             "hook": hook,
             "words": list(words),
-            "sampling": Sampling(*request.sampling)._asdict(),
+            "sampling": sampling._asdict(),
             "figures": figures,
-            "completions": [steered._asdict() | {"completions": _plain(steered)} for steered in found],
+            "completions": [s._asdict() | {"completions": c} for s, c in zip(found, completions, strict=True)],
         }
         write_json(request.json, document)
         print(request.json)
 
 
-def _bos(runs: Runs) -> str | None:
-    from harvest.contexts import Contexts
-
-    contexts = runs.directory("sample") / "contexts"
-    return Contexts(contexts).bos if contexts.exists() else None
-
-
-def _checked(sweep: Sequence[Runs], request: Request) -> Runs:
+def _checked(sweep: Sequence[Runs], request: Request) -> Path:
+    """The directory of the training run, for options that make sense."""
+    hooks = sweep[0].config.harvest.hooks
     if len({runs.directory("train") for runs in sweep}) > 1:
         raise SettingsError(
             f"steer: these settings are a sweep of {len(sweep)} SAEs; choose one, as "
             "train.sweep=null train.sae.l1_coefficient=5"
         )
-    runs = sweep[0]
-    if not request.prompts and not request.prompts_file and not request.measure:
+    if not request.prompt and not request.prompts and not request.measure:
         raise SettingsError("steer: no prompt: give --prompt TEXT, --prompts FILE, or --measure for the built-in ones")
-    if request.hook and request.hook not in runs.config.harvest.hooks:
-        raise SettingsError(f"--hook: {request.hook!r}: these settings have {', '.join(runs.config.harvest.hooks)}")
+    if request.hook and request.hook not in hooks:
+        raise SettingsError(f"--hook: {request.hook!r}: these settings have {', '.join(hooks)}")
     if request.max_activation is not None and not 0 < request.max_activation < math.inf:
         raise SettingsError(f"--max-activation: {request.max_activation}: a number above 0")
     if request.json and not request.json.parent.is_dir():
         raise SettingsError(f"--json: {request.json}: there is no folder {request.json.parent}")
     if request.json and request.json.is_dir():
         raise SettingsError(f"--json: {request.json}: is a folder; a file is meant")
-    for prompt in request.prompts:
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise SettingsError(f"--prompt: {prompt!r}: not UTF-8 text") from None
-    if not is_complete(runs.directory("train")):
-        raise UserError(
-            f"steer: the train stage for these settings is not complete ({runs.directory('train')}); run "
-            "`make train` with the same CONFIG and SET first"
-        )
-    check_files(runs.directory("train"))
-    return runs
+    for prompt in request.prompt or ():
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise SettingsError(f"--prompt: {prompt!r}: not UTF-8 text")
+    return trained(sweep[0], "steer")
 
 
 def show_completions(console: Console, steered: Any) -> None:
-    """A table for each prompt, a column for each strength. What the model wrote is text of strangers."""
+    """A table for each prompt, a column for each strength. What the model wrote is untrusted text."""
     for prompt, row in zip(steered.prompts, steered.completions, strict=True):
         title = f"feature {steered.feature}, largest activation {steered.max_activation:.3g}"
-        table = Table(title=Text(title), caption=Text(visible(prompt)), caption_justify="left", expand=True)
+        grid = Table(title=Text(title), caption=Text(visible(prompt)), caption_justify="left", expand=True)
         for strength in steered.strengths:
-            table.add_column(Text(f"strength {strength:g}" if strength else "as it is"), ratio=1, overflow="fold")
-        table.add_row(*(Text(visible(completion.text)) for completion in row))
-        console.print(table)
+            grid.add_column(Text(f"strength {strength:g}" if strength else "as it is"), ratio=1, overflow="fold")
+        grid.add_row(*(Text(visible(completion.text)) for completion in row))
+        console.print(grid)
 
 
-def show_figures(console: Console, figures: dict[str, Any], words: Sequence[str]) -> None:
+def show_figures(figures: dict[str, Any], words: Sequence[str]) -> None:
     """Rates and lengths by strength, with 95% intervals."""
-    title = f"feature {figures['feature']}, {figures['prompts']} prompts: {visible(', '.join(words))}"
-    table = Table(title=Text(title), box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for name in ("strength", "words", "per 100 tokens", "change", "tokens, change"):
-        table.add_column(name, justify="right", no_wrap=True)
+    print(f"feature {figures['feature']}, {figures['prompts']} prompts: {visible(', '.join(words))}")
+    rows = [("strength", "words", "per 100 tokens", "change", "tokens, change")]
     for line in figures["by_strength"]:
-        table.add_row(
-            f"{line['strength']:g}",
-            f"{line['words']:,}",
-            _interval(line["words_per_100_tokens"], "{:.1f}"),
-            _interval(line["words_per_100_tokens_change"], "{:+.1f}"),
-            _interval(line["tokens_change"], "{:+.1f}"),
-        )
-    console.print(table)
+        rate, change = line["words_per_100_tokens"], line["words_per_100_tokens_change"]
+        changes = _interval(change, "{:+.1f}"), _interval(line["tokens_change"], "{:+.1f}")
+        rows.append((f"{line['strength']:g}", f"{line['words']:,}", _interval(rate, "{:.1f}"), *changes))
+    print("\n".join(table(rows, right=range(5))))
     verdict = "rises with each strength" if figures["rises"] else "does not rise with each strength"
-    console.print(Text(f"The rate of these words {verdict}. In brackets: 95% by bootstrap over prompts."))
+    print(f"The rate of these words {verdict}. In brackets: 95% by bootstrap over prompts.")
 
 
 def _interval(value: dict[str, float], form: str) -> str:
     return f"{form} [{form}, {form}]".format(value["value"], value["low"], value["high"])
-
-
-def _plain(steered: Any) -> list[list[dict[str, Any]]]:
-    return [[completion._asdict() for completion in row] for row in steered.completions]
-
-
-def _default_words(settings: EvaluateConfig) -> tuple[str, ...]:
-    return (settings.reason_score or ReasonScoreConfig()).words

@@ -19,9 +19,10 @@ from typing import NamedTuple
 from harvest.disk import limit_in_shards
 from harvest.files import UserError, is_locked, locked
 from harvest.progress import size_text
+from harvest.stage_directory import Run
 from pipeline.config import PipelineConfig
-from pipeline.manifest import check_files, is_complete
-from pipeline.stages import Runs, run_stage
+from pipeline.running import run_stage
+from pipeline.stages import Runs
 
 PDEATHSIG = 1  # of prctl: a child is told when this process dies
 
@@ -43,20 +44,20 @@ def stream(sweep: Sequence[Runs], request: Request, confirm: Callable[[str], boo
     Raises UserError for settings that a stream cannot serve, and when one of the two processes fails.
     """
     directory = sweep[0].directory("harvest")
-    complete = [runs for runs in sweep if is_complete(runs.directory("train"))]
+    complete = [runs for runs in sweep if runs.of("train").is_complete]
     if len(complete) == len(sweep):
         for runs in complete:
-            check_files(runs.directory("train"), read=False)
+            runs.of("train").check(read=False)
             print(f"{'train':9} complete  {runs.directory('train')}", flush=True)
         return
     _check(sweep[0].config)
     run_stage(sweep, "sample", allow_mixed=request.allow_mixed, force=False, confirm=confirm)
     harvests, trains = _split(sweep[0].config, request)
     with locked(directory, "stream"):
-        whole = is_complete(directory) and not (directory / "stream.json").exists()
+        whole = Run(directory).is_complete and not (directory / "stream.json").exists()
         if not whole:
             _describe(sweep, directory, harvests, turns=request.processes == 1)
-        stages = {"train": trains} if is_complete(directory) else {"harvest": harvests, "train": trains}
+        stages = {"train": trains} if Run(directory).is_complete else {"harvest": harvests, "train": trains}
         _supervise(stages, request)
 
 

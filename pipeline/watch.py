@@ -6,7 +6,7 @@ from typing import Any
 from harvest.files import UserError, file_stamp
 from harvest.hub import HUB
 from harvest.sources import files_within, ingest_files
-from pipeline.config import IngestedConfig, PipelineConfig
+from pipeline.config import PipelineConfig
 from pipeline.content import SLOW_BYTES
 from pipeline.fingerprint import Inputs, Memory, identify
 
@@ -14,7 +14,7 @@ from pipeline.fingerprint import Inputs, Memory, identify
 class Watch:
     """Made before a stage loads anything; `check` before it writes its first byte, `check_unchanged` after its last."""
 
-    def __init__(self, config: PipelineConfig | IngestedConfig, inputs: Inputs, root: Path, stage: str) -> None:
+    def __init__(self, config: PipelineConfig, inputs: Inputs, root: Path, stage: str) -> None:
         self.config, self.inputs, self.root, self.stage = config, inputs, root, stage
         self._checked = False
         self._stamps = _Stamps()
@@ -39,7 +39,7 @@ class Watch:
 
         Raises UserError as `check` does.
         """
-        if self.stage != "harvest" or isinstance(self.config, IngestedConfig):
+        if self.stage != "harvest" or self.config.ingest:
             self._compare()
 
     def _compare(self) -> None:
@@ -50,7 +50,7 @@ class Watch:
         return identify(self.config, memory, (self.stage,))
 
     def _memory(self) -> Memory:
-        if self.stage == "harvest" and isinstance(self.config, IngestedConfig):
+        if self.stage == "harvest" and self.config.ingest:
             paths = [
                 file for paths in ingest_files(self.config.ingest) for path in paths for file in files_within(path)
             ]

@@ -83,7 +83,7 @@ def test_a_sweep_of_a_settings_file(run_folder):
     assert not re.search(r"(src|href)=\"?(https?:)?//", html)
 
     every = [str(path) for path in Path("runs/evaluate").iterdir()]
-    trained = json.loads(Path(f"{every[0]}/manifest.json").read_text())["upstream"].rpartition("/")[2]
+    trained = json.loads(Path(f"{every[0]}/manifest.json").read_text())["upstreams"][0].rpartition("/")[2]
     by_train = run("compare", trained, "--to", "out").out.splitlines()
     assert by_train[1].startswith(Path(every[0]).name)  # the only evaluation of that training
     assert len(run("compare", *every).out.splitlines()) == 5  # downstream, train and features differ as well

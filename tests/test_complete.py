@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, TINY, contents, only, pipeline
 
+from harvest import stage_directory
 from harvest.files import file_crc32c, read_json
-from pipeline import inventory
 
 HOOK = "model.layers.1"
 NOT_LISTED = ("manifest.json", "begun.json", "progress.json")  # and what begins with a dot
@@ -137,7 +137,7 @@ def test_a_byte_of_the_contexts_is_found_by_verify(run_folder):
 
 
 def test_status_does_not_read_large_files(run_folder, monkeypatch):
-    monkeypatch.setattr(inventory, "SMALL_BYTES", 1000)
+    monkeypatch.setattr(stage_directory, "SMALL_BYTES", 1000)
     weights = of("train") / HOOK / "sae_weights.safetensors"
     flip(weights)
     assert state("train").split()[0] == "complete"

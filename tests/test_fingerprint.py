@@ -7,7 +7,8 @@ from pydantic import Field
 
 from harvest.config import Settings
 from pipeline.config import load
-from pipeline.fingerprint import STAGES, Inputs, find_inputs, fingerprints, hashed_settings
+from pipeline.fingerprint import STAGES, Inputs, find_inputs, hashed_settings
+from pipeline.stages import fingerprints
 
 SMOLLM2 = ROOT / "configs" / "smollm2.yaml"
 INPUTS = Inputs("sha256:tokenizer", "sha256:model", ("sha256:chat", "sha256:reasoning"))

@@ -9,7 +9,7 @@ import pytest
 from conftest import pipeline
 from huggingface_hub import constants
 
-from pipeline import terms
+from pipeline import export
 
 TOKEN = "hf_of_a_test"
 
@@ -103,7 +103,7 @@ def test_text_goes_only_when_told_or_open(exported, hub, monkeypatch):
     assert pipeline("push", "me/sae", "--yes", "--with-text").status == 0
     assert any(name.endswith("report.html") for name in pushed(hub))
     monkeypatch.setattr(
-        terms, "SHIPPED", dict.fromkeys(("assets/tiny-chat.jsonl", "assets/tiny-reasoning.jsonl"), "mit")
+        export, "SHIPPED", dict.fromkeys(("assets/tiny-chat.jsonl", "assets/tiny-reasoning.jsonl"), "mit")
     )
     assert "report.html" in pipeline("push", "me/sae").out
 

@@ -9,8 +9,8 @@ from conftest import ROOT, pipeline
 
 from harvest import device
 from harvest.files import UserError
-from pipeline.config import SettingsError, load
-from pipeline.settings_text import Loaded, given_twice, override, read
+from pipeline.config import load
+from pipeline.settings_text import Loaded, SettingsError, given_twice, override, read
 
 SMOLLM2 = ROOT / "configs" / "smollm2.yaml"
 
