@@ -1,4 +1,4 @@
-"""The harvest stage for activations that are there already: the user's files become a store, without a model.
+"""A harvest without a model: activations that the user gives become the store.
 
 Contexts are put into a random order, the first of them held out; then a shard is a run of rows of that
 order, permuted as a harvest's shards are. So it is a pure function of files and settings, and a restart
@@ -18,11 +18,14 @@ from harvest.activation_store import SPLITS, ActivationStore, Geometry, ShardRow
 from harvest.config import IngestConfig
 from harvest.device import numerics
 from harvest.disk import check_room
-from harvest.files import Stamp, UserError, file_stamp, is_abandoned, read_json
+from harvest.files import Stamp, UserError, file_stamp, is_abandoned
 from harvest.given_rows import GivenRows, look_through
 from harvest.progress import Progress
 from harvest.run import store_summary
 from harvest.sources import files_within, ingest_files
+from harvest.stage_directory import Run
+
+TYPES = {"token_id": np.uint32, "context": np.uint32, "position": np.uint16}
 
 
 class Order(NamedTuple):
@@ -30,6 +33,11 @@ class Order(NamedTuple):
 
     contexts: np.ndarray
     ends: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        """Rows of the split."""
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def pieces(self, bounds: np.ndarray, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(context, first row, end row) of the rows from `start` to `stop` of the order, by place in the files.
@@ -56,9 +64,9 @@ def run(config: IngestConfig, directory: Path, begin: Callable[[dict[str, Any]],
     given = look_through(config, *paths)
     orders = split(given, config)
     begin(numerics(torch.device("cpu"), torch.bfloat16))
-    shards = {name: len_rows(order) // config.shard_rows for name, order in orders.items()}
+    shards = {name: order.rows // config.shard_rows for name, order in orders.items()}
     geometry = Geometry(
-        hooks=given.hooks,
+        hooks=tuple(given.acts),
         d_in=given.d_in,
         context_size=1,  # shards hold rows; contexts are of any size and may lie in two
         shard_contexts=config.shard_rows,
@@ -67,21 +75,36 @@ def run(config: IngestConfig, directory: Path, begin: Callable[[dict[str, Any]],
         holdout_shards=shards["holdout"],
         stored=config.stored,
     )
-    left_out = len(given.acts) - sum(shards.values()) * config.shard_rows
-    _warn_of_shards(config, len(given.acts), shards, left_out)
-    begun = read_json(directory / "begun.json")
+    left_out = given.rows - sum(shards.values()) * config.shard_rows
+    _warn_of_shards(config, given.rows, shards["holdout"] * config.shard_rows, left_out)
+    about = {"seed": config.seed, "model": None, "fingerprint": directory.name, "numerics": Run(directory).numerics}
     ingested = {"absent": given.absent, "context_size": given.context_size}
-    attributes = {"seed": config.seed, "model": None, "fingerprint": directory.name, "ingested": ingested}
-    store = ActivationStore.create(directory / "store", geometry, {**attributes, "numerics": begun["numerics"]})
+    store = ActivationStore.create(directory / "store", geometry, {**about, "ingested": ingested})
     store.sweep(lambda partial: is_abandoned(partial, alone=True))
-    done = sum(len(store.complete_shards(name)) for name in SPLITS)
-    check_room(directory, sum(shards.values()) - done, geometry)
-    _write(store, given, stamps, orders, config.seed, directory / "progress.json")
-    return {**store_summary(store), "rows_left_out": left_out, "files": len(given.acts.paths)}
+    every = [(name, shard) for name in ("holdout", "train") for shard in range(shards[name])]
+    done = {(name, shard) for name in SPLITS for shard in store.complete_shards(name)}
+    check_room(directory, len(every) - len(done), geometry)
+    total, start = len(every) * config.shard_rows, len(done) * config.shard_rows
+    with (
+        Progress("ingest", total, "rows", start=start, path=directory / "progress.json") as progress,
+        ThreadPoolExecutor(1, "store-writer") as writer,
+    ):
+        writing: Future[None] | None = None
+        for name, shard in every:
+            if (name, shard) in done:
+                continue
+            rows = shard_rows(given, orders[name], name, shard, config)
+            _check_unchanged(stamps)  # the files are mapped: what is written into them now is in these rows
+            if writing:
+                writing.result()  # one shard is written while the next is read; never more wait
+            writing = writer.submit(store.write_shard, name, shard, rows)
+            progress.advance(config.shard_rows)
+        if writing:
+            writing.result()
+    return {**store_summary(store), "rows_left_out": left_out, "files": len(paths[0])}
 
 
-def _warn_of_shards(config: IngestConfig, rows: int, shards: dict[str, int], left_out: int) -> None:
-    heldout = shards["holdout"] * config.shard_rows
+def _warn_of_shards(config: IngestConfig, rows: int, heldout: int, left_out: int) -> None:
     if heldout > 2 * config.holdout_fraction * rows or left_out > rows / 10:
         print(
             f"ingest: warning: of {rows:,} rows {rows - heldout - left_out:,} are for training, {heldout:,} held out "
@@ -91,18 +114,12 @@ def _warn_of_shards(config: IngestConfig, rows: int, shards: dict[str, int], lef
         )
 
 
-def len_rows(order: Order) -> int:
-    """Rows of a split."""
-    return int(order.ends[-1]) if len(order.ends) else 0
-
-
 def split(given: GivenRows, config: IngestConfig) -> dict[str, Order]:
     """Contexts of each split in a random order; those of one number in a column `context` fall on one side.
 
     Raises UserError when the rows do not fill a shard of each.
     """
-    rows = len(given.acts)
-    lengths = np.diff(given.bounds)
+    rows, lengths = given.rows, np.diff(given.bounds)
     _, number = np.unique(given.numbers, return_inverse=True)
     generator = np.random.default_rng(config.seed)
     wanted = max(1, round(config.holdout_fraction * rows / config.shard_rows)) * config.shard_rows
@@ -115,43 +132,13 @@ def split(given: GivenRows, config: IngestConfig) -> dict[str, Order]:
     for name, side in zip(SPLITS, (~held, held), strict=True):
         contexts = order[side[number[order]]]
         orders[name] = Order(contexts, np.cumsum(lengths[contexts]))
-        if len_rows(orders[name]) < config.shard_rows:
+        if orders[name].rows < config.shard_rows:
             raise UserError(
                 f"ingest.path: {config.path!r}: {rows:,} rows in {len(filled):,} contexts (or blocks) leave "
-                f"{len_rows(orders[name]):,} for the {name} split, less than a shard of ingest.shard_rows = "
+                f"{orders[name].rows:,} for the {name} split, less than a shard of ingest.shard_rows = "
                 f"{config.shard_rows:,}; lower it, or give more rows"
             )
     return orders
-
-
-def _write(
-    store: ActivationStore,
-    given: GivenRows,
-    stamps: dict[Path, Stamp],
-    orders: dict[str, Order],
-    seed: int,
-    progress_path: Path,
-) -> None:
-    g = store.geometry
-    every = [(name, shard) for name in ("holdout", "train") for shard in range(g.shards(name))]
-    done = {(name, shard) for name in SPLITS for shard in store.complete_shards(name)}
-    start = len(done) * g.shard_rows
-    with (
-        Progress("ingest", len(every) * g.shard_rows, "rows", start=start, path=progress_path) as progress,
-        ThreadPoolExecutor(1, "store-writer") as writer,
-    ):
-        writing: Future[None] | None = None
-        for name, shard in every:
-            if (name, shard) in done:
-                continue
-            rows = shard_rows(given, orders[name], name, shard, g.shard_rows, seed)
-            _check_unchanged(stamps)  # the files are mapped: what is written into them now is in these rows
-            if writing:
-                writing.result()  # one shard is written while the next is read; never more wait
-            writing = writer.submit(store.write_shard, name, shard, rows)
-            progress.advance(g.shard_rows)
-        if writing:
-            writing.result()
 
 
 def _check_unchanged(stamps: dict[Path, Stamp]) -> None:
@@ -163,23 +150,24 @@ def _check_unchanged(stamps: dict[Path, Stamp]) -> None:
             )
 
 
-def shard_rows(given: GivenRows, order: Order, split: str, shard: int, rows: int, seed: int) -> ShardRows:
+def shard_rows(given: GivenRows, order: Order, split: str, shard: int, config: IngestConfig) -> ShardRows:
     """All rows of a shard in their stored order, as bfloat16.
 
     Raises UserError for a NaN or infinity, with file and row.
     """
+    rows = config.shard_rows
     pieces = order.pieces(given.bounds, shard * rows, (shard + 1) * rows)
-    permuted = np.random.default_rng([seed, SPLITS.index(split), shard]).permutation(rows)
+    permuted = np.random.default_rng([config.seed, SPLITS.index(split), shard]).permutation(rows)
     acts, norms = {}, {}
-    for hook in given.hooks:
+    for hook, given_acts in given.acts.items():
         laid = torch.empty(rows, given.d_in, dtype=torch.bfloat16)
         at = 0
         for _, start, stop in pieces:
             part = laid[at : at + stop - start]
-            part.copy_(given.acts.read(hook, start, stop))
+            part.copy_(given_acts.read(start, stop))
             finite = torch.isfinite(part).all(1)
             if not finite.all():
-                path, row = given.acts.place(start + int(finite.logical_not().nonzero()[0]))
+                path, row = given_acts.place(start + int(finite.logical_not().nonzero()[0]))
                 raise UserError(
                     f"{path}: NaN or infinity (as bfloat16) in {hook!r} at row {row}; nothing of this shard was "
                     "written. Mend the file or leave the row out"
@@ -188,18 +176,13 @@ def shard_rows(given: GivenRows, order: Order, split: str, shard: int, rows: int
         laid = laid[torch.from_numpy(permuted)]
         norms[hook] = laid.float().norm(dim=1).numpy()
         acts[hook] = laid.view(torch.uint16).numpy()
-    columns = {name: column[permuted] for name, column in _provenance(given, pieces).items()}
-    return ShardRows(acts, norms, columns["token_id"], columns["context"], columns["position"])
-
-
-def _provenance(given: GivenRows, pieces: list[tuple[int, int, int]]) -> dict[str, np.ndarray]:
-    """Where the rows of pieces come from: what the files say; else the number of the context and the place in it."""
-    columns = {
+    # Where the rows come from: what the files say; else the number of the context and the place in it.
+    parts = {
         "token_id": [np.zeros(stop - start) for _, start, stop in pieces],
         "context": [np.full(stop - start, given.numbers[context]) for context, start, stop in pieces],
         "position": [np.arange(start, stop) - given.bounds[context] for context, start, stop in pieces],
     }
     for name, column in given.columns.items():
-        columns[name] = [column.read(start, stop) for _, start, stop in pieces]
-    types = {"token_id": np.uint32, "context": np.uint32, "position": np.uint16}
-    return {name: np.concatenate(parts).astype(types[name]) for name, parts in columns.items()}
+        parts[name] = [column.numbers(start, stop) for _, start, stop in pieces]
+    columns = {name: np.concatenate(part).astype(TYPES[name])[permuted] for name, part in parts.items()}
+    return ShardRows(acts, norms, columns["token_id"], columns["context"], columns["position"])

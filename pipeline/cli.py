@@ -74,7 +74,7 @@ def run(given: Given, allow_mixed: AllowMixed = False) -> None:
 def stream(
     given: Given,
     processes: Annotated[int, typer.Option(min=1, help="GPUs, or processes on a CPU; 1: both sides take turns.")] = 1,
-    harvest_processes: Annotated[int | None, typer.Option(min=1, help="How many of them harvest; default: 1.")] = None,
+    harvest_processes: Annotated[int | None, typer.Option(min=1, help="How many harvest; default: by rates.")] = None,
     allow_mixed: AllowMixed = False,
 ) -> None:
     """Harvest and train side by side on a bounded disk (harvest.runtime.disk_limit): the same SAE, byte for byte."""

@@ -136,8 +136,8 @@ def _machine(config: PipelineConfig, s: Sizes, here: Machine, machine: Machine) 
     wanted = step and train.batch_size / (step * s.saes) * 2 * g.d_in
     yield from _section(
         machine.name,
-        ("forward", f"{_tokens(forward)}; {machine.forward.how}"),
-        ("a training step", f"{_seconds(step)}; {machine.step.how}"),
+        ("forward", f"{_number(forward, 'tokens/s')}; {machine.forward.how}"),
+        ("a training step", f"{_number(step and 1000 * step, 'ms')}; {machine.step.how}"),
         ("memory, harvest", f"{size_text(harvest)} of {size_text(machine.memory)} free"),
         ("batch_contexts", f"{batch} set; the largest that fits: {largest or 'none'}"),
         ("memory, train", f"{size_text(training)} for SAEs, Adam and a batch; pools {pools} in host memory"),
@@ -146,9 +146,6 @@ def _machine(config: PipelineConfig, s: Sizes, here: Machine, machine: Machine) 
     )
     for obstacle in _too_large(config, s, machine):
         yield f"warning: {obstacle}"
-    for what, disk, rate in (("the harvest", here.write.value, written), ("training", here.read.value, wanted)):
-        if disk and rate and disk < rate:
-            yield f"warning: {what} would be bound by the disk here"
     yield from ways(config, s, machine)
 
 
@@ -215,12 +212,8 @@ def _rate(value: float | None) -> str:
     return "unknown" if value is None else f"{size_text(value)}/s"
 
 
-def _tokens(value: float | None) -> str:
-    return "unknown" if value is None else f"{value:,.3g} tokens/s" if value < 1000 else f"{value:,.0f} tokens/s"
-
-
-def _seconds(value: float | None) -> str:
-    return "unknown" if value is None else f"{value * 1000:,.3g} ms" if value < 1 else f"{value:,.1f} s"
+def _number(value: float | None, unit: str) -> str:
+    return "unknown" if value is None else f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
 
 
 def _hours(value: float | None) -> str:

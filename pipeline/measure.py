@@ -1,7 +1,7 @@
 """Short measurements of this machine for `pipeline estimate`: disk, forward pass, training step, memory.
 
-Each lasts a few seconds. What does not fit is measured on a part (one decoder layer, some of the features)
-and scaled by the part's share of the work; the notes say so.
+Each lasts a few seconds, on a part (one decoder layer, some of the features), and is scaled by the part's share of the
+work; the notes say so.
 """
 
 import os
@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 
 from harvest.device import device_name, resolve_device, resolve_dtype, set_threads
-from harvest.files import UserError, is_out_of_memory
-from harvest.language_model import HookedModel, load_model
+from harvest.files import is_out_of_memory
+from harvest.language_model import HookedModel
 from harvest.progress import size_text
 from pipeline.architecture import Architecture
 from pipeline.config import PipelineConfig
@@ -59,13 +59,7 @@ def measure(config: PipelineConfig, shape: Architecture, s: Sizes, root: Path) -
     set_threads(0, device)
     memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     write, read = measure_disk(root)
-    forward = _forward(config, shape, s.layers, device, dtype, memory)
-    train = config.train
-    part = {"dense": 1.0, "sparse": 0.0, "auto": train.l1_warmup_fraction}[train.kernel]
-    dense, sparse = (_step(train, s.geometry.d_in, kernel, device) for kernel in ("dense", "sparse"))
-    known = dense.value is not None and sparse.value is not None
-    step = part * dense.value + (1 - part) * sparse.value if known else None
-    step = Rate(step, f"{sparse.how}; {part:.0%} of the steps dense")
+    forward, step = _forward(config, shape, s.layers, device, dtype, memory), _step(config.train, s, device)
     return Machine(device_name(device), device.type == "cuda", dtype.itemsize, memory, write, read, forward, step)
 
 
@@ -95,39 +89,24 @@ def measure_disk(folder: Path) -> tuple[Rate, Rate]:
 def _forward(
     config: PipelineConfig, shape: Architecture, layers: int, device: torch.device, dtype: torch.dtype, memory: int
 ) -> Rate:
-    """Tokens a second of the real model where its folder is at hand, else of one layer of its shape."""
+    """Tokens a second through so many layers, by one of the model's shape."""
+    layer = _one_layer(shape, device, dtype, memory)
+    if layer is None:
+        return Rate(None, "not measured: one layer does not fit into memory, or is none of this kind by itself")
     contexts = config.harvest.batch_contexts if device.type == "cuda" else 1
     tokens = torch.randint(0, 64, (contexts, config.sample.context_size), device=device)
-    times, how = 1, "the model"
-    if shape.has_model and shape.folder:
-        hooked = load_model(config.model, None, config.harvest.hooks, dtype, device, offline=True)
-    else:
-        layer = _one_layer(shape, device, dtype, memory)
-        if layer is None:
-            return Rate(None, "not measured: one layer does not fit into memory, or is none of this kind by itself")
-        if device.type == "cpu":
-            weights = sum(p.numel() for p in layer.parameters())
-            tokens = tokens[:, : max(16, int(LAYER_FLOP / (2 * weights)))]
-        hooked = HookedModel(layer, {}, device, layer.get_submodule(shape.skeleton.layer_list))
-        times, how = layers, f"one layer of this shape with random weights, times {layers},"
-    note = ""
+    if device.type == "cpu":
+        weights = sum(p.numel() for p in layer.parameters())
+        tokens = tokens[:, : max(16, int(LAYER_FLOP / (2 * weights)))]
+    hooked = HookedModel(layer, {}, device, layer.get_submodule(shape.skeleton.layer_list))
+    compiled = config.harvest.compile and device.type == "cuda"
     with torch.inference_mode():
-        if config.harvest.compile:
-            note = _compiled(hooked, tokens)
+        if compiled:
+            hooked.compile_layers(tokens)
         seconds = _fastest(lambda: hooked.activations(tokens), device)
-    counted = f"{tokens.shape[0]} x {tokens.shape[1]} tokens"
-    return Rate(tokens.numel() / (seconds * times), f"measured, {how} on {counted}{note}")
-
-
-def _compiled(hooked: HookedModel, tokens: torch.Tensor) -> str:
-    """Compile where it is quick; what to say of it."""
-    if hooked.device.type == "cpu":
-        return ", not compiled"
-    try:
-        hooked.compile_layers(tokens)
-    except UserError as error:
-        return f", not compiled ({error})"
-    return ", compiled"
+    counted = f"{tokens.shape[0]} x {tokens.shape[1]} tokens{', compiled' if compiled else ''}"
+    how = f"measured on one layer of this shape with random weights, {counted}, times {layers} layers"
+    return Rate(tokens.numel() / (seconds * layers), how)
 
 
 def _one_layer(shape: Architecture, device: torch.device, dtype: torch.dtype, memory: int) -> Any:
@@ -150,10 +129,10 @@ def _one_layer(shape: Architecture, device: torch.device, dtype: torch.dtype, me
         return None
 
 
-def _step(train: TrainConfig, d_in: int, kernel: Any, device: torch.device) -> Rate:
+def _step(train: TrainConfig, s: Sizes, device: torch.device) -> Rate:
     """Seconds of one training step, Adam included, on so many features as a second takes, scaled to all."""
-    d_sae, batch = train.sae.width(d_in), train.batch_size
-    part = max(64, min(d_sae, int(STEP_FLOP[device.type] / (10 * batch * d_in))))
+    d_in, batch, kernel = s.geometry.d_in, train.batch_size, "dense" if train.kernel == "dense" else "sparse"
+    part = max(64, min(s.d_sae, int(STEP_FLOP[device.type] / (10 * batch * d_in))))
     try:
         sae = initial_sae(d_in, part, 0, device)
         if kernel == "sparse":
@@ -166,15 +145,15 @@ def _step(train: TrainConfig, d_in: int, kernel: Any, device: torch.device) -> R
         if not is_out_of_memory(error):
             raise
         return Rate(None, "not measured: out of memory")
-    cut = "" if part == d_sae else f" on {part:,} of the features, times {d_sae / part:.3g}"
-    return Rate(seconds * d_sae / part, f"measured at an L0 of {L0_FRACTION:.1%} of the features{cut}")
+    cut = "" if part == s.d_sae else f" on {part:,} of the features, times {s.d_sae / part:.3g}"
+    active = f" at an L0 of {L0_FRACTION:.1%} of the features" if kernel == "sparse" else ""
+    return Rate(seconds * s.d_sae / part, f"measured, {kernel}{active}{cut}")
 
 
-def _fastest(action: Callable[[], Any], device: torch.device, budget: float = 1.5) -> float:
-    """Seconds of the fastest of up to five calls after a first one, within a budget of seconds."""
+def _fastest(action: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of the fastest of five calls after a first one; of fewer where they are slow."""
     times: list[float] = []
-    began = time.perf_counter()
-    while len(times) < 6 and (not times or time.perf_counter() - began + times[-1] < budget):
+    while len(times) < 6 and sum(times) < 1.5:
         start = time.perf_counter()
         action()
         if device.type == "cuda":

@@ -142,16 +142,15 @@ def _split(config: PipelineConfig, request: Request) -> tuple[int, int]:
 
 def _measured_split(config: PipelineConfig, request: Request) -> int:
     from pipeline.architecture import find_architecture
-    from pipeline.estimate import speeds
     from pipeline.measure import measure
     from pipeline.sizes import sizes
 
     shape = find_architecture(config.model, config.harvest.runtime.offline)
     s = sizes(config, shape)
-    here = speeds(config, s, measure(config, shape, s.layers, request.root))[0]
-    if here.forward is None or here.step is None:
+    here = measure(config, shape, s, request.root)
+    if here.forward.value is None or here.step.value is None:
         raise UserError("--harvest-processes: the rates of harvest and training could not be measured here; set it")
-    return balanced(request.processes, 1 / here.forward, here.step * s.saes / config.train.batch_size)
+    return balanced(request.processes, 1 / here.forward.value, here.step.value * s.saes / config.train.batch_size)
 
 
 def balanced(processes: int, harvest_seconds: float, train_seconds: float) -> int:

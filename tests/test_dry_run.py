@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, pipeline
-from tokenizers import Tokenizer
 
 from harvest.config import Source
 from harvest.conversations import Turn, read_row
@@ -23,17 +22,15 @@ R1 = ROOT / "configs" / "r1-llama-8b.yaml"
 def test_it_ends_with_the_report_and_can_be_run_again(fresh_folder):
     ran = pipeline("dry-run", "train.exclude.token_ids=[2]")
     assert ran.status == 0, ran.out
-    name = Tokenizer.from_file("assets/tiny-llama/tokenizer.json").id_to_token(2)
     report = Path(ran.out.splitlines()[-1])
     assert report.is_relative_to("runs/dry-run/tiny")
     assert "<html" in report.read_text()
-    assert f"token 2 ({name}) is excluded, as set: " in ran.out
     assert "dry-run  passed: every stage of " in ran.out
     assert {path.name for path in Path("runs").iterdir()} == {"dry-run"}
     left = report.parent / "left"
     left.touch()
-    with pytest.raises(UserError, match=r"exclude\.token_ids: 399: never occurs"):
-        dry_run(load(TINY, ["train.exclude.token_ids=[399]"]), Path("runs/dry-run/tiny"), "x", lambda _line: None)
+    ran = pipeline("dry-run", "train.exclude.token_ids=[399]")
+    assert "train.exclude.token_ids: 399: never occurs" in ran.out
     assert not left.exists()
 
 
@@ -111,11 +108,9 @@ def test_sources_with_strata_where_and_token_ids_are_rehearsed(fresh_folder):
         "{name: ids, path: nobody/ids, rows: tokens, share: 0.25, drop: any}",
     ]
     config = load(TINY, [f"sample.sources=[{', '.join(sources)}]", "train.exclude.token_ids=[1, 2, 300]"])
-    lines = []
-    (report,) = dry_run(config, Path("runs/dry-run/tiny"), "tiny", lines.append)
+    (report,) = dry_run(config, Path("runs/dry-run/tiny"), "tiny", print)
     assert "kinds/made up" in report.read_text()
     assert "reasoning/math" in report.read_text()
-    assert any(line.startswith("dry-run  token 300 ") for line in lines)
     ids = [json.loads(line)["input_ids"] for line in Path("runs/dry-run/tiny/ids.jsonl").read_text().splitlines()]
     assert all(row[:3] == [1, 2, 300] for row in ids)  # else a token of no other source would never occur
     row = json.loads(Path("runs/dry-run/tiny/reasoning.jsonl").read_text().splitlines()[0])

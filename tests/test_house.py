@@ -103,7 +103,7 @@ def raises(function: Function) -> bool:
 
 def is_command(function: Function) -> bool:
     """A command of the command line: its docstring is the help that a user reads."""
-    return any("app.command" in ast.unparse(decorator) for decorator in function.decorator_list)
+    return any(re.search(r"\bcommand\(", ast.unparse(decorator)) for decorator in function.decorator_list)
 
 
 def shapeless(function: Function, doc: str) -> list[str]:
