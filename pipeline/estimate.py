@@ -1,6 +1,6 @@
 """What a settings file needs before anything starts: disk, memory, hours, the rate at which training reads.
 
-Sizes are arithmetic; times come from pipeline/measure.py, and where no GPU is at hand also from what one
+Sizes and memory are arithmetic; times come from pipeline/measure.py, and where no GPU is at hand also from what one
 H100 did, marked as such. Nothing is refused here; what will not fit is said.
 """
 
@@ -13,32 +13,24 @@ from harvest.disk import limit_in_shards
 from harvest.progress import duration, size_text
 from pipeline.architecture import Architecture, find_architecture
 from pipeline.config import PipelineConfig
-from pipeline.measure import Machine, Rate, measure
+from pipeline.measure import Machine, measure
 from pipeline.sizes import Sizes, sizes
 from pipeline.tables import table
 
 
-class Reference(NamedTuple):
+class Known(NamedTuple):
     """A machine that was measured elsewhere (benchmarks/results.md)."""
 
     name: str
-    flops: float  # of its matrix products
-    part: dict[bool, float]  # of them that 20 layers of the 8B shape reach, eager and compiled, writing included
+    flops: dict[bool, float]  # of 20 layers of the 8B shape, eager and compiled, writing included
     step: float  # seconds of a sparse step for each row x d_in x d_sae
-    d_in: int  # smaller products do not come near these rates: narrower models are not estimated
+    least_d_in: int  # smaller products do not come near these rates
     memory: int
 
 
-MACHINES = (
-    Reference(
-        "one H100 (as measured on the 8B shape, not here)",
-        798e12,
-        {False: 0.57, True: 0.71},
-        0.0142 / (4096 * 4096 * 65_536),  # at an L0 of 86
-        2048,
-        80 * 10**9,
-    ),
-)
+H100 = {False: 0.57 * 798e12, True: 0.71 * 798e12}
+H100_STEP = 0.0142 / (4096 * 4096 * 65_536)  # at an L0 of 86
+KNOWN = [Known("one H100 (as measured on the 8B shape, not here)", H100, H100_STEP, 2048, 80 * 10**9)]
 MARGIN = 0.9  # of the free memory; the rest is for fragments and the libraries
 SWEEP = 5  # SAEs of the sweep in the comparison
 
@@ -64,7 +56,6 @@ def plan(config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, f
         f"{s.steps:,} steps of {train.batch_size:,} rows = {s.steps * train.batch_size / s.rows:.2f} epochs; "
         f"{len(g.hooks)} hook(s) x {s.saes} SAE(s) of up to {s.d_sae:,} features"
     )
-    elsewhere = f"the store, which lies in {runtime.store}; rates below are of the disk"
     yield from _section(
         "disk",
         ("contexts", f"{size_text(2 * s.contexts)} while sampling, then {size_text(s.contexts)}"),
@@ -72,40 +63,33 @@ def plan(config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, f
         ("store, held out", size_text(s.holdout)),
         ("SAEs, checkpoints", f"{size_text(s.trained(s.saes))}, {size_text(s.checkpoint)} a checkpoint"),
         ("in all", f"{size_text(total)}; free in {root}: {size_text(free)}"),
-        *([("not counted", elsewhere)] if runtime.store else []),
-        ("write, read", f"{_rate(here.write.value)}, {_rate(here.read.value)}; {here.read.how}"),
+        *([("not counted", f"the store, which lies in {runtime.store}")] if runtime.store else []),
     )
     bounded = runtime.disk_limit is not None and not runtime.store
     needed = total - s.store + streamed_bytes(config, s) if bounded else total
-    streams = bounded and total > free >= needed
     obstacles = [f"the disk of {root} lacks {size_text(needed - free)}"] if needed > free else []
     for obstacle in obstacles:
         yield f"warning: {obstacle}{'' if runtime.store else '; harvest will refuse to start'}"
-    if streams:
+    if bounded and total > free >= needed:
         yield f"warning: the disk of {root} has room for `make stream` alone, which keeps harvest.runtime.disk_limit"
+        if s.steps * train.batch_size > s.rows:
+            obstacles.append("a stream is one epoch only")
     for machine in (here, *([] if here.is_gpu else _elsewhere(config, s))):
         yield from _machine(config, s, here, machine)
     yield ""
-    yield (
-        "not measured: tokenizing, downloads of the model and the text, evaluation, several GPUs; memory is arithmetic"
-    )
-    if streams and s.steps * train.batch_size > s.rows:
-        obstacles.append("a stream is one epoch only")
-    obstacles += _too_large(config, s, here, streams)
-    harvest = harvest_seconds(s, here, s.rows + g.holdout_shards * g.shard_rows, stores=True)
-    taken = f"harvest {_hours(harvest)}, training {_hours(train_seconds(config, s, here, s.saes, reads=True))}"
+    yield "not measured: tokenizing, downloads of the model and the text, evaluation, several GPUs"
+    obstacles += _too_large(config, s, here)
+    harvest = harvest_seconds(s, here, s.rows + g.holdout_shards * g.shard_rows)
+    taken = f"harvest {_hours(harvest)}, training {_hours(train_seconds(config, s, here, s.saes))}"
     yield f"in short, on this machine: {'; '.join(obstacles) or 'it fits'}; {taken}; {size_text(needed)} of disk"
 
 
 def _elsewhere(config: PipelineConfig, s: Sizes) -> Iterator[Machine]:
-    unknown, compiled = Rate(None, ""), config.harvest.compile
-    for known in MACHINES:
-        if s.geometry.d_in >= known.d_in:
-            part = known.part[compiled]
-            forward = Rate(part * known.flops / s.flop_per_token, f"{part:.0%} of {known.flops / 1e12:.0f} TFLOP/s")
-            work = config.train.batch_size * s.geometry.d_in * s.d_sae
-            step = Rate(known.step * work, "in proportion to rows x d_in x d_sae")
-            yield Machine(known.name, True, 2, known.memory, unknown, unknown, forward, step)
+    for known in KNOWN:
+        if s.geometry.d_in >= known.least_d_in:
+            forward = known.flops[config.harvest.compile] / s.flop_per_token
+            step = known.step * config.train.batch_size * s.geometry.d_in * s.d_sae
+            yield Machine(known.name, True, 2, known.memory, None, None, forward, step, "in proportion to the work")
 
 
 def _memory(config: PipelineConfig, s: Sizes, machine: Machine) -> tuple[int, int, int]:
@@ -115,15 +99,15 @@ def _memory(config: PipelineConfig, s: Sizes, machine: Machine) -> tuple[int, in
     context = s.context * machine.element // 4
     # Weights, gradients and two moments of Adam, copies for the products; then what a dense step makes of a batch.
     training = s.saes * s.sae // 4 * (16 + 2) + 13 * train.batch_size * s.d_sae + 2 * g.d_in * train.validation_rows
-    largest = largest_batch(g.shard_contexts, MARGIN * machine.memory - fixed, context)
-    return fixed + config.harvest.batch_contexts * context, training, largest
+    room = MARGIN * machine.memory - fixed
+    fitting = [k for k in range(1, g.shard_contexts + 1) if g.shard_contexts % k == 0 and k * context <= room]
+    return fixed + config.harvest.batch_contexts * context, training, max(fitting, default=0)
 
 
-def _too_large(config: PipelineConfig, s: Sizes, machine: Machine, streams: bool = False) -> list[str]:
-    harvest, train, largest = _memory(config, s, machine)
-    batch, room = config.harvest.batch_contexts, MARGIN * machine.memory
-    found = {f"harvest.batch_contexts={batch}": batch > largest, "training": train > room}
-    found["a stream"] = streams and harvest + train > room and not any(found.values())
+def _too_large(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:
+    _, train, largest = _memory(config, s, machine)
+    batch = config.harvest.batch_contexts
+    found = {f"harvest.batch_contexts={batch}": batch > largest, "training": train > MARGIN * machine.memory}
     return [f"{what} does not fit into {size_text(machine.memory)}" for what, holds in found.items() if holds]
 
 
@@ -131,25 +115,24 @@ def _machine(config: PipelineConfig, s: Sizes, here: Machine, machine: Machine) 
     g, train, batch = s.geometry, config.train, config.harvest.batch_contexts
     harvest, training, largest = _memory(config, s, machine)
     pools = size_text(2 * 2 * g.d_in * train.pool_rows)
-    forward, step = machine.forward.value, machine.step.value
-    written = forward and forward * s.shard / g.shard_rows
-    wanted = step and train.batch_size / (step * s.saes) * 2 * g.d_in
+    written = machine.forward and machine.forward * s.shard / g.shard_rows
+    wanted = machine.step and train.batch_size / (machine.step * s.saes) * 2 * g.d_in
+    forward, step = _number(machine.forward, "tokens/s"), _number(machine.step and 1000 * machine.step, "ms")
     yield from _section(
         machine.name,
-        ("forward", f"{_number(forward, 'tokens/s')}; {machine.forward.how}"),
-        ("a training step", f"{_number(step and 1000 * step, 'ms')}; {machine.step.how}"),
+        ("rates", f"forward {forward}, a training step {step}; {machine.note}"),
         ("memory, harvest", f"{size_text(harvest)} of {size_text(machine.memory)} free"),
         ("batch_contexts", f"{batch} set; the largest that fits: {largest or 'none'}"),
         ("memory, train", f"{size_text(training)} for SAEs, Adam and a batch; pools {pools} in host memory"),
-        ("harvest writes", f"{_rate(written)}; the disk here: {_rate(here.write.value)}"),
-        ("training reads", f"{_rate(wanted)}; the disk here: {_rate(here.read.value)}"),
+        ("harvest writes", f"{_rate(written)}; the disk here: {_rate(here.write)}"),
+        ("training reads", f"{_rate(wanted)}; the disk here: {_rate(here.read)}"),
     )
     for obstacle in _too_large(config, s, machine):
         yield f"warning: {obstacle}"
-    yield from ways(config, s, machine)
+    yield from _ways(config, s, machine)
 
 
-def ways(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:
+def _ways(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:
     """Disk and hours of the three ways to feed an SAE, for one and for a sweep of five, on one such machine."""
     limit, heldout = config.harvest.runtime.disk_limit, s.geometry.holdout_shards * s.geometry.shard_rows
     held = f"disk_limit={limit}" if limit else "two windows and a shard"
@@ -163,8 +146,8 @@ def ways(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:
     ):
         cells = []
         for saes in (1, SWEEP):
-            harvest = harvest_seconds(s, machine, tokens * (saes if each_pays else 1), stores=disk > 0)
-            training = train_seconds(config, s, machine, saes, reads=disk > 0)
+            harvest = harvest_seconds(s, machine, tokens * (saes if each_pays else 1))
+            training = train_seconds(config, s, machine, saes)
             cells.append(_hours(None if harvest is None or training is None else harvest + training))
         if name == "stream" and seen > s.rows:
             cells = ["one epoch only"] * 2
@@ -179,29 +162,21 @@ def streamed_bytes(config: PipelineConfig, s: Sizes) -> int:
     return s.holdout + min(shards, every) * s.shard
 
 
-def harvest_seconds(s: Sizes, machine: Machine, tokens: int, *, stores: bool) -> float | None:
+def harvest_seconds(s: Sizes, machine: Machine, tokens: int) -> float | None:
     """Seconds of the forward passes of so many tokens, or of writing them where that takes longer."""
-    if machine.forward.value is None:
+    if machine.forward is None:
         return None
-    disk = machine.write.value if stores else None
-    return max(tokens / machine.forward.value, tokens * s.shard / s.geometry.shard_rows / disk if disk else 0.0)
+    return tokens * max(1 / machine.forward, s.shard / s.geometry.shard_rows / machine.write if machine.write else 0)
 
 
-def train_seconds(config: PipelineConfig, s: Sizes, machine: Machine, saes: int, *, reads: bool) -> float | None:
+def train_seconds(config: PipelineConfig, s: Sizes, machine: Machine, saes: int) -> float | None:
     """Seconds of training so many SAEs of every hook from one reading, checkpoints included."""
-    if machine.step.value is None:
+    if machine.step is None:
         return None
-    write, read = machine.write.value, machine.read.value if reads else None
-    reading = s.steps * config.train.batch_size * 2 * s.geometry.d_in / read if read else 0.0
+    read = config.train.batch_size * 2 * s.geometry.d_in / machine.read if machine.read else 0.0
     saved = s.steps // config.train.runtime.checkpoint_every * saes * s.checkpoint
-    each = max(s.steps * saes * machine.step.value, reading) + (saved / write if write else 0.0)
+    each = s.steps * max(saes * machine.step, read) + (saved / machine.write if machine.write else 0.0)
     return len(s.geometry.hooks) * each
-
-
-def largest_batch(shard_contexts: int, memory: float, context: int) -> int:
-    """The largest divisor of the contexts of a shard that fits; 0 if none does."""
-    fitting = [k for k in range(1, shard_contexts + 1) if shard_contexts % k == 0 and k * context <= memory]
-    return max(fitting, default=0)
 
 
 def _section(title: str, *rows: tuple[str, str]) -> list[str]:

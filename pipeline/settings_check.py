@@ -17,6 +17,18 @@ from pipeline.stages import Runs
 
 TOKENS = (2, 3)  # that shapes are asked for
 FIRST_CONTEXTS = 4096  # that are looked through for tokens to leave out
+NEEDS = {  # settings that have no effect unless another one is set
+    "harvest.runtime.allow_http": "harvest.runtime.store",
+    "evaluate.steering.top_p": "evaluate.steering.temperature",
+    "evaluate.steering.seed": "evaluate.steering.temperature",
+    "evaluate.diff.contexts": "evaluate.diff.model",
+    "evaluate.diff.batch_contexts": "evaluate.diff.model",
+    "evaluate.features.random_share": "evaluate.reason_score",
+}
+REPLACED = {  # settings that have no effect when another one is set
+    "evaluate.steering.features": "evaluate.steering.feature_ids",
+    "evaluate.steering.built_in_prompts": "evaluate.steering.prompts",
+}
 _checked: set[tuple[str, ...]] = set()  # fingerprints of the sweeps that this process has checked
 
 
@@ -75,37 +87,27 @@ def _check_text(config: PipelineConfig) -> None:
 
 def _warnings(config: PipelineConfig) -> Iterator[str]:
     """Settings that were given and have no effect, one sentence each."""
-    train, evaluate = config.train, config.evaluate
-    steering, diff, features = evaluate.steering, evaluate.diff, evaluate.features
-    reasons: list[tuple[Any, str, tuple[str, ...], Any, str]] = [
-        (train, "train", ("sparse_below",), train.kernel != "auto", f"train.kernel is {train.kernel}")
-    ]
     if not config.ingest:
-        steps = train.batches(config.sample.shards("train") * config.sample.shard_rows)
+        steps = config.train.batches(config.sample.shards("train") * config.sample.shard_rows)
         for name in ("lr_decay_fraction", "l1_warmup_fraction"):
-            fraction = getattr(train, name)
+            fraction = getattr(config.train, name)
             if fraction and not round(steps * fraction):
                 yield f"train.{name}: {fraction:g}: of {steps:,} steps is less than one, so it has no effect"
-        runtime = config.harvest.runtime
-        if runtime.allow_http and runtime.store is None:
-            yield "harvest.runtime.allow_http: without effect, as harvest.runtime.store is not set"
-    if steering:
-        by = "evaluate.steering"
-        reasons += [
-            (steering, by, ("features",), steering.feature_ids, f"{by}.feature_ids is set"),
-            (steering, by, ("built_in_prompts",), steering.prompts, f"{by}.prompts is set"),
-            (steering, by, ("top_p", "seed"), not steering.temperature, f"{by}.temperature is 0"),
-        ]
-    if diff:
-        unset = "evaluate.diff.model is not set"
-        reasons.append((diff, "evaluate.diff", ("contexts", "batch_contexts"), diff.model is None, unset))
-    if features:
-        by, all_drawn = "evaluate.features", "evaluate.reason_score is null and all are drawn"
-        reasons.append((features, by, ("random_share",), not evaluate.reason_score, all_drawn))
-    for section, prefix, names, holds, reason in reasons:
-        for name in names:
-            if holds and name in section.model_fields_set:
-                yield f"{prefix}.{name}: without effect, as {reason}"
+    if "sparse_below" in config.train.model_fields_set and config.train.kernel != "auto":
+        yield f"train.sparse_below: without effect, as train.kernel is {config.train.kernel}"
+    for name, other in (NEEDS | REPLACED).items():
+        section, value = _at(config, name.rpartition(".")[0]), _at(config, other)
+        given = section is not None and name.rpartition(".")[2] in section.model_fields_set
+        if given and bool(value) == (name in REPLACED):
+            yield f"{name}: without effect, as {other} is {'set' if value else '0' if value == 0 else 'not set'}"
+
+
+def _at(config: PipelineConfig, name: str) -> Any:
+    """The value of a setting, None where a section above it is left out."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value
 
 
 def _check_model(sweep: Sequence[Runs], stage: str) -> None:

@@ -1,4 +1,4 @@
-"""Settings as text: a file of YAML 1.2 and `section.key=value` overrides, as plain values that know where they stand.
+"""Settings as text: a file of YAML 1.2 and `section.key=value` overrides, as plain values with their places.
 
 PyYAML reads YAML 1.1, in which `010` is 8, `1:30` is 90, `no` is false and 2026-01-01 is a date. Here a plain scalar
 is what the core schema of 1.2 says, with one addition: numbers may have underscores between digits, as `1_000`.
@@ -16,12 +16,12 @@ QUOTES = "a value with spaces takes quotes within SET: SET=\"train.sweep.l1_coef
 COMMAND_LINE = "command line"
 
 
-class SettingsError(ValueError):
+class SettingsError(Exception):
     """A settings file or override that cannot be used; the text is for the user."""
 
 
 class Loaded(NamedTuple):
-    """Nested plain values, and by dotted path where each stands ("configs/x.yaml:7") and how numbers are written."""
+    """Nested plain values, and by dotted path where each is ("configs/x.yaml:7") and how numbers are written."""
 
     values: dict[str, Any]
     places: dict[str, str]
@@ -47,15 +47,12 @@ class _Loader(yaml.SafeLoader):
 
 
 _DIGITS = r"[0-9]+(?:_[0-9]+)*"
+_FLOAT = rf"[-+]?(?:\.[0-9]+|{_DIGITS}(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
 for _kind, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", rf"[-+]?{_DIGITS}|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
-    (
-        "float",
-        rf"[-+]?(?:\.[0-9]+|{_DIGITS}(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
+    ("float", rf"{_FLOAT}|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", list("-+.0123456789")),
     ("merge", r"<<", ["<"]),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(rf"^(?:{_pattern})$"), _first)
@@ -75,13 +72,7 @@ def read(path: Path, sections: list[str]) -> Loaded:
     if len(raw) > MAX_SETTINGS_BYTES:
         raise SettingsError(f"{path}: larger than {MAX_SETTINGS_BYTES} bytes; is it a settings file?")
     try:
-        loader = _Loader(raw.decode())
-        node = loader.get_single_node()
-        loaded = Loaded({}, {}, {})
-        if not isinstance(node, yaml.MappingNode):
-            raise SettingsError(f"{path}: no settings in it; it needs {', '.join(sections)}")
-        _note(node, "", str(path), loaded)
-        loaded.values.update(loader.construct_document(node))
+        values, noted = _parse(raw.decode(), "", str(path))
     except UnicodeDecodeError:
         raise SettingsError(f"{path}: not UTF-8 text; is it a settings file?") from None
     except RecursionError:
@@ -90,33 +81,39 @@ def read(path: Path, sections: list[str]) -> Loaded:
         line = error.problem_mark.line + 1 if error.problem_mark else 0
         raise SettingsError(f"{path}:{line}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, SettingsError):
-            raise
         raise SettingsError(f"{path}: not valid YAML: {error}") from None
-    return loaded
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path}: no settings in it; it needs {', '.join(sections)}")
+    return noted._replace(values=values)
 
 
-def _note(node: yaml.Node, prefix: str, source: str, loaded: Loaded) -> None:
-    """Note where each setting of a node stands, of a file with its line, and how numbers are written."""
+def _parse(text: str, prefix: str, source: str) -> tuple[Any, Loaded]:
+    """The value of a text, and where its settings are and how numbers are written."""
+    noted = Loaded({}, {}, {})
+    loader = _Loader(text)
+    node = loader.get_single_node()
+    if node is None:
+        return None, noted
+    _note(node, prefix, source, noted)
+    return loader.construct_document(node), noted
 
+
+def _note(node: yaml.Node, prefix: str, source: str, noted: Loaded) -> None:
     def place(mark: yaml.Mark) -> str:
         return source if source == COMMAND_LINE else f"{source}:{mark.line + 1}"
 
+    inner: list[tuple[str, yaml.Node, yaml.Mark]] = []
     if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            if name in seen:
-                raise SettingsError(f"{place(key.start_mark)}: {name}: set twice")
-            seen.add(name)
-            loaded.places[name] = place(key.start_mark)
-            _note(value, f"{name}.", source, loaded)
+        inner = [(f"{prefix}{key.value}", value, key.start_mark) for key, value in node.value]
     elif isinstance(node, yaml.SequenceNode):
-        for i, value in enumerate(node.value):
-            loaded.places[f"{prefix}{i}"] = place(value.start_mark)
-            _note(value, f"{prefix}{i}.", source, loaded)
+        inner = [(f"{prefix}{i}", value, value.start_mark) for i, value in enumerate(node.value)]
     elif node.tag.endswith((":int", ":float")):
-        loaded.numbers[prefix.removesuffix(".")] = node.value
+        noted.numbers[prefix.removesuffix(".")] = node.value
+    for name, value, mark in inner:
+        if name in noted.places:
+            raise SettingsError(f"{place(mark)}: {name}: set twice")
+        noted.places[name] = place(mark)
+        _note(value, f"{name}.", source, noted)
 
 
 def override(loaded: Loaded, text: str) -> None:
@@ -129,15 +126,8 @@ def override(loaded: Loaded, text: str) -> None:
         raise SettingsError(f"{text!r}: an override is section.key=value, as train.sae.l1_coefficient=4; {QUOTES}")
     if not value_text.strip():
         raise SettingsError(f"{COMMAND_LINE}: {text}: no value; null takes a setting away")
-    given = Loaded({}, {}, {})
     try:
-        loader = _Loader(value_text)
-        node = loader.get_single_node()
-        value = None if node is None else loader.construct_document(node)
-        if node is not None:
-            _note(node, f"{name}.", COMMAND_LINE, given)
-    except SettingsError:
-        raise
+        value, given = _parse(value_text, f"{name}.", COMMAND_LINE)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise SettingsError(f"{text}: the value is not valid YAML; {QUOTES}") from None
     _put(loaded.values, name, value, text)
@@ -173,7 +163,7 @@ def _put(values: dict[str, Any], name: str, value: Any, text: str) -> None:
         if isinstance(target, list):
             target = target[int(part)] if part.isdigit() and int(part) < len(target) else None
         elif isinstance(target, dict):
-            if target.get(part) is None:  # an absent section, or one that stands there empty
+            if target.get(part) is None:  # an absent section, or an empty one
                 target[part] = {}
             target = target[part]
     if isinstance(target, list) and last.isdigit() and int(last) < len(target):

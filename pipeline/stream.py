@@ -148,9 +148,9 @@ def _measured_split(config: PipelineConfig, request: Request) -> int:
     shape = find_architecture(config.model, config.harvest.runtime.offline)
     s = sizes(config, shape)
     here = measure(config, shape, s, request.root)
-    if here.forward.value is None or here.step.value is None:
+    if here.forward is None or here.step is None:
         raise UserError("--harvest-processes: the rates of harvest and training could not be measured here; set it")
-    return balanced(request.processes, 1 / here.forward.value, here.step.value * s.saes / config.train.batch_size)
+    return balanced(request.processes, 1 / here.forward, here.step * s.saes / config.train.batch_size)
 
 
 def balanced(processes: int, harvest_seconds: float, train_seconds: float) -> int:

@@ -50,10 +50,10 @@ def _bad_store(run: Run) -> list[str]:
             changed = run.changed() if complete else []
         except DamagedManifestError as error:
             manifest = [str(error)]
-        # Records are whole in themselves, but may be those of another run.
-        for name in (match[1] for name in changed if (match := RECORD.fullmatch(name))):
-            if (run.path / "store" / name).is_file():
-                files.delete(name)
+        for name in changed:  # records are whole in themselves, but may be those of another run
+            listed = run.manifest["files"][name]
+            if (match := RECORD.fullmatch(name)) and isinstance(listed, dict) and (run.path / name).is_file():
+                files.delete(match[1])
         inside = [n.removeprefix("store/") for n in changed if n.startswith("store/") and n.endswith("/zarr.json")]
         metadata, shards = store_verification.verify(files, inside, complete=complete)
         if not manifest and not metadata and not shards:

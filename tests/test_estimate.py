@@ -7,14 +7,12 @@ from harvest.activation_store import ActivationStore
 from pipeline import estimate
 from pipeline.architecture import find_architecture
 from pipeline.config import load
-from pipeline.measure import Machine, Rate, measure_disk
+from pipeline.measure import Machine, measure_disk
 from pipeline.sizes import sizes
 
 R1 = ROOT / "configs" / "r1-llama-8b.yaml"
-SLOW = Rate(1e8, "measured")
-CPU = Machine("a CPU", False, 4, 10**10, SLOW, SLOW, Rate(3.0, "measured"), Rate(60.0, "m"))
-FAST = Rate(1e12, "measured")
-GPU = Machine("a GPU", True, 2, 80 * 10**9, FAST, FAST, Rate(50_000.0, "measured"), Rate(0.016, "m"))
+CPU = Machine("a CPU", False, 4, 10**10, 1e8, 1e8, 3.0, 60.0, "measured")
+GPU = Machine("a GPU", True, 2, 80 * 10**9, 1e12, 1e12, 50_000.0, 0.016, "measured")
 
 
 def lines(machine: Machine, *overrides: str, free: int = 10**13) -> str:
@@ -60,8 +58,8 @@ def test_what_does_not_fit_is_said_and_nothing_is_refused():
     assert "warning: training does not fit into 10 GB" in text
     assert "training reads   2.4 GB/s; the disk here: 100 MB/s" in text  # of the H100
     assert "one H100 (as measured on the 8B shape, not here)" in text
-    assert "63,718 tokens/s; 71% of 798 TFLOP/s" in text
-    assert "51,154 tokens/s; 57% of 798 TFLOP/s" in lines(CPU, "harvest.compile=false")
+    assert "forward 63,718 tokens/s, a training step 14.2 ms; in proportion" in text
+    assert "forward 51,154 tokens/s" in lines(CPU, "harvest.compile=false")
     assert "in all             8.3 TB; free in runs: 1 TB" in text
     last = text.splitlines()[-1]
     assert last.startswith("in short, on this machine: the disk of runs lacks 7.3 TB; harvest.batch_contexts=16 does")
@@ -72,11 +70,6 @@ def test_a_bounded_disk_needs_room_for_its_part_alone():
     text = lines(GPU, "harvest.runtime.disk_limit=300GB", free=10**12)
     assert "warning: the disk of runs has room for `make stream` alone" in text
     assert text.splitlines()[-1].startswith("in short, on this machine: it fits; ")
-    small = GPU._replace(memory=20 * 10**9)
-    assert (
-        "a stream does not fit into 20 GB"
-        in lines(small, "harvest.runtime.disk_limit=300GB", free=10**12).splitlines()[-1]
-    )
     twice = ("harvest.runtime.disk_limit=300GB", "train.training_tokens=2_000_000_000")
     assert "a stream is one epoch only" in lines(GPU, *twice, free=10**12).splitlines()[-1]
     assert "the disk of runs lacks 2" in lines(GPU, "harvest.runtime.disk_limit=300GB", free=10**11)
@@ -93,17 +86,11 @@ def test_a_bounded_disk_serves_one_epoch_alone():
     assert "one epoch only" in next(line for line in text.splitlines() if line.startswith("  stream"))
 
 
-def test_the_largest_batch_divides_a_shard():
-    assert estimate.largest_batch(64, 40.0, 1) == 32
-    assert estimate.largest_batch(48, 20.0, 1) == 16
-    assert estimate.largest_batch(64, 0.5, 1) == 0
-
-
 def test_it_measures_this_machine_and_leaves_nothing(finished, fresh_folder, monkeypatch):
     monkeypatch.setattr("pipeline.measure.DISK_BYTES", 1 << 20)
     ran = pipeline("estimate")
     assert ran.status == 0, ran.out
-    assert "measured on one layer of this shape with random weights, 1 x 16 tokens, times 2 layers" in ran.out
+    assert "measured on one layer of this shape, times 2; on 128 features at an L0 of 0.5%" in ran.out
     assert "H100" not in ran.out  # nothing is known of one with so narrow a model
     assert not list(Path("runs").iterdir())
     store = ActivationStore.open(only(finished, "runs/harvest/*/store"))
@@ -114,12 +101,7 @@ def test_it_measures_this_machine_and_leaves_nothing(finished, fresh_folder, mon
     assert s.checkpoint == pytest.approx(checkpoint.stat().st_size, rel=0.05)
 
 
-def test_a_folder_that_cannot_be_written_is_said(tmp_path, monkeypatch):
-    def refuse(**_more):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    write, read = measure_disk(tmp_path)
-    assert write.value is read.value is None
-    assert "Read-only file system" in write.how
-    assert not list(tmp_path.iterdir())
+def test_the_disk_is_measured_in_a_file_without_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.measure.DISK_BYTES", 1 << 20)
+    assert all(rate > 0 for rate in measure_disk(tmp_path / "runs"))
+    assert not list((tmp_path / "runs").iterdir())
