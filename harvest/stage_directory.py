@@ -77,9 +77,8 @@ class Run:
             manifest = read_json(path)
         except UserError as error:
             raise DamagedManifestError(str(error)) from None
-        found = manifest.get("fingerprint")
-        if FINGERPRINT.fullmatch(self.path.name) and found != self.path.name:
-            raise UserError(f"{path}: is that of the run {found}; move that run back to the directory of its name")
+        if FINGERPRINT.fullmatch(self.path.name) and manifest.get("fingerprint") != self.path.name:
+            raise UserError(f"{path}: {_of_another(manifest)}")
         return manifest
 
     @property
@@ -88,23 +87,18 @@ class Run:
         return self.manifest if self.is_complete else self.begun
 
     @property
-    def fingerprint(self) -> str:
-        """The fingerprint that its files name."""
-        return self.record["fingerprint"]
-
-    @property
     def settings(self) -> dict[str, Any]:
-        """What of the settings its result depends on."""
+        """The settings that its result depends on."""
         return self.record["settings"]
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """Identities of model, text or activations: hashes of content, or commits of the hub."""
+        """Model, text or activations by hash of content, or by commit of the hub."""
         return self.record["inputs"]
 
     @property
     def numerics(self) -> dict[str, Any]:
-        """Device, precision and libraries that decide last bits."""
+        """Device, precision and libraries, which decide last bits."""
         return self.record["numerics"]
 
     @property
@@ -148,24 +142,19 @@ class Run:
         with locked(self.path, "begun"):  # workers record theirs at the same time
             begun = self.begun
             if begun.get("fingerprint") != self.path.name:
-                raise UserError(
-                    f"{self.path / BEGUN}: is that of the run {begun.get('fingerprint')}; move that run back to the "
-                    "directory of its name, or add --force to start anew here"
-                )
+                raise UserError(f"{self.path / BEGUN}: {_of_another(begun)}, or add --force to start anew here")
             before: dict[str, Any] = begun.get("numerics") or {}
-            if before == numerics or numerics in begun.get("mixed_with", []):
+            mixed = begun.get("mixed_with", [])
+            changed = [key for key in sorted({*before, *numerics}) if before.get(key) != numerics.get(key)]
+            if not changed or numerics in mixed:
                 return
             if not allow_mixed:
-                changed = [
-                    f"{key}: {before.get(key)} then, {numerics.get(key)} now"
-                    for key in sorted({*before, *numerics})
-                    if before.get(key) != numerics.get(key)
-                ]
+                listed = "; ".join(f"{key}: {before.get(key)} then, {numerics.get(key)} now" for key in changed)
                 raise UserError(
-                    f"{self.path}: was begun under other numerics ({'; '.join(changed)}), so the rest would differ in "
+                    f"{self.path}: was begun under other numerics ({listed}), so the rest would differ in "
                     "its last bits; add --allow-mixed to go on all the same, or --force to start anew"
                 )
-            write_sealed(self.path / BEGUN, {**begun, "mixed_with": [*begun.get("mixed_with", []), numerics]})
+            write_sealed(self.path / BEGUN, {**begun, "mixed_with": [*mixed, numerics]})
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write manifest.json: from here on the stage is complete."""
@@ -251,6 +240,10 @@ def upstreams(record: dict[str, Any], root: Path) -> list[Run]:
     """The runs below `root` that a begun.json or manifest names; those of earlier versions name one as `upstream`."""
     named = record.get("upstreams") or [record.get("upstream")]
     return [Run(root / Path(name).parent.name / Path(name).name) for name in named if isinstance(name, str)]
+
+
+def _of_another(record: dict[str, Any]) -> str:
+    return f"is that of the run {record.get('fingerprint')}; move that run back to the directory of its name"
 
 
 def _is_as_listed(path: Path, entry: Any, largest: int | None) -> bool:

@@ -40,8 +40,7 @@ class Terms(NamedTuple):
     """Under which terms a data set may be passed on."""
 
     licence: str | None  # as the hub writes it; None where it is not known
-    free: bool  # known to be open: on the hub, neither gated nor private, or shipped with the set-up
-    note: str  # for people
+    note: str  # for people; "open" is known to be neither gated nor private
 
 
 class Exported(NamedTuple):
@@ -68,13 +67,8 @@ def export(sweep: Sequence[Runs], to: Path | None, model_name: str | None, force
     from train.export import new_export, write_saelens_folder
 
     folder = to or sweep[0].root / "export" / export_name(sweep)
-    which = sweep[0].config.evaluate.sae
-    listed = [
-        {"folder": sae.folder, "train": sae.runs.fingerprints["train"], "hook": sae.hook, "which_sae": which}
-        for sae in saes
-    ]
-    about = {"saes": listed, "model": model}
-    with new_export(folder, about, force) as partial:
+    listed = [{"folder": sae.folder, "hook": sae.hook, **_origin(sae.runs)} for sae in saes]
+    with new_export(folder, {"saes": listed, "model": model}, force) as partial:
         rows = []
         for sae in saes:
             saved = load_sae(sae.source)
@@ -93,19 +87,18 @@ def export_name(sweep: Sequence[Runs]) -> str:
 def source_terms(path: str) -> Terms:
     """Terms of a data set; asks the hub, and does not fail where it cannot be asked."""
     if path in SHIPPED:
-        return Terms(SHIPPED[path], True, "open")
+        return Terms(SHIPPED[path], "open")
     if is_local(path):
-        return Terms(None, False, "local files")
+        return Terms(None, "local files")
     from huggingface_hub import HfApi
 
     try:
         info = HfApi().dataset_info(path, timeout=10)
     except hub_errors() as error:
-        return Terms(None, False, f"not looked up ({type(error).__name__})")
+        return Terms(None, f"not looked up ({type(error).__name__})")
     licence = getattr(info.card_data, "license", None) if info.card_data else None
     text = ", ".join(licence) if isinstance(licence, list) else licence
-    closed = "gated" if info.gated else "private" if info.private else None
-    return Terms(text, closed is None, closed or "open")
+    return Terms(text, "gated" if info.gated else "private" if info.private else "open")
 
 
 def _saes(runs: Runs, sweep: Sequence[Runs]) -> list[Exported]:
@@ -147,8 +140,12 @@ def _metadata(sae: Exported, model: str) -> dict[str, Any]:
         "exclude_special_tokens": list(config.train.exclude.token_ids) or False,
         # Of several, a name that no loader takes for one of them.
         "dataset_path": ", ".join(_public_name(source.path) for source in config.sample.sources),
-        "reasoning_sae": {"train": sae.runs.fingerprints["train"], "which_sae": config.evaluate.sae},
+        "reasoning_sae": _origin(sae.runs),
     }
+
+
+def _origin(runs: Runs) -> dict[str, str]:
+    return {"train": runs.fingerprints["train"], "which_sae": runs.config.evaluate.sae}
 
 
 def _module(sae: Exported) -> str:
@@ -168,41 +165,28 @@ def _public_name(name: str) -> str:
 
 
 def _card(saes: list[Exported], rows: list[dict[str, Any]], model: str, terms: list[Terms]) -> str:
-    runs = saes[0].runs
-    manifest = runs.of("train").manifest
-    sources = [
-        {
-            "name": source.name,
-            "path": _public_name(source.path),
-            "share": source.share,
-            "version": content.removeprefix("hub:").rpartition("@")[2][:19],
-            "licence": term.licence,
-            "note": term.note,
-        }
-        for source, content, term in zip(runs.config.sample.sources, runs.inputs.sources, terms, strict=True)
-    ]
-    hub = [source["path"] for source in sources if not looks_local(source["path"])]
+    runs, manifest = saes[0].runs, saes[0].runs.of("train").manifest
+    contents = [content.removeprefix("hub:").rpartition("@")[2][:19] for content in runs.inputs.sources]
+    hub = [source.path for source in runs.config.sample.sources if not is_local(source.path)]
     front: dict[str, Any] = {"library_name": "saelens", "tags": ["sparse-autoencoder", "saelens", "interpretability"]}
     front |= {"datasets": hub} if hub else {}
     front |= {"base_model": model} if not looks_local(model) else {}
-    settings = {k: v for k, v in manifest["settings"].items() if k != "sae" or len(saes) == 1}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         undefined=StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["code"] = _code
+    environment.filters |= {"code": _code, "public": _public_name}
     return environment.get_template("model_card.md").render(
         front_matter=yaml.safe_dump(front, sort_keys=True, allow_unicode=True),
         saes=rows,
         model=model,
-        evaluated=any(row["evaluated"] for row in rows),
         definitions=next((row["definitions"] for row in rows if row["evaluated"]), {}),
         sample=runs.config.sample,
-        sources=sources,
-        settings=settings,
-        excluded=_excluded(manifest["settings"]["exclude"]),
+        sources=list(zip(runs.config.sample.sources, contents, terms, strict=True)),
+        settings={k: v for k, v in manifest["settings"].items() if k != "sae" or len(saes) == 1},
+        exclude=manifest["settings"]["exclude"],
         versions=manifest["versions"],
     )
 
@@ -212,13 +196,6 @@ def _code(value: Any) -> str:
     return "`" + " ".join(str(value).replace("`", "'").replace("|", "¦").split()) + "`"
 
 
-def _excluded(exclude: dict[str, Any]) -> str:
-    parts = [f"{name} {exclude[name]}" for name in ("token_ids", "positions") if exclude[name]]
-    if exclude["norm_above_median"] is not None:
-        parts.append(f"norms above {exclude['norm_above_median']:g} times the median")
-    return "; ".join(parts) or "none"
-
-
 def _card_row(sae: Exported, d_in: int, d_sae: int) -> dict[str, Any]:
     run = sae.runs.of("evaluate")
     metrics = read_metrics(run) if run.is_complete else {}
@@ -226,7 +203,6 @@ def _card_row(sae: Exported, d_in: int, d_sae: int) -> dict[str, Any]:
     return {
         "folder": sae.folder,
         "hook": sae.hook,
-        "module": sae.hook,
         "d_in": d_in,
         "d_sae": d_sae,
         "l1_coefficient": sae.runs.config.train.sae.l1_coefficient,

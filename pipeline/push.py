@@ -45,7 +45,7 @@ def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Pu
     check_exported(folder, marker)
     files = {name: folder / name for name in sorted([*marker["files"], MARKER])}
     terms = {source.name: source_terms(source.path) for source in sweep[0].config.sample.sources}
-    closed = [f"{name} ({term.note})" for name, term in terms.items() if not term.free]
+    closed = [f"{name} ({term.note})" for name, term in terms.items() if term.note != "open"]
     left_out = []
     for run in (runs.of("evaluate") for runs in sweep):
         if run.is_complete:
