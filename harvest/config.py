@@ -157,10 +157,9 @@ class SampleConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "SampleConfig":
-        total = sum(source.share for source in self.sources)
+        total, names = sum(source.share for source in self.sources), [source.name for source in self.sources]
         if abs(total - 1) > 1e-6:
             raise ValueError(f"the shares of sources sum to {total:g}; they must sum to 1")
-        names = [source.name for source in self.sources]
         if len(set(names)) < len(names) or {"all", "shards", "bos"} & set(names):
             raise ValueError(f"sources need names of their own, not 'all', 'shards' or 'bos': {', '.join(names)}")
         for split in ("train", "holdout"):
@@ -227,8 +226,7 @@ class HarvestConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "HarvestConfig":
-        if len(set(self.hooks)) < len(self.hooks):
-            raise ValueError("hooks names a module twice")
+        check_different("hooks", self.hooks)
         return self
 
 
@@ -264,8 +262,7 @@ class IngestConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "IngestConfig":
-        if len(set(self.hooks)) < len(self.hooks):
-            raise ValueError("hooks names an array twice")
+        check_different("hooks", self.hooks)
         if self.context_size and self.file_is_context:
             raise ValueError("set context_size or file_is_context, not both")
         if self.shard_rows % self.chunk_rows:

@@ -13,7 +13,7 @@ from harvest.disk import limit_in_shards
 from harvest.progress import duration, size_text
 from pipeline.architecture import Architecture, find_architecture
 from pipeline.config import PipelineConfig
-from pipeline.measure import Machine, measure
+from pipeline.measure import FORWARD_PART, Machine, measure
 from pipeline.sizes import Sizes, sizes
 from pipeline.tables import table
 
@@ -22,15 +22,14 @@ class Known(NamedTuple):
     """A machine that was measured elsewhere (benchmarks/results.md)."""
 
     name: str
-    flops: dict[bool, float]  # of 20 layers of the 8B shape, eager and compiled, writing included
+    flops: float  # of its matrix products
     step: float  # seconds of a sparse step for each row x d_in x d_sae
     least_d_in: int  # smaller products do not come near these rates
     memory: int
 
 
-H100 = {False: 0.57 * 798e12, True: 0.71 * 798e12}
 H100_STEP = 0.0142 / (4096 * 4096 * 65_536)  # at an L0 of 86
-KNOWN = [Known("one H100 (as measured on the 8B shape, not here)", H100, H100_STEP, 2048, 80 * 10**9)]
+KNOWN = [Known("one H100 (as measured on the 8B shape, not here)", 798e12, H100_STEP, 2048, 80 * 10**9)]
 MARGIN = 0.9  # of the free memory; the rest is for fragments and the libraries
 SWEEP = 5  # SAEs of the sweep in the comparison
 
@@ -42,7 +41,7 @@ def estimate(config: PipelineConfig, root: Path) -> Iterator[str]:
     """
     shape = find_architecture(config.model, config.harvest.runtime.offline)
     s = sizes(config, shape)
-    here = measure(config, shape, s, root)
+    here = measure(config, s, root)
     yield from plan(config, shape, s, here, shutil.disk_usage(root).free, root)
 
 
@@ -87,7 +86,7 @@ def plan(config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, f
 def _elsewhere(config: PipelineConfig, s: Sizes) -> Iterator[Machine]:
     for known in KNOWN:
         if s.geometry.d_in >= known.least_d_in:
-            forward = known.flops[config.harvest.compile] / s.flop_per_token
+            forward = FORWARD_PART[config.harvest.compile] * known.flops / s.flop_per_token
             step = known.step * config.train.batch_size * s.geometry.d_in * s.d_sae
             yield Machine(known.name, True, 2, known.memory, None, None, forward, step, "in proportion to the work")
 

@@ -101,7 +101,10 @@ def identify(config: PipelineConfig, memory: "Memory", stages: Sequence[str] = S
     kinds = {
         "tokenizer": ((TOKENIZER_FILES, CHAT_TEMPLATE_FILES), ("sample", "evaluate")),
         "model": ((WEIGHT_FILES,), ("harvest", "evaluate")),
-        "generation": ((CHAT_TEMPLATE_FILES, GENERATION_FILES), ("evaluate",) if _is_folder(config.model) else ()),
+        "generation": (
+            (CHAT_TEMPLATE_FILES, GENERATION_FILES),
+            ("evaluate",) if Path(config.model.name).is_dir() else (),
+        ),
     }
     for name, (files, readers) in kinds.items():
         if set(readers) & set(stages):
@@ -155,10 +158,6 @@ def _resolve(kind: str, name: str, branch: str, setting: str) -> str:
     return commit
 
 
-def _is_folder(model: ModelConfig) -> bool:
-    return Path(model.name).is_dir()
-
-
 def _model_identity(
     model: ModelConfig, kinds: Sequence[re.Pattern[str]], memory: Memory, setting: str = "model.name"
 ) -> str:
@@ -167,7 +166,7 @@ def _model_identity(
     Raises UserError for a folder that holds no model, or no tokenizer where that is asked for.
     """
     folder = Path(model.name)
-    if not _is_folder(model):
+    if not folder.is_dir():
         if looks_local(model.name):
             raise UserError(f"{setting}: {model.name!r}: no such folder{_setup_hint(model.name)}")
         return memory.commit("model", model.name, model.revision, setting)

@@ -33,6 +33,9 @@ class Found(NamedTuple):
     state: str  # complete, running or interrupted
     upstreams: tuple[Path, ...]
 
+    def __str__(self) -> str:
+        return f"{self.stage} {self.path.name}"
+
     def uses(self, run: "Found") -> bool:
         """Whether it depends on another one."""
         return run.path in self.upstreams
@@ -41,29 +44,24 @@ class Found(NamedTuple):
 def find(root: Path) -> list[Found]:
     """All run directories that bear our marker; links and other names are passed over."""
     found = []
-    for path in (path for stage in STAGES for path in _folders(root / stage)):
-        markers = [path / name for name in (MANIFEST, BEGUN) if _is_file(path / name)]
-        if not FINGERPRINT.fullmatch(path.name) or not markers:
-            continue
-        run = Run(path)
-        begun: dict[str, Any] = {}
-        with suppress(UserError):
-            begun = read_json(markers[0])
-        state = "running" if _running(path) else "complete" if run.is_complete else "interrupted"
-        since = markers[0].stat().st_mtime
-        found.append(Found(run.stage, path, _size(path), since, state, tuple(up.path for up in upstreams(begun, root))))
+    for path in _folders(*(root / stage for stage in STAGES)):
+        markers = [path / name for name in (MANIFEST, BEGUN) if (path / name).is_file()]
+        if FINGERPRINT.fullmatch(path.name) and markers:
+            begun: dict[str, Any] = {}
+            with suppress(UserError):
+                begun = read_json(markers[0])
+            before = tuple(run.path for run in upstreams(begun, root))
+            state = "running" if _running(path) else "complete" if Run(path).is_complete else "interrupted"
+            found.append(Found(path.parent.name, path, _size(path), markers[0].stat().st_mtime, state, before))
     return found
 
 
 def leftovers(root: Path) -> list[Path]:
     """What an interrupted prune or `--force` had set aside to delete."""
-    out = []
-    for path in (path for stage in STAGES for path in _folders(root / stage)):
-        if path.name.startswith(TRASH) and FINGERPRINT.fullmatch(path.name.removeprefix(TRASH)):
-            out.append(path)
-        elif FINGERPRINT.fullmatch(path.name) and not _running(path):
-            out += [inner for inner in _folders(path) if inner.name.startswith(TRASH)]
-    return out
+    every = _folders(*(root / stage for stage in STAGES))
+    aside = [path for path in every if FINGERPRINT.fullmatch(path.name.removeprefix(TRASH))]
+    inside = _folders(*(path for path in aside if not path.name.startswith(TRASH) and not _running(path)))
+    return [path for path in aside + inside if path.name.startswith(TRASH)]
 
 
 def choose(found: Sequence[Found], directories: Collection[Path], used: Collection[Path]) -> list[Found]:
@@ -90,7 +88,7 @@ def choose(found: Sequence[Found], directories: Collection[Path], used: Collecti
             raise UserError(f"{directory}: used by the settings that --config names; left alone")
         chosen.append(run)
     for run in chosen:
-        if users := [_name(user) for user in found if user.uses(run) and user not in chosen]:
+        if users := [str(user) for user in found if user.uses(run) and user not in chosen]:
             raise UserError(f"{run.path}: used by {', '.join(users)}; name them as well, or keep it")
     return chosen
 
@@ -110,7 +108,7 @@ def prune(
     chosen = choose(found, directories, used)
     rows = [("", "run", "size", "age", "state", "used by")]
     for run in found:
-        users = [*(_name(user) for user in found if user.uses(run)), *(["these settings"] if run.path in used else [])]
+        users = [*(str(user) for user in found if user.uses(run)), *(["these settings"] if run.path in used else [])]
         action, age = "delete" if run in chosen else "keep", _age(time.time() - run.since)
         rows.append((action, str(run.path), size_text(run.bytes), age, run.state, ", ".join(users) or "-"))
     for line in table(rows, right=(2, 3)):
@@ -156,23 +154,16 @@ def _size(path: Path) -> int:
     return total
 
 
-def _folders(path: Path) -> list[Path]:
-    """Real folders in a real folder, sorted."""
-    if path.is_symlink() or not path.is_dir():
-        return []
-    return sorted(p for p in path.iterdir() if p.is_dir() and not p.is_symlink())
-
-
-def _is_file(path: Path) -> bool:
-    return path.is_file() and not path.is_symlink()
+def _folders(*parents: Path) -> list[Path]:
+    """Real folders in real folders, sorted."""
+    inner = [
+        path for parent in parents if parent.is_dir() and not parent.is_symlink() for path in sorted(parent.iterdir())
+    ]
+    return [path for path in inner if path.is_dir() and not path.is_symlink()]
 
 
 def _running(path: Path) -> bool:
-    return any(is_locked(path, lock.name.removeprefix(LOCK)) for lock in path.glob(f"{LOCK}*") if _is_file(lock))
-
-
-def _name(run: Found) -> str:
-    return f"{run.stage} {run.path.name}"
+    return any(is_locked(path, lock.name.removeprefix(LOCK)) for lock in path.glob(f"{LOCK}*"))
 
 
 def _age(seconds: float) -> str:

@@ -145,11 +145,9 @@ def _check_model(sweep: Sequence[Runs], stage: str) -> None:
     if evaluate.steering and limit:
         _check_prompts(config, tokenizer, limit)
     for sae in (runs.config.train.sae for runs in sweep):
-        d_sae = sae.width(d_in) if d_in else sae.d_sae
-        if d_sae and evaluate.features:
-            check_features(evaluate.features.include, d_sae, "evaluate.features.include")
-        if d_sae and evaluate.steering:
-            check_features(evaluate.steering.feature_ids, d_sae, "evaluate.steering.feature_ids")
+        if d_sae := sae.width(d_in) if d_in else sae.d_sae:
+            for setting in ("evaluate.features.include", "evaluate.steering.feature_ids"):
+                check_features(_at(config, setting) or (), d_sae, setting)
 
 
 def _check_widths(skeleton: Any, harvest: HarvestConfig) -> int | None:
@@ -172,30 +170,27 @@ def _check_widths(skeleton: Any, harvest: HarvestConfig) -> int | None:
         at_layers = all(saelens_hook(point.module) for point in points.values())
         return skeleton.config.get_text_config().hidden_size if at_layers else None
     for hook, shape in shapes.items():
-        if shape is None or len(shape) != 3 or shape[:2] != TOKENS:
-            raise UserError(
-                f"harvest.hooks: {hook!r}: gives {'nothing' if shape is None else shape} for 2 x 3 tokens, not a row "
-                "for each; hook a layer"
-            )
-    widths = {hook: shape[-1] for hook, shape in shapes.items() if shape}
+        if len(shape) != 3 or shape[:2] != TOKENS:
+            gives = f"{shape or 'nothing'} for 2 x 3 tokens"
+            raise UserError(f"harvest.hooks: {hook!r}: gives {gives}, not a row for each; hook a layer")
+    widths = {hook: shape[-1] for hook, shape in shapes.items()}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{hook}: {width}" for hook, width in widths.items())
         raise UserError(f"harvest.hooks: hooks of different widths ({listed}); harvest them with settings of their own")
     return widths[harvest.hooks[0]]
 
 
-def _shapes(model: Any, modules: dict[str, str]) -> dict[str, tuple[int, ...] | None] | None:
-    """Shapes of what modules give for 2 x 3 tokens, None where they do not run; None without weights to run it."""
+def _shapes(model: Any, modules: dict[str, str]) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of what modules give for 2 x 3 tokens, empty where they do not run; None without weights to run it."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from harvest.hooked_model import first_tensor
 
-    shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(modules)
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(modules, ())
 
     def note(hook: str, output: Any) -> None:
-        first = first_tensor(output)
-        shapes[hook] = tuple(first.shape) if isinstance(first, torch.Tensor) else ()
+        shapes[hook] = tuple(getattr(first_tensor(output), "shape", ()))
 
     handles = [
         model.get_submodule(module).register_forward_hook(lambda _m, _inputs, output, hook=hook: note(hook, output))
@@ -216,11 +211,8 @@ def _shapes(model: Any, modules: dict[str, str]) -> dict[str, tuple[int, ...] | 
 
 
 def _check_token_ids(config: PipelineConfig, largest: int) -> None:
-    score = config.evaluate.reason_score
-    ids = {"train.exclude.token_ids": config.train.exclude.token_ids}
-    ids |= {"evaluate.reason_score.ignored_token_ids": score.ignored_token_ids} if score else {}
-    for setting, tokens in ids.items():
-        if beyond := [token for token in tokens if token > largest]:
+    for setting in ("train.exclude.token_ids", "evaluate.reason_score.ignored_token_ids"):
+        if beyond := [token for token in _at(config, setting) or () if token > largest]:
             raise UserError(
                 f"{setting}: {beyond[0]}: never occurs, as the tokenizer's ids end at {largest}, so it leaves out "
                 "nothing; name the ids that you mean"

@@ -16,7 +16,7 @@ from harvest.hub import resolved_commit
 from harvest.stage_directory import Run
 from pipeline.config import PipelineConfig
 from pipeline.fingerprint import Inputs, find_inputs, hashed_settings
-from train.config import TRAIN_VERSION
+from train.config import TRAIN_VERSION, SweepConfig
 
 Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
 
@@ -39,23 +39,24 @@ class Runs(NamedTuple):
 
     @property
     def stages(self) -> dict[str, "Stage"]:
-        """Those that these settings have."""
+        """Those that these settings have, first ones first."""
         return stages_of(self.config)
-
-    def before(self, stage: str) -> dict[str, Run]:
-        """The runs of all stages that come before, first ones first."""
-        names = list(self.stages)
-        return {name: self.of(name) for name in names[: names.index(stage)]}
 
     def upstreams(self, stage: str) -> list[Run]:
         """The runs that a stage directly depends on."""
         return [self.of(name) for name in self.stages[stage].upstreams]
 
+    def before(self, stage: str) -> dict[str, Run]:
+        """The runs of all stages that it depends on, first ones first."""
+        found: dict[str, Run] = {}
+        for name in self.stages[stage].upstreams:
+            found |= self.before(name) | {name: self.of(name)}
+        return found
+
     def identity(self, stage: str) -> dict[str, Any]:
         """What begun.json and the manifest say of a run, but for times and numerics."""
-        store = None
-        if stage == "harvest" and self.config.harvest:
-            store = self.config.harvest.runtime.store_at(self.fingerprints[stage])
+        harvest = self.config.harvest if stage == "harvest" else None
+        store = harvest and harvest.runtime.store_at(self.fingerprints[stage])
         return {
             **({"store": store} if store else {}),
             "stage": stage,
@@ -69,8 +70,9 @@ class Runs(NamedTuple):
     def settings(self, stage: str) -> dict[str, Any]:
         """The settings that a stage's result depends on, with the names of its model and data."""
         settings = self.stages[stage].settings(self.config)
-        named = {"model": self.config.model.model_dump()} if "sample" in self.stages else {}
-        return settings | (named if stage in ("sample", "harvest") else {})
+        if self.config.model and stage in ("sample", "harvest"):
+            settings["model"] = self.config.model.model_dump()
+        return settings
 
 
 class Job(NamedTuple):
@@ -168,22 +170,19 @@ def _resolved(config: EvaluateConfig, inputs: Inputs) -> EvaluateConfig:
     return config.model_copy(update={"diff": config.diff.model_copy(update={"model": model})})
 
 
-SAMPLE = Stage("sample", SAMPLE_VERSION, (), lambda c: hashed_settings(c.sample), _sample_inputs, _sample)
-HARVEST = Stage(
-    "harvest", HARVEST_VERSION, ("sample",), lambda c: hashed_settings(c.harvest), lambda _, i: i.model, _harvest
-)
-GIVEN = Stage(
-    "harvest",
-    HARVEST_VERSION,
-    (),
-    lambda c: {"ingest": hashed_settings(c.ingest)} if c.ingest else {},
-    _given_inputs,
-    _take_given,
-)
-TRAIN = Stage("train", TRAIN_VERSION, ("harvest",), lambda c: hashed_settings(c.train), lambda _, __: None, _train)
-EVALUATE = Stage(
-    "evaluate", EVALUATE_VERSION, ("train",), lambda c: hashed_settings(c.evaluate), _evaluate_inputs, _evaluate
-)
+def _section(name: str) -> Callable[[PipelineConfig], dict[str, Any]]:
+    return lambda config: hashed_settings(getattr(config, name))
+
+
+def _given(config: PipelineConfig) -> dict[str, Any]:
+    return {"ingest": _section("ingest")(config)}
+
+
+SAMPLE = Stage("sample", SAMPLE_VERSION, (), _section("sample"), _sample_inputs, _sample)
+HARVEST = Stage("harvest", HARVEST_VERSION, ("sample",), _section("harvest"), lambda _, i: i.model, _harvest)
+GIVEN = Stage("harvest", HARVEST_VERSION, (), _given, _given_inputs, _take_given)
+TRAIN = Stage("train", TRAIN_VERSION, ("harvest",), _section("train"), lambda _, __: None, _train)
+EVALUATE = Stage("evaluate", EVALUATE_VERSION, ("train",), _section("evaluate"), _evaluate_inputs, _evaluate)
 
 
 def stages_of(config: PipelineConfig) -> dict[str, Stage]:
@@ -198,8 +197,8 @@ def fingerprints(config: PipelineConfig, inputs: Inputs) -> dict[str, str]:
     for name, stage in stages_of(config).items():
         settings = stage.settings(config)
         content = stage.inputs(settings, inputs)
-        upstreams: list[str] = [out[upstream] for upstream in stage.upstreams]
-        upstream = upstreams if len(upstreams) > 1 else next(iter(upstreams), None)
+        upstreams = [out[upstream] for upstream in stage.upstreams]
+        upstream = upstreams if len(upstreams) > 1 else upstreams[0] if upstreams else None
         document = json.dumps([name, stage.version, upstream, content, settings], sort_keys=True)
         out[name] = hashlib.sha256(document.encode()).hexdigest()[:12]
     return out
@@ -218,13 +217,12 @@ def find_runs(config: PipelineConfig, root: Path) -> list[Runs]:
 def swept(runs: Runs, sweep: Sequence[Runs], between: str = " ", equals: str = "=") -> str:
     """What sets a run apart from the others of its sweep, as `l1_coefficient=5`; empty without a sweep."""
 
-    def values(each: Runs) -> dict[str, float | int | None]:
-        train = each.config.train
-        return {"l1_coefficient": train.sae.l1_coefficient, "lr": train.lr, "d_sae": train.sae.d_sae}
+    def values(name: str, of: Sequence[Runs]) -> list[float | int | None]:
+        sections = [each.config.train if name == "lr" else each.config.train.sae for each in of]
+        return [getattr(section, name) for section in sections]
 
-    mine, all_values = values(runs), [values(each) for each in sweep]
-    apart = [name for name in mine if len({each[name] for each in all_values}) > 1]
-    return between.join(f"{name}{equals}{_exactly(mine[name])}" for name in apart)
+    apart = [name for name in SweepConfig.model_fields if len(set(values(name, sweep))) > 1]
+    return between.join(f"{name}{equals}{_exactly(values(name, [runs])[0])}" for name in apart)
 
 
 def _exactly(value: float | int | None) -> str:

@@ -129,7 +129,7 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
 
 def _checked(sweep: Sequence[Runs], request: Request) -> Path:
     """The directory of the training run, for options that make sense."""
-    hooks = sweep[0].config.harvest.hooks
+    hooks, to = sweep[0].config.harvest.hooks, request.json
     if len({runs.directory("train") for runs in sweep}) > 1:
         raise SettingsError(
             f"steer: these settings are a sweep of {len(sweep)} SAEs; choose one, as "
@@ -141,10 +141,9 @@ def _checked(sweep: Sequence[Runs], request: Request) -> Path:
         raise SettingsError(f"--hook: {request.hook!r}: these settings have {', '.join(hooks)}")
     if request.max_activation is not None and not 0 < request.max_activation < math.inf:
         raise SettingsError(f"--max-activation: {request.max_activation}: a number above 0")
-    if request.json and not request.json.parent.is_dir():
-        raise SettingsError(f"--json: {request.json}: there is no folder {request.json.parent}")
-    if request.json and request.json.is_dir():
-        raise SettingsError(f"--json: {request.json}: is a folder; a file is meant")
+    if to and (to.is_dir() or not to.parent.is_dir()):
+        what = "is a folder; a file is meant" if to.is_dir() else f"there is no folder {to.parent}"
+        raise SettingsError(f"--json: {to}: {what}")
     for prompt in request.prompt or ():
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise SettingsError(f"--prompt: {prompt!r}: not UTF-8 text")

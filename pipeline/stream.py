@@ -147,7 +147,7 @@ def _measured_split(config: PipelineConfig, request: Request) -> int:
 
     shape = find_architecture(config.model, config.harvest.runtime.offline)
     s = sizes(config, shape)
-    here = measure(config, shape, s, request.root)
+    here = measure(config, s, request.root)
     if here.forward is None or here.step is None:
         raise UserError("--harvest-processes: the rates of harvest and training could not be measured here; set it")
     return balanced(request.processes, 1 / here.forward, here.step * s.saes / config.train.batch_size)

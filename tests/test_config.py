@@ -57,7 +57,7 @@ def test_a_mistyped_setting_names_file_line_and_a_near_one(tmp_path):
         ("sample.sources.0.name=all", "sources need names of their own"),
         ("train.epochs=.inf", "finite number"),
         ("train.lr=2024-99-99", "'2024-99-99': input should be a valid number"),
-        ("harvest.hooks=[a,a]", "names a module twice"),
+        ("harvest.hooks=[a,a]", "hooks: names 'a' twice"),
         ("nonsense", "an override is section.key=value"),
         ("train.lr=[", "not valid YAML"),
         ("train.lr=true", "command line: train.lr: True: a number or text is meant, not true or false"),

@@ -90,7 +90,7 @@ def test_it_measures_this_machine_and_leaves_nothing(finished, fresh_folder, mon
     monkeypatch.setattr("pipeline.measure.DISK_BYTES", 1 << 20)
     ran = pipeline("estimate")
     assert ran.status == 0, ran.out
-    assert "measured on one layer of this shape, times 2; on 128 features at an L0 of 0.5%" in ran.out
+    assert "by the rate of a matrix product; measured on 128 features at an L0 of 0.5%" in ran.out
     assert "H100" not in ran.out  # nothing is known of one with so narrow a model
     assert not list(Path("runs").iterdir())
     store = ActivationStore.open(only(finished, "runs/harvest/*/store"))
