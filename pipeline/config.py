@@ -14,16 +14,17 @@ from harvest.config import HarvestConfig, IngestConfig, ModelConfig, SampleConfi
 from pipeline.settings_text import Loaded, SettingsError, override, read
 from train.config import TrainConfig
 
+ABSENT: Any = None
 OF_TEXT = ("model", "sample", "harvest")  # sections whose place `ingest` takes
 
 
 class PipelineConfig(Settings):
     """A settings file: a model and its text, or activations that are given (`ingest`)."""
 
-    # Beside `ingest` these three are None; `load` sees to it that else they are there.
-    model: ModelConfig = Field(default=None)
-    sample: SampleConfig = Field(default=None)
-    harvest: HarvestConfig = Field(default=None)
+    # Beside `ingest` these three are None; `load` makes sure that they are set otherwise.
+    model: ModelConfig = Field(default=ABSENT)
+    sample: SampleConfig = Field(default=ABSENT)
+    harvest: HarvestConfig = Field(default=ABSENT)
     ingest: IngestConfig | None = None
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -137,7 +137,7 @@ def _ways(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:
     held = f"disk_limit={limit}" if limit else "two windows and a shard"
     seen = s.steps * config.train.batch_size
     unit = "GPU hours" if machine.is_gpu else "hours"
-    rows = [(f"{unit} of one such machine", "disk, one SAE", "one SAE", f"{SWEEP} SAEs", "")]
+    rows: list[tuple[str, ...]] = [(f"{unit} of one such machine", "disk, one SAE", "one SAE", f"{SWEEP} SAEs", "")]
     for name, disk, tokens, each_pays, note in (
         ("full store", s.store, s.rows + heldout, False, "any further SAE trains from it"),
         ("stream", streamed_bytes(config, s), seen + heldout, False, f"{held}; taking turns on the device"),
