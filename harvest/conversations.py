@@ -50,6 +50,7 @@ class Note(NamedTuple):
 
     reason: str
     found: str = ""
+    damaged: bool = False  # what is written there is not text at all
 
 
 class Reading(NamedTuple):
@@ -60,7 +61,6 @@ class Reading(NamedTuple):
     dropped: Note | None = None
     cut: Note | None = None  # why the conversation ends before its end
     malformed: bool = False  # an answer has thinking tags that do not pair, and stays text
-    damaged: bool = False  # dropped because what is written there is not text at all
 
     @property
     def key(self) -> str:
@@ -81,7 +81,7 @@ class _UnusableError(Exception):
 def needed_columns(rows: str, columns: Iterable[str], also: Iterable[str], source_name: str) -> list[str]:
     """The columns to read of a data set, for its `rows` schema and for settings that name some (`also`).
 
-    Raises UserError when one of the schema's is not there.
+    Raises UserError when one of the schema's is missing.
     """
     have = set(columns)
     missing = [name for name in COLUMNS[rows] if name not in have]
@@ -106,19 +106,16 @@ def read_row(rows: str, row: dict[str, Any]) -> Reading:
         if rows == "tokens":
             return Reading([], _ids(next((row[name] for name in COLUMNS[rows] if name in row), None)))
         reading = _text(row) if rows == "text" else _problem(row) if rows == "reasoning" else _conversation(rows, row)
-    except _UnusableError as error:
-        return Reading([], dropped=error.note)
-    try:
         for turn in reading.turns:
             f"{turn.content}{turn.reasoning}{turn.before}".encode()
+    except _UnusableError as error:
+        return Reading([], dropped=error.note)
     except UnicodeEncodeError as error:
-        return damaged("half of a surrogate pair" if _is_lone(error.object[error.start]) else "not UTF-8 text")
+        # Bytes that are not UTF-8 were read as U+DC80 to U+DCFF.
+        is_byte = "\udc80" <= error.object[error.start] <= "\udcff"
+        reason = "not UTF-8 text" if is_byte else "half of a surrogate pair"
+        return Reading([], dropped=Note(reason, damaged=True))
     return reading
-
-
-def damaged(reason: str, found: str = "") -> Reading:
-    """The reading of a row that cannot be read at all."""
-    return Reading([], dropped=Note(reason, found), damaged=True)
 
 
 def document_key(document: list[Turn]) -> str:
@@ -131,11 +128,6 @@ def is_held_out(key: str, seed: int, fraction: float) -> bool:
     """Whether documents of this key are held out: a pure function, so equal prompts share a side."""
     digest = hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "replace")).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
-
-
-def _is_lone(character: str) -> bool:
-    """Whether half a surrogate pair was written; bytes that are no UTF-8 were read as U+DC80 to U+DCFF."""
-    return not "\udc80" <= character <= "\udcff"
 
 
 def _text(row: dict[str, Any]) -> Reading:

@@ -1,76 +1,64 @@
 """Rows of JSON files, by number: JSON Lines, an array, or an object that holds the rows, compressed or not.
 
 A file is read once to find where each row begins and ends, 16 bytes of memory a row, and each row is parsed when it is
-taken: a column that is not asked for may hold anything, and a row that cannot be read harms no other.
+taken: a column that is not asked for may hold anything, and a row that cannot be read harms no other. A file that is
+not of lines is in memory as text for that first look.
 """
 
 import json
 import lzma
 import re
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from harvest.files import BLOCK, UserError
-from harvest.opened_file import OpenedFile
-from harvest.rows import Damaged, Row, Unpacked
+from harvest.opened_file import Bytes, OpenedFile, Unpacked
+from harvest.rows import Block, Damaged, Row
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz"}
 BOM = b"\xef\xbb\xbf"
-TOKENS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)  # a lone quote: a text that goes on
+# A row of an array is an object or a text; [1, 2] is a line that is no row.
+ARRAY = re.compile(r"\s*\[\s*([\[{\"\]]|$)")
+BETWEEN = re.compile(r"[\s,]*")
 FIRST_ROWS = 100  # of a file, that say which columns it has
 SHORTEST_ROW = 8  # {"a":1} and a line feed; what is shorter may be blank
 LONGEST_FIRST_LINE = 64 << 20
 
 
-class Spans(NamedTuple):
-    """Where rows begin and end in a file, int64 (rows,) each."""
+class JsonRows(Block):
+    """Rows of a file that lie at `spans` of its bytes, int64 (rows, 2)."""
 
-    starts: np.ndarray
-    ends: np.ndarray
-
-
-class JsonRows:
-    """JSON values of a file."""
-
-    def __init__(self, path: Path, data: OpenedFile | Unpacked, spans: Spans, has_lines: bool) -> None:
-        self.path, self._data, self._spans, self._has_lines = path, data, spans, has_lines
+    def __init__(self, path: Path, data: Bytes, spans: np.ndarray, *, has_lines: bool = True) -> None:
+        self._path, self._data, self._spans, self._has_lines = path, data, spans, has_lines
 
     def __len__(self) -> int:
-        return len(self._spans.starts)
+        return len(self._spans)
 
-    def column_names(self) -> set[str]:
-        """Columns of the first rows."""
-        rows = [self.row(number) for number in range(min(FIRST_ROWS, len(self)))]
+    def columns(self) -> set[str]:
+        rows = map(self.whole_row, range(min(FIRST_ROWS, len(self))))
         return {name for row in rows if isinstance(row, dict) for name in row}
 
-    def has_column(self, name: str) -> bool:
-        """Whether any row has a column; reads all of them where none has."""
-        rows = (self.row(number) for number in range(len(self)))
-        return any(isinstance(row, dict) and name in row for row in rows)
+    def has(self, name: str) -> bool:
+        return any(isinstance(row, dict) and name in row for row in map(self.whole_row, range(len(self))))
 
-    def take(self, numbers: Sequence[int], columns: Sequence[str]) -> list[Row]:
-        """Rows by number."""
-        rows = (self.row(number) for number in numbers)
-        return [row if isinstance(row, Damaged) else {name: row.get(name) for name in columns} for row in rows]
+    def row(self, number: int, columns: Sequence[str]) -> Row:
+        row = self.whole_row(number)
+        return row if isinstance(row, Damaged) else {name: row.get(name) for name in columns}
 
     def place(self, number: int) -> str:
-        """File and line."""
         if not self._has_lines:
-            return f"{self.path}, row {number}"
-        start, at, line = int(self._spans.starts[number]), 0, 1
-        while at < start:
-            block = self._data.read(at, min(BLOCK, start - at))
-            at, line = at + len(block), line + block.count(b"\n")
-        return f"{self.path}, line {line}"
+            return f"{self._path}, row {number}"
+        start = int(self._spans[number, 0])
+        pieces = (self._data.read(at, min(BLOCK, start - at)) for at in range(0, start, BLOCK))
+        return f"{self._path}, line {1 + sum(piece.count(10) for piece in pieces)}"
 
-    def row(self, number: int) -> Row:
+    def whole_row(self, number: int) -> Row:
         """A row with all of its columns."""
-        start, end = int(self._spans.starts[number]), int(self._spans.ends[number])
-        # Bytes that are no UTF-8 become halves of surrogate pairs: they matter only in a column that is used.
+        start, end = self._spans[number].tolist()
+        # Bytes that are not UTF-8 become halves of surrogate pairs: they matter only in a column that is used.
         text = self._data.read(start, end - start).decode("utf-8", "surrogateescape")
         try:
             row = json.loads(text)
@@ -84,26 +72,22 @@ class JsonRows:
 def open_json(file: OpenedFile, schemas: Sequence[Sequence[str]], scratch: Path | None) -> JsonRows:
     """The rows of a file. An object that holds the rows is known by the columns of one of the `schemas`.
 
-    Raises UserError that names the file where it cannot be read, ChangedError where it changes meanwhile.
+    Raises UserError that names the file if it cannot be read, ChangedError if it changes meanwhile.
     """
-    data: OpenedFile | Unpacked = file
+    data: Bytes = file
     with file.stream() as stream:
         head = stream.read(8)
-        kind = next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None)
-        if kind:
+        if kind := next((name for magic, name in COMPRESSED.items() if head.startswith(magic)), None):
             data = Unpacked(scratch)
             _decompress(file.path, stream, kind, data)
             file.hash()
     with data.stream() as stream:
-        start, form = _form(stream)
-    if form == "lines":
-        spans = _line_spans(data, start)
-    else:
-        spans = _value_spans(file.path, data.blocks(), in_array=form == "array")
-    found = JsonRows(file.path, data, spans, has_lines=True)
-    if form == "array" or len(found) != 1:
+        start, is_lines, is_array = _form(stream)
+    spans = None if is_lines else _value_spans(file.path, b"".join(data.blocks()), start, is_array)
+    found = JsonRows(file.path, data, _line_spans(data, start) if spans is None else spans)
+    if is_array or len(found) != 1:
         return found
-    whole = found.row(0)
+    whole = found.whole_row(0)
     if isinstance(whole, Damaged) or (rows := _rows_within(whole, schemas)) is None:
         return found
     unpacked = Unpacked(scratch)
@@ -111,7 +95,7 @@ def open_json(file: OpenedFile, schemas: Sequence[Sequence[str]], scratch: Path 
     return JsonRows(file.path, unpacked, _line_spans(unpacked, 0), has_lines=False)
 
 
-def _decompress(path: Path, stream: BinaryIO, kind: str, out: Unpacked) -> None:
+def _decompress(path: Path, stream: BinaryIO, kind: str, out: Bytes) -> None:
     import pyarrow as pa
 
     stream.seek(0)
@@ -126,36 +110,30 @@ def _decompress(path: Path, stream: BinaryIO, kind: str, out: Unpacked) -> None:
         raise UserError(f"{path}: cannot be unpacked as {kind} ({error}); it is damaged or half copied") from None
 
 
-def _form(stream: BinaryIO) -> tuple[int, str]:
-    """Where the first value begins, and what there is: `lines`, an `array`, or `values` that go over lines or share
-    one. Lines they are where one of the first two is an object: another may be damaged.
-    """
+def _form(stream: BinaryIO) -> tuple[int, bool, bool]:
+    """Where the first value begins; whether lines are rows, as one of the first two shows; whether it is an array."""
     start = len(BOM) if stream.read(len(BOM)) == BOM else 0
     stream.seek(start)
-    lines = [line for line in (stream.readline(LONGEST_FIRST_LINE) for _ in range(20)) if line.strip()][:2]
-    for number, line in enumerate(lines):
-        # A row of an array is an object or a text; [1, 2] is a line that is no row.
-        if number == 0 and re.match(rb"\s*\[\s*([\[{\"\]]|$)", line):
-            return start, "array"
-        try:
-            if isinstance(json.loads(line.decode("utf-8", "replace")), dict | str):
-                return start, "lines"
-        except (ValueError, RecursionError):
-            if _holds_several(line):
-                return start, "values"
-    return start, "values" if len(lines) > 1 and lines[0].lstrip()[:1] == b"{" else "lines"
+    read = (stream.readline(LONGEST_FIRST_LINE).decode("utf-8", "replace") for _ in range(20))
+    lines = [line for line in read if line.strip()][:2]
+    if lines and ARRAY.match(lines[0]):
+        return start, False, True
+    begins = [_leading_value(line) for line in lines]
+    is_lines = any(isinstance(value, dict | str) and not rest for value, rest in begins)
+    return start, is_lines and begins[0][1][:1] != "{", False
 
 
-def _holds_several(line: bytes) -> bool:
-    """Whether an object follows a value in a line."""
-    text = line.decode("utf-8", "replace").lstrip()
+def _leading_value(line: str) -> tuple[Any, str]:
+    """The JSON value that a line begins with, None if there is none, and what follows it."""
+    text = line.strip()
     try:
-        return text[json.JSONDecoder().raw_decode(text)[1] :].lstrip()[:1] == "{"
+        value, end = json.JSONDecoder().raw_decode(text)
     except (ValueError, RecursionError):
-        return False
+        return None, ""
+    return value, text[end:].strip()
 
 
-def _line_spans(data: OpenedFile | Unpacked, start: int) -> Spans:
+def _line_spans(data: Bytes, start: int) -> np.ndarray:
     """Lines that are not blank."""
     found, size, last = [np.zeros(0, np.int64)], 0, b"\n"
     for block in data.blocks():
@@ -168,56 +146,40 @@ def _line_spans(data: OpenedFile | Unpacked, start: int) -> Spans:
     filled = ends > starts
     for short in np.flatnonzero(filled & (ends - starts < SHORTEST_ROW)):
         filled[short] = bool(data.read(int(starts[short]), int(ends[short] - starts[short])).strip())
-    return Spans(starts[filled], ends[filled])
+    return np.stack([starts, ends], axis=1)[filled]
 
 
-def _value_spans(path: Path, blocks: Iterable[bytes], *, in_array: bool) -> Spans:
-    """The elements of an array, or objects that stand one after another.
+def _value_spans(path: Path, data: bytes, start: int, is_array: bool) -> np.ndarray | None:
+    """The elements of an array, or values one after another; None if there are none but damaged lines.
 
-    Raises UserError where the file ends in the middle of one.
+    Raises UserError for an array that ends too early.
     """
-    depth, start, outer = 0, 0, int(in_array)
-    starts, ends = array("q"), array("q")
-    for at, mark in _marks(path, blocks):
-        if mark in b"[{":
-            if depth == outer and not in_array:
-                start = at
-            depth += 1
-            if in_array and depth == 1:
-                start = at + 1
-        elif mark in b"]}":
-            depth -= 1
-            if depth == 0:
-                starts.append(start)
-                ends.append(at if in_array else at + 1)
-        elif mark == b"," and depth == outer and in_array:
-            starts.append(start)
-            ends.append(at)
-            start = at + 1
-        if depth < 0:
-            raise UserError(f"{path}: cannot be read as JSON: a bracket too many at byte {at}")
-    if depth:
-        raise UserError(f"{path}: cannot be read as JSON: it ends in the middle of a value; it is half copied")
-    spans = Spans(np.frombuffer(starts, np.int64), np.frombuffer(ends, np.int64))
-    filled = spans.ends - spans.starts > 1  # nothing or a line feed, in []
-    return Spans(spans.starts[filled], spans.ends[filled])
+    text = data[start:].decode("utf-8", "surrogateescape")
+    spans, done, place = [], 0, start  # characters and bytes up to the end of the last value
+    try:
+        for first, end in _values(text, is_array):
+            begin = place + len(text[done:first].encode("utf-8", "surrogateescape"))
+            place = begin + len(text[first:end].encode("utf-8", "surrogateescape"))
+            done = end
+            spans.append((begin, place))
+    except (ValueError, RecursionError) as error:
+        if not is_array:
+            return None
+        raise UserError(f"{path}: cannot be read as JSON: {error}; it is damaged or half copied") from None
+    return np.array(spans, np.int64).reshape(-1, 2)
 
 
-def _marks(path: Path, blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Brackets and commas outside of texts, and where they stand."""
-    rest, offset = b"", 0
-    for block in blocks:
-        data = rest + block
-        done = len(data)
-        for token in TOKENS.finditer(data):
-            if token[0] == b'"':  # goes on in the next block
-                done = token.start()
-                break
-            if len(token[0]) == 1:
-                yield offset + token.start(), token[0]
-        rest, offset = data[done:], offset + done
-    if rest:
-        raise UserError(f"{path}: cannot be read as JSON: it ends in the middle of a text; it is half copied")
+def _values(text: str, is_array: bool) -> Iterator[tuple[int, int]]:
+    decoder = json.JSONDecoder()
+    at = text.index("[") + 1 if is_array else 0
+    while (at := BETWEEN.match(text, at).end()) < len(text):  # pyright: ignore[reportOptionalMemberAccess]
+        if is_array and text[at] == "]":
+            return
+        end = decoder.raw_decode(text, at)[1]
+        yield at, end
+        at = end
+    if is_array:
+        raise ValueError("the array does not end")
 
 
 def _rows_within(whole: dict[str, Any], schemas: Sequence[Sequence[str]]) -> list[Any] | None:

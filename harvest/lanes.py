@@ -6,23 +6,18 @@ that fills whole contexts keeps them to itself, so that text which was packed el
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 
-class Packed(NamedTuple):
-    """Contexts of one source and split, still in scratch files, and what it took to fill them."""
-
-    tokens: np.memmap
-    documents: np.memmap
-
-
 class Lane:
-    """The contexts of a split and a stratum, `width` tokens each, in the order in which they fill."""
+    """The contexts of a split and a stratum, `width` tokens each, in the order in which they fill.
 
-    def __init__(self, base: int, contexts: int, width: int, begun: list[int] | None = None) -> None:
-        self.base, self.width, self.room = base, width, contexts * width
+    `base` is the place of the first in the split's scratch files; `begun` is what a record holds of a lane.
+    """
+
+    def __init__(self, split: str, base: int, contexts: int, width: int, begun: list[int] | None = None) -> None:
+        self.split, self.base, self.width, self.room = split, base, width, contexts * width
         # Tokens of contexts that are begun, and where the next token of a document goes: past the end of a whole
         # context, that is at a multiple of the width, a new one is begun.
         self.taken, self.at = begun or (0, 0)
@@ -41,27 +36,23 @@ class Lane:
         """Where so many tokens of a document go; fewer, once the lane is full. `whole` ones begin a context."""
         free = self.room - self.taken
         if whole and count % self.width == 0 and free:
-            return self._take(min(count, free))
+            start, self.taken = self.taken, self.taken + min(count, free)
+            return [slice(self.base + start, self.base + self.taken)]
         begun = min(count, -self.at % self.width)
         places = [slice(self.base + self.at, self.base + self.at + begun)] if begun else []
         self.at += begun
         if rest := min(count - begun, free):
-            start = self.taken
-            places += self._take(-(-rest // self.width) * self.width)
-            self.at = start + rest
-            places[-1] = slice(places[-1].start, self.base + self.at)
+            self.at = self.taken + rest
+            places.append(slice(self.base + self.taken, self.base + self.at))
+            self.taken += -(-rest // self.width) * self.width
         return places
 
-    def _take(self, count: int) -> list[slice]:
-        start, self.taken = self.base + self.taken, self.taken + count
-        return [slice(start, start + count)]
 
-
-def lanes(contexts: int, strata: int, width: int, begun: list[list[int]] | None) -> list[Lane]:
+def lanes(split: str, contexts: int, strata: int, width: int, begun: list[list[int]] | None) -> list[Lane]:
     """The lanes of a split: one, or equal parts of its contexts for each stratum, the first ones one more."""
     parts = [contexts // strata + (number < contexts % strata) for number in range(strata)]
     bases = np.cumsum([0, *parts[:-1]]) * width
-    return [Lane(int(bases[i]), parts[i], width, begun[i] if begun else None) for i in range(strata)]
+    return [Lane(split, int(bases[i]), parts[i], width, begun[i] if begun else None) for i in range(strata)]
 
 
 def scratch_file(path: Path, size: int) -> np.memmap:

@@ -16,7 +16,7 @@ from harvest.files import UserError
 
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 _OPEN, _CLOSE = "\U0010f3a7", "\U0010f51c"
-_DIGITS = [chr(0x10F800 + n) for n in range(10)]
+_DIGITS = {ord("0") + n: chr(0x10F800 + n) for n in range(10)}
 
 
 class RenamedTokens(NamedTuple):
@@ -26,10 +26,14 @@ class RenamedTokens(NamedTuple):
     names: dict[str, str]  # protected token -> sentinel
     ids: np.ndarray  # uint32: its ids -> those of the whole tokenizer
 
+    def written(self, spelling: re.Pattern[str], marker: str) -> str:
+        """A marker with the other names in place of what `spelling` finds."""
+        return spelling.sub(lambda match: self.names[match[0]], marker)
+
 
 def opening(variant: int) -> str:
     """What all sentinels of a variant begin with, and what the text must not hold."""
-    return _OPEN + "".join(_DIGITS[int(digit)] for digit in str(variant)) + _CLOSE
+    return _OPEN + str(variant).translate(_DIGITS) + _CLOSE
 
 
 def rename_tokens(
@@ -38,18 +42,16 @@ def rename_tokens(
     """The tokenizer with all protected tokens renamed, in its vocabulary as well as among the added tokens.
 
     `anywhere` makes them tokens also where their flags would not, as beside a letter. Raises UserError when a
-    token got lost on the way.
+    token is lost on the way.
     """
-    names = {
-        name: opening(variant) + "".join(_DIGITS[int(digit)] for digit in str(n)) + _CLOSE
-        for n, name in enumerate(sorted(protected))
-    }
+    names = {name: opening(variant) + str(n).translate(_DIGITS) + _CLOSE for n, name in enumerate(sorted(protected))}
     spec: dict[str, Any] = json.loads(whole.to_str())
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None
     for token in spec["added_tokens"]:
         if token["content"] in names:
-            token["content"] = names[token["content"]]
-            token["normalized"] &= not anywhere and _survives(whole, token["content"])
+            sentinel = token["content"] = names[token["content"]]
+            survives = whole.normalizer is None or sentinel in whole.normalizer.normalize_str(f"a{sentinel}a")
+            token["normalized"] &= not anywhere and survives
             token["single_word"] &= not anywhere
     _rename_in_model(spec["model"], names)
     renamed = Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
@@ -63,10 +65,6 @@ def rename_tokens(
     return RenamedTokens(renamed, names, ids)
 
 
-def _survives(whole: Tokenizer, sentinel: str) -> bool:
-    return whole.normalizer is None or sentinel in whole.normalizer.normalize_str(f"a{sentinel}a")
-
-
 def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
     """A Unigram model finds the pieces of its vocabulary in any text; BPE and WordPiece may make them.
 
@@ -78,12 +76,8 @@ def _rename_in_model(model: dict[str, Any], names: Mapping[str, str]) -> None:
         model["vocab"] = {names.get(name, name): token_id for name, token_id in vocab.items()}
     else:
         model["vocab"] = [[names.get(name, name), score] for name, score in vocab]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
+    if "unk_token" in model:
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
-        model["merges"] = [merge for merge in model["merges"] if not _touches(merge, names)]
-
-
-def _touches(merge: str | list[str], names: Mapping[str, str]) -> bool:
-    left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-    return left in names or right in names or left + right in names
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))]

@@ -1,18 +1,11 @@
-"""Rows of a source by number, whatever holds them: files of several kinds, or a data set of the hub."""
+"""Rows of a source by number, whatever holds them: lines of files, batches of tables, a data set of the hub."""
 
-import bisect
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from harvest.files import BLOCK
 from harvest.opened_file import OpenedFile
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 class Damaged(NamedTuple):
@@ -24,124 +17,58 @@ class Damaged(NamedTuple):
 Row = dict[str, Any] | Damaged
 
 
-class Rows(Protocol):
-    """Rows by number, and what is known of their columns."""
+class Block:
+    """Rows that lie together: those of a JSON file, or a batch of a table."""
 
     def __len__(self) -> int:
-        """How many there are."""
-        ...
+        raise NotImplementedError
 
-    def column_names(self) -> set[str]:
-        """Columns that there are, as far as the first rows tell."""
-        ...
+    def columns(self) -> set[str]:
+        """Names of the columns, as far as the first rows tell."""
+        raise NotImplementedError
 
-    def has_column(self, name: str) -> bool:
-        """Whether any row has a column, however far down."""
-        ...
+    def has(self, name: str) -> bool:
+        """Whether any row has a column."""
+        return name in self.columns()
 
-    def take(self, numbers: Sequence[int], columns: Sequence[str]) -> list[Row]:
-        """Rows, with these columns alone; a row that lacks one has None there."""
-        ...
+    def row(self, number: int, columns: Sequence[str]) -> Row:
+        """A row with these columns alone; one that it lacks is None."""
+        raise NotImplementedError
 
     def place(self, number: int) -> str:
-        """Where a row stands, for people."""
-        ...
+        """Where a row is, for people."""
+        raise NotImplementedError
 
 
-class FileRows:
-    """Rows of several files, one after another."""
+class Rows:
+    """Rows of blocks, one after another, and the `files` that they are read from."""
 
-    def __init__(self, files: Sequence[OpenedFile], parts: Sequence[Rows]) -> None:
-        self.files, self._parts = files, parts
-        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64).tolist()
+    def __init__(self, blocks: Iterable[Block], files: Sequence[OpenedFile] = ()) -> None:
+        self.files, self._blocks = files, [block for block in blocks if len(block)]
+        self._ends = np.cumsum([len(block) for block in self._blocks], dtype=np.int64)
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return int(self._ends[-1]) if len(self._ends) else 0
 
-    def column_names(self) -> set[str]:
-        """Columns of any file."""
-        return set().union(*(part.column_names() for part in self._parts))
+    def columns(self, wanted: Iterable[str] = ()) -> set[str]:
+        """Names of the columns, as far as the first rows tell; `wanted` ones are looked for in all rows."""
+        names = set().union(*(block.columns() for block in self._blocks))
+        return names | {name for name in wanted if name not in names and any(b.has(name) for b in self._blocks)}
 
-    def has_column(self, name: str) -> bool:
-        """Whether any row of any file has a column."""
-        return any(part.has_column(name) for part in self._parts)
-
-    def take(self, numbers: Sequence[int], columns: Sequence[str]) -> list[Row]:
-        """Rows by number."""
-        return [row for part, at in map(self._at, numbers) for row in part.take([at], columns)]
+    def take(self, numbers: Iterable[int], columns: Sequence[str]) -> list[Row]:
+        """Rows by number, with these columns alone."""
+        return [block.row(at, columns) for block, at in map(self._at, numbers)]
 
     def place(self, number: int) -> str:
         """File, and line or row."""
-        part, at = self._at(number)
-        return part.place(at)
+        block, at = self._at(number)
+        return block.place(at)
 
-    def _at(self, number: int) -> tuple[Rows, int]:
-        index = bisect.bisect_right(self._ends, number)
-        return self._parts[index], number - (self._ends[index - 1] if index else 0)
+    def check(self) -> None:
+        """Raise ChangedError unless the files are still what was read."""
+        for file in self.files:
+            file.check()
 
-
-class HubRows:
-    """Rows of what `datasets` opened."""
-
-    files: Sequence[OpenedFile] = ()  # the commit vouches for them
-
-    def __init__(self, data: "Dataset") -> None:
-        self._data, self._chosen = data, data
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def column_names(self) -> set[str]:
-        """Its columns."""
-        return set(self._data.column_names)
-
-    def has_column(self, name: str) -> bool:
-        """Whether it has a column."""
-        return name in self._data.column_names
-
-    def take(self, numbers: Sequence[int], columns: Sequence[str]) -> list[Row]:
-        """Rows by number."""
-        if self._chosen.column_names != [*columns]:  # others are not even decoded
-            self._chosen = self._data.select_columns([*columns])
-        try:
-            found: Any = self._chosen[list(numbers)]
-        except UnicodeDecodeError:
-            if len(numbers) == 1:
-                return [Damaged("not UTF-8 text")]
-            return [row for number in numbers for row in self.take([number], columns)]
-        return [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
-
-    def place(self, number: int) -> str:
-        """Row."""
-        return f"row {number}"
-
-
-class Unpacked:
-    """A file without a name in the scratch folder, for what can be read by number only once it is unpacked.
-
-    It is gone with the process: nothing stays under a name that could outlive the content that it was made of.
-    """
-
-    def __init__(self, scratch: Path | None) -> None:
-        self.file = tempfile.TemporaryFile(dir=scratch)  # noqa: SIM115 (as long as the rows are)
-
-    def blocks(self) -> Iterator[bytes]:
-        """All of it, in pieces."""
-        with self.stream() as stream:
-            while block := stream.read(BLOCK):
-                yield block
-
-    def read(self, start: int, length: int) -> bytes:
-        """A part of it."""
-        self.file.seek(start)
-        return self.file.read(length)
-
-    def stream(self) -> BinaryIO:
-        """A reader of its own, at the beginning."""
-        self.file.flush()
-        return open(self.path, "rb")
-
-    @property
-    def path(self) -> str:
-        """By which this process can open it again."""
-        return f"/proc/self/fd/{self.file.fileno()}"
+    def _at(self, number: int) -> tuple[Block, int]:
+        index = int(np.searchsorted(self._ends, number, "right"))
+        return self._blocks[index], number - (int(self._ends[index]) - len(self._blocks[index]))

@@ -108,16 +108,16 @@ def contexts_by_source(config: SampleConfig, split: str) -> list[int]:
 def _write(config: SampleConfig, tokenizer: DocumentTokenizer, sources: list[PackedSource], path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     strata = [{"source": source.name, "value": value} for source in sources for value in source.strata]
+    first_strata = np.cumsum([0, *(len(source.strata) for source in sources)])
+    size, step = config.context_size, config.shard_contexts
     attributes: dict[str, Any] = {
         "schema": 1,
         "sources": [source.name for source in sources],
-        "context_size": config.context_size,
+        "context_size": size,
         "seed": config.seed,
         "bos": tokenizer.bos,
     }
     root = zarr.create_group(str(path), attributes=attributes | ({"strata": strata} if strata else {}))
-    size, step = config.context_size, config.shard_contexts
-    first_strata = np.cumsum([0, *(len(source.strata) for source in sources)])
     names = {"tokens": "uint32", "document": "uint32", "source": "uint8"} | ({"stratum": "uint16"} if strata else {})
     for number, split in enumerate(SPLITS):
         group = root.create_group(split)
@@ -126,8 +126,8 @@ def _write(config: SampleConfig, tokenizer: DocumentTokenizer, sources: list[Pac
         arrays = {
             name: group.create_array(
                 name,
-                shape=(len(origin), size) if name in ("tokens", "document") else (len(origin),),
-                chunks=(step, size) if name in ("tokens", "document") else (step,),
+                shape=(len(origin), size)[: 1 + (dtype == "uint32")],
+                chunks=(step, size)[: 1 + (dtype == "uint32")],
                 dtype=dtype,
                 compressors=[Crc32cCodec()],
                 config={"write_empty_chunks": True},
@@ -136,13 +136,16 @@ def _write(config: SampleConfig, tokenizer: DocumentTokenizer, sources: list[Pac
         }
         for start in range(0, len(order), step):
             chosen = [origin[k] for k in order[start : start + step]]
-            rows = slice(start, start + step)
-            parts = [sources[i].context(split, k) for i, k in chosen]
-            arrays["tokens"][rows] = np.stack([tokens for tokens, _ in parts])
-            arrays["document"][rows] = np.stack([documents for _, documents in parts])
-            arrays["source"][rows] = np.array([i for i, _ in chosen], np.uint8)
-            if strata:
-                found = [(first_strata[i], sources[i].stratum(split, k)) for i, k in chosen]
-                arrays["stratum"][rows] = np.array(
-                    [NO_STRATUM if own is None else first + own for first, own in found], np.uint16
-                )
+            tokens, documents = zip(*(sources[i].context(split, k) for i, k in chosen), strict=True)
+            found = [sources[i].stratum(split, k) for i, k in chosen]
+            values = {
+                "tokens": tokens,
+                "document": documents,
+                "source": [i for i, _ in chosen],
+                "stratum": [
+                    NO_STRATUM if own is None else first_strata[i] + own
+                    for (i, _), own in zip(chosen, found, strict=True)
+                ],
+            }
+            for name, array in arrays.items():
+                array[start : start + step] = np.array(values[name], array.dtype)

@@ -2,7 +2,7 @@
 
 Content is untrusted text: a chat that contains the text `<|im_end|>` must not make the token.
 
-The three templates here are written out; harvest/chat_template.py renders the model's own.
+The three templates here are written out; harvest/chat_template.py renders a model's own.
 
     chatml             <|im_start|>role LF content <|im_end|> LF
     deepseek-r1        what R1 itself reads and writes: BOS, <think> LF reasoning LF </think> LF LF answer, end token
@@ -10,7 +10,8 @@ The three templates here are written out; harvest/chat_template.py renders the m
                        between two documents
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from harvest.conversations import Turn
@@ -40,14 +41,23 @@ class Segment(NamedTuple):
     is_marker: bool
 
 
+def spelling_of(names: Iterable[str]) -> re.Pattern[str]:
+    """What finds any of these names, of several at one place the longest."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+
+
 def compose(template: str | None, document: Sequence[Turn], eos: str) -> list[Segment]:
     """The text of a document as marker and content segments. `eos` ends plain text, which takes no template."""
     if document[0].role == "":
-        end = [Segment(eos, True)] if eos else []
-        return [Segment(document[0].content, False), *end]
+        return [Segment(document[0].content, False), *([Segment(eos, True)] if eos else [])]
     if template == "chatml":
         return _chatml(document)
-    return _deepseek_r1(document) if template == "deepseek-r1" else _deepseek_r1_paper(document)
+    if template == "deepseek-r1":
+        return [Segment(BOS, True), *_r1_turns(document, "\n\n")]
+    # The paper's scripts put an end token after each assistant turn but the last, and one between two documents: after
+    # each assistant turn, therefore, and where a document ends in another turn after that one.
+    last = [Segment(END, True)] if document[-1].role != "assistant" else []
+    return [*_r1_turns(document, "\n"), *last]
 
 
 def with_gap(before: str) -> str:
@@ -59,23 +69,9 @@ def _chatml(document: Sequence[Turn]) -> list[Segment]:
     out = []
     for turn in document:
         text = turn.content if not turn.reasoning else f"{turn.reasoning}\n\n{turn.content}".rstrip()
-        out += [
-            Segment(f"<|im_start|>{turn.role}\n", True),
-            Segment(with_gap(turn.before) + text, False),
-            Segment("<|im_end|>\n", True),
-        ]
+        start, end = Segment(f"<|im_start|>{turn.role}\n", True), Segment("<|im_end|>\n", True)
+        out += [start, Segment(with_gap(turn.before) + text, False), end]
     return out
-
-
-def _deepseek_r1(document: Sequence[Turn]) -> list[Segment]:
-    return [Segment(BOS, True), *_r1_turns(document, "\n\n")]
-
-
-def _deepseek_r1_paper(document: Sequence[Turn]) -> list[Segment]:
-    """The scripts put an end token after each assistant turn but the last, and one between two documents: after
-    each assistant turn, therefore, and where a document ends in another turn after that one."""
-    last = [Segment(END, True)] if document[-1].role != "assistant" else []
-    return [*_r1_turns(document, "\n"), *last]
 
 
 def _r1_turns(document: Sequence[Turn], after_reasoning: str) -> list[Segment]:

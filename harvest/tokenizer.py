@@ -6,9 +6,7 @@ than the markers make; such a document is read again under other names for these
 """
 
 import json
-import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from functools import cached_property
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +17,7 @@ from harvest.files import UserError
 from harvest.hub import where_it_is
 from harvest.long_text import encode_long
 from harvest.renamed_tokens import RenamedTokens, opening, rename_tokens
-from harvest.templates import ALL_MARKERS, Segment
+from harvest.templates import ALL_MARKERS, Segment, spelling_of
 
 # GPT-2's alphabet: these bytes stand for themselves, the others are the characters from 256 on.
 _PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -36,19 +34,22 @@ class SegmentTokenizer:
 
     `protected` are the tokens that content never makes: special ones, and those added tokens that a written
     template or one of `markers` names. Other added tokens, such as runs of blanks, are ordinary text.
-    `rows` of the model's embedding are the ids that it can read; None where that is not known.
+    `rows` of the model's embedding are the ids that it can read (None: not known); `known_ids` are those that the
+    tokenizer has as well.
     """
 
     def __init__(self, whole: Tokenizer, eos: str = "", markers: Collection[str] = (), rows: int | None = None) -> None:
         whole.no_truncation()
         whole.no_padding()
         self.whole, self.eos, self.rows = whole, eos, rows
+        vocabulary = max(whole.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.known_ids = min(vocabulary, rows or vocabulary)
         added = whole.get_added_tokens_decoder()
         self.protected = {t.content for t in added.values() if t.special or t.content in {*ALL_MARKERS, *markers}}
+        self._spelling = spelling_of(self.protected)
         self._unspelled = _unspelled_tokens(whole) & self.protected
-        counted = [i for i, t in added.items() if t.content in self.protected - self._unspelled]
-        self._counted = np.zeros(max([*whole.get_vocab().values(), 0]) + 1, bool)
-        self._counted[counted] = True
+        self._counted = np.zeros(max(vocabulary, 1), bool)
+        self._counted[[i for i, t in added.items() if t.content in self.protected - self._unspelled]] = True
         # Where one can begin within another, equal counts do not say which of two was made.
         starts = {name[:n] for name in self.protected for n in range(1, len(name))}
         self._ambiguous = any(name[n:] in starts for name in self.protected for n in range(1, len(name)))
@@ -65,7 +66,11 @@ class SegmentTokenizer:
         out = []
         for document, ids in zip(merged, found, strict=True):
             kept = ids if self._is_as_written(document, ids) else self._encode_apart(document)
-            self.check_ids(kept)
+            if self.rows is not None and len(kept) and (largest := int(kept.max())) >= self.rows:
+                raise UserError(
+                    f"model.name: its tokenizer makes token {largest} ({self.whole.id_to_token(largest)!r}), but the "
+                    f"model's embedding has {self.rows:,} rows; take the tokenizer that belongs to the model"
+                )
             out.append(kept)
         return out
 
@@ -88,14 +93,6 @@ class SegmentTokenizer:
                     "other names, so text that spells one of them could not be kept apart"
                 )
 
-    def check_ids(self, ids: np.ndarray) -> None:
-        """Raise UserError for one of the ids, (tokens,), that the model's embedding does not have."""
-        if self.rows is not None and len(ids) and (largest := int(ids.max())) >= self.rows:
-            raise UserError(
-                f"model.name: its tokenizer makes token {largest} ({self.whole.id_to_token(largest)!r}), but the "
-                f"model's embedding has {self.rows:,} rows; take the tokenizer that belongs to the model"
-            )
-
     def text(self, token_id: int) -> str:
         """What a token adds to a text, its leading blank included; bytes that are no whole character as \\xe2\\x80.
 
@@ -113,7 +110,16 @@ class SegmentTokenizer:
         return piece if "\ufffd" in text else text
 
     def _encoded(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-        return [ids for batch in _batches(texts) for ids in _encoded_batch(tokenizer, batch)]
+        out: list[np.ndarray] = []
+        for batch in _batches(texts):
+            short = [text for text in batch if len(text) < LONG_TEXT]
+            found = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
+            is_short = (len(text) < LONG_TEXT for text in batch)
+            out += [
+                np.array(next(found).ids, np.uint32) if short else encode_long(tokenizer, text)
+                for text, short in zip(batch, is_short, strict=True)
+            ]
+        return out
 
     def _is_as_written(self, document: Sequence[Segment], ids: np.ndarray) -> bool:
         """Whether the markers alone made the protected tokens of a document."""
@@ -135,41 +141,23 @@ class SegmentTokenizer:
         return self._made_by[marker]
 
     def _encode_apart(self, document: Sequence[Segment]) -> np.ndarray:
-        contents = [s.text for s in document if not s.is_marker]
         variant = 0
-        while any(opening(variant) in text for text in contents):
+        while any(opening(variant) in s.text for s in document if not s.is_marker):
             variant += 1
-        written = sum(
-            match[0] not in self._unspelled
-            for s in document
-            if s.is_marker
-            for match in self._spelling.finditer(s.text)
-        )
-        ids = np.zeros(0, np.uint32)
+        spelt = [match[0] for s in document if s.is_marker for match in self._spelling.finditer(s.text)]
+        written = sum(name not in self._unspelled for name in spelt)
         for anywhere in (False, True):
             renamed = self._renamed(variant, anywhere=anywhere)
-            text = "".join(self._with_other_names(s.text, renamed) if s.is_marker else s.text for s in document)
+            text = "".join(renamed.written(self._spelling, s.text) if s.is_marker else s.text for s in document)
             ids = renamed.ids[self._encoded(renamed.tokenizer, [text])[0]]
             if self._counted[ids].sum() == written:
                 break
         return ids
 
-    def _with_other_names(self, marker: str, renamed: RenamedTokens) -> str:
-        return self._spelling.sub(lambda match: renamed.names[match[0]], marker)
-
-    @cached_property
-    def _spelling(self) -> re.Pattern[str]:
-        return spelling_of(self.protected)
-
     def _renamed(self, variant: int, *, anywhere: bool = False) -> RenamedTokens:
         if (variant, anywhere) not in self._others:
             self._others[variant, anywhere] = rename_tokens(self.whole, self.protected, variant, anywhere=anywhere)
         return self._others[variant, anywhere]
-
-
-def spelling_of(names: Iterable[str]) -> re.Pattern[str]:
-    """What finds any of these names, of several at one place the longest."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def _unspelled_tokens(whole: Tokenizer) -> set[str]:
@@ -202,17 +190,7 @@ def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
             batch, size = [], 0
         batch.append(text)
         size += len(text)
-    if batch:
-        yield batch
-
-
-def _encoded_batch(tokenizer: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    short = [text for text in texts if len(text) < LONG_TEXT]
-    encodings = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
-    return [
-        np.array(next(encodings).ids, np.uint32) if len(text) < LONG_TEXT else encode_long(tokenizer, text)
-        for text in texts
-    ]
+    yield batch
 
 
 def load_tokenizer(model: ModelConfig, commit: str | None, offline: bool) -> SegmentTokenizer:

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from harvest.contexts import damaged_chunks, missing_chunks
 from harvest.files import file_crc32c
-from harvest.row_files import damaged_chunks, missing_chunks, missing_rows
+from harvest.row_files import missing_rows
 
 SMALL_BYTES = 16 << 20  # of a file that `status` reads; of a larger one it looks at the size
 NO_RESULTS = ("manifest.json", "progress.json", "stream.json", "stream_done.json")
