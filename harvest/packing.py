@@ -1,9 +1,12 @@
 """One source of text -> its contexts in scratch files: rows in a random order, read, tokenized, and put in place.
 
 What becomes of a row is decided where its tokens are put in place, in the order of the rows, and recorded with the
-place: an interruption changes neither a token nor a count.
+place: an interruption changes neither a token nor a count. Documents of a lane (a split, and a stratum of the source)
+are laid end to end and cut into contexts. A row of token ids that fills whole contexts keeps them to itself, so that
+text which was packed elsewhere stays as it was packed.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +22,6 @@ from harvest.conversations import COLUMNS, Note, Reading, is_held_out, read_row
 from harvest.documents import DocumentTokenizer
 from harvest.files import UserError, read_json, write_json
 from harvest.hub import resolved_commit
-from harvest.lanes import Lane, lanes, scratch_file
 from harvest.opened_file import ChangedError
 from harvest.progress import Progress
 from harvest.row_counts import RowCounts
@@ -38,6 +40,44 @@ class Packed(NamedTuple):
 
     tokens: np.memmap
     documents: np.memmap
+
+
+class Lane:
+    """The contexts of a split and a stratum, `width` tokens each, in the order in which they fill.
+
+    `base` is the place of the first in the split's scratch files; `begun` is what a record holds of a lane.
+    """
+
+    def __init__(self, split: str, base: int, contexts: int, width: int, begun: list[int] | None = None) -> None:
+        self.split, self.base, self.width, self.room = split, base, width, contexts * width
+        # Tokens of contexts that are begun, and where the next token of a document goes: past the end of a whole
+        # context, that is at a multiple of the width, a new one is begun.
+        self.taken, self.at = begun or (0, 0)
+
+    @property
+    def filled(self) -> int:
+        """Tokens that are in place."""
+        return self.taken - (-self.at % self.width)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room left."""
+        return self.filled == self.room
+
+    def place(self, count: int, *, whole: bool) -> list[slice]:
+        """Where so many tokens of a document go; fewer, once the lane is full. `whole` ones begin a context."""
+        free = self.room - self.taken
+        if whole and count % self.width == 0 and free:
+            start, self.taken = self.taken, self.taken + min(count, free)
+            return [slice(self.base + start, self.base + self.taken)]
+        begun = min(count, -self.at % self.width)
+        places = [slice(self.base + self.at, self.base + self.at + begun)] if begun else []
+        self.at += begun
+        if rest := min(count - begun, free):
+            self.at = self.taken + rest
+            places.append(slice(self.base + self.taken, self.base + self.at))
+            self.taken += -(-rest // self.width) * self.width
+        return places
 
 
 class Candidate(NamedTuple):
@@ -87,17 +127,23 @@ class PackedSource:
         if self._record.exists():
             begun = read_json(self._record)
         self._start, self.counts = begun["start"], RowCounts(**begun["counts"])
-        self._lanes = {
-            split: lanes(split, count, len(self.strata) or 1, self._width, begun["lanes"].get(split))
-            for split, count in contexts.items()
-        }
+        self._lanes = {split: self._new_lanes(split, begun["lanes"].get(split)) for split in contexts}
         self._files = {
             split: Packed(
-                *(scratch_file(scratch / f"{index}-{split}-{n}", count * self._width) for n in Packed._fields)
+                *(_scratch_file(scratch / f"{index}-{split}-{n}", count * self._width) for n in Packed._fields)
             )
             for split, count in contexts.items()
             if count
         }
+
+    def _new_lanes(self, split: str, begun: list[list[int]] | None) -> list[Lane]:
+        """One lane, or equal parts of the split's contexts for each stratum, the first ones one more."""
+        strata, base, found = len(self.strata) or 1, 0, []
+        for number in range(strata):
+            contexts = self.contexts[split] // strata + (number < self.contexts[split] % strata)
+            found.append(Lane(split, base, contexts, self._width, begun[number] if begun else None))
+            base += found[-1].room
+        return found
 
     @property
     def lanes(self) -> list[Lane]:
@@ -266,8 +312,22 @@ class PackedSource:
 
     def _save(self, end: int) -> None:
         """Record how far it is, once it is known that what was read is what was hashed."""
-        self._opened.rows.check()
+        for file in self._opened.rows.files:
+            file.check()
         for array in (array for files in self._files.values() for array in files):
             array.flush()
         states = {split: [[lane.taken, lane.at] for lane in own] for split, own in self._lanes.items()}
         write_json(self._record, {"start": end, "lanes": states, "counts": asdict(self.counts)})
+
+
+def _scratch_file(path: Path, size: int) -> np.memmap:
+    """A file of so many uint32 as an array (size,). Allocated now: a full disk would kill a sparse one with SIGBUS."""
+    with path.open("ab") as file:
+        before = file.tell()
+        try:
+            os.posix_fallocate(file.fileno(), 0, 4 * size)
+        except OSError as error:
+            file.truncate(before)  # some file systems keep what they could give
+            error.filename = str(path)
+            raise
+    return np.memmap(path, np.uint32, "r+", shape=(size,))

@@ -9,14 +9,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from harvest.arrow_rows import batches, open_arrow, open_parquet, parquet_columns
 from harvest.config import IngestConfig, Source
 from harvest.conversations import COLUMNS, needed_columns
 from harvest.files import UserError
 from harvest.hub import hub_answers
-from harvest.json_rows import open_json
 from harvest.opened_file import OpenedFile, content_name
-from harvest.rows import Block, Damaged, Rows
+from harvest.rows import Block, Damaged, Rows, batches, open_arrow, open_json, open_parquet, parquet_columns
 from harvest.source_files import COMPRESSIONS, find_files, is_local, kind_of
 
 ARRAY_SUFFIXES = (".npy", ".safetensors", ".pt", ".pth")

@@ -1,13 +1,15 @@
 """A model's tokenizer, for documents in which markers make special tokens and content never does.
 
 A document is read as one string, so that its tokens are those that the model would have read. Content that spells a
-protected token (a special one, or a marker of a template) shows in the ids, which then hold more of them
-than the markers make; such a document is read again under other names for these tokens (renamed_tokens.py).
+protected token (a special one, or a marker of a template) shows in the ids, which then hold more of them than the
+markers make. Such a document is read again with a tokenizer in which these tokens have other names.
 """
 
 import json
+import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, models
@@ -15,8 +17,6 @@ from tokenizers import Tokenizer, models
 from harvest.config import ModelConfig
 from harvest.files import UserError
 from harvest.hub import where_it_is
-from harvest.long_text import encode_long
-from harvest.renamed_tokens import RenamedTokens, opening, rename_tokens
 from harvest.templates import ALL_MARKERS, Segment, spelling_of
 
 # GPT-2's alphabet: these bytes stand for themselves, the others are the characters from 256 on.
@@ -24,9 +24,14 @@ _PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _BYTES = {chr(byte): byte for byte in _PLAIN} | {
     chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(_PLAIN)))
 }
-LONG_TEXT = 500_000  # characters from which a text is read in parts
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 BATCH_CHARACTERS = 1_500_000  # read at once: 200 MB within `tokenizers`
-MARKERS_KEPT = 10_000  # texts between two contents whose tokens are remembered
+MARKERS_KEPT = 10_000  # texts between two contents whose protected tokens are remembered
+# A text is read in parts of PART characters from LONG_TEXT on; parts are joined where AGREEING tokens on each side do.
+LONG_TEXT, PART, OVERLAP, AGREEING = 500_000, 400_000, 8_000, 32
+# Other names are of characters of private use.
+_OPEN, _CLOSE = "\U0010f3a7", "\U0010f51c"
+_DIGITS = {ord("0") + n: chr(0x10F800 + n) for n in range(10)}
 
 
 class SegmentTokenizer:
@@ -53,8 +58,13 @@ class SegmentTokenizer:
         # Where one can begin within another, equal counts do not say which of two was made.
         starts = {name[:n] for name in self.protected for n in range(1, len(name))}
         self._ambiguous = any(name[n:] in starts for name in self.protected for n in range(1, len(name)))
-        self._made_by: dict[str, list[int]] = {}
         self._others: dict[tuple[int, bool], RenamedTokens] = {}
+
+        @lru_cache(MARKERS_KEPT)
+        def spelt(marker: str) -> int:
+            return sum(match[0] not in self._unspelled for match in self._spelling.finditer(marker))
+
+        self._spelt = spelt
 
     def encode(self, documents: Sequence[Sequence[Segment]]) -> list[np.ndarray]:
         """Token ids, uint32 (tokens,), of each document; no token is added that no segment asks for.
@@ -109,17 +119,13 @@ class SegmentTokenizer:
             return "".join(f"\\x{_BYTES[c]:02x}" if _BYTES[c] > 126 else chr(_BYTES[c]) for c in piece)
         return piece if "\ufffd" in text else text
 
-    def _encoded(self, tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-        out: list[np.ndarray] = []
+    def _encoded(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Iterator[np.ndarray]:
         for batch in _batches(texts):
             short = [text for text in batch if len(text) < LONG_TEXT]
-            found = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
-            is_short = (len(text) < LONG_TEXT for text in batch)
-            out += [
-                np.array(next(found).ids, np.uint32) if short else encode_long(tokenizer, text)
-                for text, short in zip(batch, is_short, strict=True)
-            ]
-        return out
+            encodings = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
+            for text in batch:
+                is_short = len(text) < LONG_TEXT
+                yield np.array(next(encodings).ids, np.uint32) if is_short else encode_long(tokenizer, text)
 
     def _is_as_written(self, document: Sequence[Segment], ids: np.ndarray) -> bool:
         """Whether the markers alone made the protected tokens of a document."""
@@ -127,37 +133,135 @@ class SegmentTokenizer:
             return True
         if any(name in s.text for name in self._unspelled for s in document if not s.is_marker):
             return False
-        made = ids[self._counted[ids]].tolist()
-        written = [token_id for s in document if s.is_marker for token_id in self._made(s.text)]
+        made = int(self._counted[ids].sum())
+        written = sum(self._spelt(s.text) for s in document if s.is_marker)
         return made == written and not (self._ambiguous and made)
-
-    def _made(self, marker: str) -> list[int]:
-        """The protected tokens of a marker."""
-        if marker not in self._made_by:
-            if len(self._made_by) >= MARKERS_KEPT:
-                self._made_by.clear()
-            ids = np.array(self.whole.encode(marker, add_special_tokens=False).ids, np.uint32)
-            self._made_by[marker] = ids[self._counted[ids]].tolist()
-        return self._made_by[marker]
 
     def _encode_apart(self, document: Sequence[Segment]) -> np.ndarray:
         variant = 0
         while any(opening(variant) in s.text for s in document if not s.is_marker):
             variant += 1
-        spelt = [match[0] for s in document if s.is_marker for match in self._spelling.finditer(s.text)]
-        written = sum(name not in self._unspelled for name in spelt)
         for anywhere in (False, True):
             renamed = self._renamed(variant, anywhere=anywhere)
             text = "".join(renamed.written(self._spelling, s.text) if s.is_marker else s.text for s in document)
-            ids = renamed.ids[self._encoded(renamed.tokenizer, [text])[0]]
-            if self._counted[ids].sum() == written:
+            ids = renamed.ids[next(self._encoded(renamed.tokenizer, [text]))]
+            if self._counted[ids].sum() == sum(self._spelt(s.text) for s in document if s.is_marker):
                 break
         return ids
 
-    def _renamed(self, variant: int, *, anywhere: bool = False) -> RenamedTokens:
+    def _renamed(self, variant: int, *, anywhere: bool = False) -> "RenamedTokens":
         if (variant, anywhere) not in self._others:
             self._others[variant, anywhere] = rename_tokens(self.whole, self.protected, variant, anywhere=anywhere)
         return self._others[variant, anywhere]
+
+
+class RenamedTokens(NamedTuple):
+    """A tokenizer whose protected tokens have other names, so that text which spells them stays text."""
+
+    tokenizer: Tokenizer
+    names: dict[str, str]  # protected token -> its other name
+    ids: np.ndarray  # uint32: its ids -> those of the whole tokenizer
+
+    def written(self, spelling: re.Pattern[str], marker: str) -> str:
+        """A marker with the other names in place of what `spelling` finds."""
+        return spelling.sub(lambda match: self.names[match[0]], marker)
+
+
+def opening(variant: int) -> str:
+    """What all other names of a variant begin with, and what the text must not hold."""
+    return _OPEN + str(variant).translate(_DIGITS) + _CLOSE
+
+
+def rename_tokens(
+    whole: Tokenizer, protected: Collection[str], variant: int = 0, *, anywhere: bool = False
+) -> RenamedTokens:
+    """The tokenizer with all protected tokens renamed, in its vocabulary as well as among the added tokens.
+
+    `anywhere` makes them tokens also where their flags would not, as beside a letter. Ids are mapped back by name, as
+    `tokenizers` numbers added tokens anew. Raises UserError when a token is lost on the way.
+    """
+    names = {name: opening(variant) + str(n).translate(_DIGITS) + _CLOSE for n, name in enumerate(sorted(protected))}
+    spec: dict[str, Any] = json.loads(whole.to_str())
+    spec["post_processor"] = spec["truncation"] = spec["padding"] = None
+    for token in spec["added_tokens"]:
+        if token["content"] in names:
+            other = token["content"] = names[token["content"]]
+            survives = whole.normalizer is None or other in whole.normalizer.normalize_str(f"a{other}a")
+            token["normalized"] &= not anywhere and survives
+            token["single_word"] &= not anywhere
+    # A Unigram model finds the pieces of its vocabulary in any text; BPE and WordPiece may make them. The names of
+    # bytes stay, as the model looks for them.
+    model, inner = spec["model"], {name: other for name, other in names.items() if not _BYTE.fullmatch(name)}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {inner.get(name, name): token_id for name, token_id in model["vocab"].items()}
+    else:
+        model["vocab"] = [[inner.get(name, name), score] for name, score in model["vocab"]]
+    if "unk_token" in model:
+        model["unk_token"] = inner.get(model["unk_token"], model["unk_token"])
+    if "merges" in model:
+        pairs = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+        model["merges"] = [pair for pair in pairs if inner.keys().isdisjoint((*pair, "".join(pair)))]
+    renamed = Tokenizer.from_str(json.dumps(spec, ensure_ascii=False))
+    before, after = whole.get_vocab(with_added_tokens=True), renamed.get_vocab(with_added_tokens=True)
+    ids = np.zeros(max(after.values(), default=0) + 1, np.uint32)
+    for name, token_id in before.items():
+        new = [after[n] for n in (name, names.get(name)) if n in after]
+        if not new:
+            raise UserError(f"model.name: its tokenizer loses the token {name!r} when its special tokens are renamed")
+        ids[new] = token_id
+    return RenamedTokens(renamed, names, ids)
+
+
+def encode_long(tokenizer: Tokenizer, text: str, size: int = PART, overlap: int = OVERLAP) -> np.ndarray:
+    """Token ids, uint32 (tokens,), of a text: those of the text as one string, without special tokens around it.
+
+    `tokenizers` takes about 130 bytes of memory for each of text, 6.4 GB for 50 MB, so it is read in parts. Where two
+    parts overlap, each is wrong near its cut end and right away from it: they are joined in the middle of a stretch of
+    tokens in which both agree, ids and places. Where there is none, the overlap grows, and in the end the two parts
+    become one. So the parts change no token.
+    """
+    done: list[np.ndarray] = []
+    first, end, taken = 0, size, 0  # `taken` tokens of the part are in `done` already
+    part = _part(tokenizer, text, first, end)
+    while end < len(text):
+        found = _following(tokenizer, text, part, end, taken, size, overlap)
+        end += size
+        if found is None:
+            part = _part(tokenizer, text, first, end)
+        else:
+            following, here, there = found
+            done.append(part[taken:here, 0])
+            first, part, taken = int(following[0, 1]), following, there
+    return np.concatenate([*done, part[taken:, 0]]).astype(np.uint32)
+
+
+def _following(
+    tokenizer: Tokenizer, text: str, part: np.ndarray, end: int, taken: int, size: int, overlap: int
+) -> tuple[np.ndarray, int, int] | None:
+    """The part after this one, and the token of each at which they are joined; None where they agree nowhere."""
+    while True:
+        # A part that starts where a token does falls into step at once, also within one letter a million times.
+        k = int(np.searchsorted(part[:, 1], end - overlap))
+        if k <= taken or k >= len(part):
+            return None
+        first = int(part[k, 1])
+        following = _part(tokenizer, text, first, end + size)
+        for eighth in (4, 3, 5, 2, 6):
+            place = first + (end - first) * eighth // 8
+            here, there = (int(np.searchsorted(p[:, 1], place)) for p in (part, following))
+            if here - AGREEING < taken or there < AGREEING or here + AGREEING > len(part):
+                continue
+            near, same = part[here - AGREEING : here + AGREEING], following[there - AGREEING : there + AGREEING]
+            if np.array_equal(near, same):
+                return following, here, there
+        overlap *= 4
+
+
+def _part(tokenizer: Tokenizer, text: str, first: int, end: int) -> np.ndarray:
+    """Id, start and end in the whole text of each token of a part, int64 (tokens, 3)."""
+    encoding = tokenizer.encode(text[first:end], add_special_tokens=False)
+    places = np.array(encoding.offsets, np.int64).reshape(-1, 2) + first
+    return np.column_stack([np.array(encoding.ids, np.int64), places])
 
 
 def _unspelled_tokens(whole: Tokenizer) -> set[str]:
