@@ -6,6 +6,7 @@ traded places, each whole in itself, are found.
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,41 +99,29 @@ def write_checksums(path: Path) -> None:
 
 def missing_chunks(directory: Path) -> list[str]:
     """Chunks of a sample's contexts that are missing or of another size, relative to its directory."""
-    return [
-        str(file.relative_to(directory))
-        for array, file, _ in _recorded(directory)
-        if not file.is_file() or file.stat().st_size != array.file_bytes
-    ]
+    chunks = ((file, array.file_bytes) for array, file, _ in _recorded(directory))
+    return [str(f.relative_to(directory)) for f, size in chunks if not f.is_file() or f.stat().st_size != size]
 
 
 def damaged_chunks(directory: Path) -> list[str]:
     """Chunks of a sample's contexts whose bytes are not those that were written, relative to its directory."""
+    chunks = ((file, recorded) for _, file, recorded in _recorded(directory))
     return [
-        str(file.relative_to(directory))
-        for _, file, recorded in _recorded(directory)
-        if not file.is_file() or not _is_whole(file.read_bytes(), recorded)
+        str(f.relative_to(directory)) for f, sum_ in chunks if not f.is_file() or not _is_whole(f.read_bytes(), sum_)
     ]
 
 
 def _recorded(directory: Path) -> Iterator[tuple[_Array, Path, int]]:
-    """Recorded chunks with their checksums; none of an array whose metadata is damaged, which the manifest says."""
-    for name, sums in _checksums(directory, damaged={}).items():
-        try:
+    """Recorded chunks with their checksums; none where what records them is damaged, which the manifest says."""
+    with suppress(UserError):
+        for name, sums in _checksums(directory).items():
             array = _array(directory / "contexts" / name)
-        except UserError:
-            continue
-        yield from ((array, array.file(number), recorded) for number, recorded in enumerate(sums))
+            yield from ((array, array.file(number), recorded) for number, recorded in enumerate(sums))
 
 
-def _checksums(directory: Path, damaged: dict[str, list[int]] | None = None) -> dict[str, list[int]]:
+def _checksums(directory: Path) -> dict[str, list[int]]:
     """By array, in order of chunks; empty for contexts of earlier versions, whose chunks are checked by themselves."""
-    file = directory / CHECKSUMS
-    try:
-        return read_json(file) if file.exists() else {}
-    except UserError:
-        if damaged is None:
-            raise
-        return damaged
+    return read_json(directory / CHECKSUMS) if (directory / CHECKSUMS).exists() else {}
 
 
 def _array(folder: Path) -> _Array:

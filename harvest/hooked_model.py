@@ -147,17 +147,14 @@ class HookedModel:
             new_BSD = torch.empty_like(first_tensor(output)).copy_(value_BSD)  # its own: it may be changed in place
             return _with_first_tensor(output, new_BSD)
 
-        own = [vars(layer).get("forward") for layer in skipped]  # where it was compiled
         with hooked(module, splice):
             try:
                 for layer in skipped:
                     layer.forward = self._passing[layer]
                 yield
             finally:
-                for layer, forward in zip(skipped, own, strict=True):
+                for layer in skipped:
                     vars(layer).pop("forward", None)
-                    if forward is not None:
-                        layer.forward = forward
 
     @torch.inference_mode()
     def behind(self, hook: str) -> Behind:

@@ -51,10 +51,8 @@ class RowCounts:
 
     def stops(self, *, all_read: bool) -> bool:
         """Whether more rows are dropped than used; of a part of them, in random order, when that is beyond doubt."""
-        beyond = self.dropped_rows - STOP_SHARE * self.read
-        if all_read:
-            return beyond > 0
-        return self.read >= ENOUGH_ROWS and beyond > SURE * math.sqrt(self.read * STOP_SHARE * (1 - STOP_SHARE))
+        surely = 0 if all_read else SURE * math.sqrt(max(self.read, ENOUGH_ROWS) * STOP_SHARE * (1 - STOP_SHARE))
+        return self.dropped_rows - STOP_SHARE * self.read > surely and (all_read or self.read >= ENOUGH_ROWS)
 
     def why(self, place: Callable[[int], str], reasons: Reasons | None = None) -> str:
         """Why rows were dropped, or other reasons, the most frequent first, each with an example at its `place`."""

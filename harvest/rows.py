@@ -40,33 +40,10 @@ class Damaged(NamedTuple):
 Row = dict[str, Any] | Damaged
 
 
-class Block:
-    """Rows that lie together: those of a JSON file, or a batch of a table."""
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def columns(self) -> set[str]:
-        """Names of the columns, as far as the first rows tell."""
-        raise NotImplementedError
-
-    def has(self, name: str) -> bool:
-        """Whether any row has a column."""
-        return name in self.columns()
-
-    def row(self, number: int, columns: Sequence[str]) -> Row:
-        """A row with these columns alone; one that it lacks is None."""
-        raise NotImplementedError
-
-    def place(self, number: int) -> str:
-        """Where a row is, for people."""
-        raise NotImplementedError
-
-
 class Rows:
     """Rows of blocks, one after another, and the `files` that they are read from."""
 
-    def __init__(self, blocks: Iterable[Block], files: Sequence[OpenedFile] = ()) -> None:
+    def __init__(self, blocks: Iterable["Block"], files: Sequence[OpenedFile] = ()) -> None:
         self.files, self._blocks = files, [block for block in blocks if len(block)]
         self._ends = np.cumsum([len(block) for block in self._blocks], dtype=np.int64)
 
@@ -87,39 +64,37 @@ class Rows:
         block, at = self._at(number)
         return block.place(at)
 
-    def _at(self, number: int) -> tuple[Block, int]:
+    def _at(self, number: int) -> tuple["Block", int]:
         index = int(np.searchsorted(self._ends, number, "right"))
         return self._blocks[index], number - (int(self._ends[index]) - len(self._blocks[index]))
 
 
-class JsonRows(Block):
+class _JsonRows:
     """Rows of a file, at `spans` of its bytes, int64 (rows, 2)."""
 
-    def __init__(self, path: Path, data: Bytes, spans: np.ndarray, *, has_lines: bool = True) -> None:
-        self._path, self._data, self._spans, self._has_lines = path, data, spans, has_lines
+    def __init__(self, path: Path, data: Bytes, spans: np.ndarray) -> None:
+        self._path, self._data, self._spans = path, data, spans
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def columns(self) -> set[str]:
-        rows = map(self.whole_row, range(min(FIRST_ROWS, len(self))))
+        rows = map(self._whole_row, range(min(FIRST_ROWS, len(self))))
         return {name for row in rows if isinstance(row, dict) for name in row}
 
     def has(self, name: str) -> bool:
-        return any(isinstance(row, dict) and name in row for row in map(self.whole_row, range(len(self))))
+        return any(isinstance(row, dict) and name in row for row in map(self._whole_row, range(len(self))))
 
     def row(self, number: int, columns: Sequence[str]) -> Row:
-        row = self.whole_row(number)
+        row = self._whole_row(number)
         return row if isinstance(row, Damaged) else {name: row.get(name) for name in columns}
 
     def place(self, number: int) -> str:
-        if not self._has_lines:
-            return f"{self._path}, row {number}"
         start = int(self._spans[number, 0])
         pieces = (self._data.read(at, min(BLOCK, start - at)) for at in range(0, start, BLOCK))
         return f"{self._path}, line {1 + sum(piece.count(10) for piece in pieces)}"
 
-    def whole_row(self, number: int) -> Row:
+    def _whole_row(self, number: int) -> Row:
         """A row with all of its columns."""
         start, end = self._spans[number].tolist()
         # Bytes that are not UTF-8 become halves of surrogate pairs: they matter only in a column that is used.
@@ -133,9 +108,8 @@ class JsonRows(Block):
         return row if isinstance(row, dict) else Damaged("not a JSON object")
 
 
-def open_json(file: OpenedFile, schemas: Sequence[Sequence[str]], scratch: Path | None) -> JsonRows:
-    """The rows of a JSON file, compressed or not: lines, an array, values one after another, or an object that holds
-    the rows, known by the columns of one of the `schemas`.
+def open_json(file: OpenedFile, scratch: Path | None) -> _JsonRows:
+    """The rows of a JSON file, compressed or not: lines, an array, or values one after another.
 
     Raises UserError that names the file if it cannot be read, ChangedError if it changes meanwhile.
     """
@@ -149,15 +123,7 @@ def open_json(file: OpenedFile, schemas: Sequence[Sequence[str]], scratch: Path 
     with data.stream() as stream:
         start, is_lines, is_array = _form(stream)
     spans = None if is_lines else _value_spans(file.path, b"".join(data.blocks()), start, is_array)
-    found = JsonRows(file.path, data, _line_spans(data, start) if spans is None else spans)
-    if is_array or len(found) != 1:
-        return found
-    whole = found.whole_row(0)
-    if isinstance(whole, Damaged) or (rows := _rows_within(whole, schemas)) is None:
-        return found
-    unpacked = Unpacked(scratch)
-    unpacked.file.writelines(json.dumps(row).encode() + b"\n" for row in rows)
-    return JsonRows(file.path, unpacked, _line_spans(unpacked, 0), has_lines=False)
+    return _JsonRows(file.path, data, _line_spans(data, start) if spans is None else spans)
 
 
 def _decompress(path: Path, stream: BinaryIO, kind: str, out: Bytes) -> None:
@@ -236,31 +202,7 @@ def _value_spans(path: Path, data: bytes, start: int, is_array: bool) -> np.ndar
     return np.array(spans, np.int64).reshape(-1, 2)
 
 
-def _rows_within(whole: dict[str, Any], schemas: Sequence[Sequence[str]]) -> list[Any] | None:
-    """The rows that an object holds under one of its names (`data`), or by column; None where it is a row itself."""
-    columns = {name: column for name, value in whole.items() if (column := _column(value))}
-    for schema in schemas:
-        if set(schema) <= set(whole):
-            lengths = {len(columns.get(name, ())) for name in schema}
-            first = columns.get(schema[0], [{}])[0]
-            if len(lengths) > 1 or isinstance(first, dict | int):
-                return None
-            same = {name: column for name, column in columns.items() if len(column) in lengths}
-            return [dict(zip(same, values, strict=True)) for values in zip(*same.values(), strict=True)]
-        for rows in columns.values():
-            if isinstance(rows[0], dict) and set(schema) <= set(rows[0]):
-                return rows
-    return None
-
-
-def _column(value: Any) -> list[Any] | None:
-    """A column as `pandas` writes it: a list, or an object whose names are numbers."""
-    if isinstance(value, dict) and "0" in value:
-        return list(value.values())
-    return value if isinstance(value, list) else None
-
-
-class Batch(Block):
+class _Batch:
     """Rows of a record batch from the `first` of a file on, whose columns are `names`; the batch may hold fewer."""
 
     def __init__(self, place: str, first: int, batch: Any, names: Sequence[str]) -> None:
@@ -273,6 +215,9 @@ class Batch(Block):
     def columns(self) -> set[str]:
         return set(self._names)
 
+    def has(self, name: str) -> bool:
+        return name in self._names
+
     def row(self, number: int, columns: Sequence[str]) -> Row:
         try:
             return {name: self._of[name][number].as_py() if name in self._of else None for name in columns}
@@ -283,15 +228,18 @@ class Batch(Block):
         return f"{self._place}row {self._first + number}"
 
 
-def batches(found: Iterable[Any], names: Sequence[str], path: Path | None = None) -> Iterator[Batch]:
+Block = _JsonRows | _Batch
+
+
+def batches(found: Iterable[Any], names: Sequence[str], path: Path | None = None) -> Iterator[_Batch]:
     """Record batches as blocks of rows, of a file at `path`."""
     first = 0
     for batch in found:
-        yield Batch(f"{path}, " if path else "", first, batch, names)
+        yield _Batch(f"{path}, " if path else "", first, batch, names)
         first += batch.num_rows
 
 
-def open_arrow(file: OpenedFile) -> list[Batch]:
+def open_arrow(file: OpenedFile) -> list[_Batch]:
     """The rows of an arrow file, mapped.
 
     Raises UserError that names the file if it cannot be read.
@@ -333,7 +281,7 @@ def parquet_columns(file: OpenedFile) -> dict[str, int]:
         return found
 
 
-def open_parquet(file: OpenedFile, columns: Sequence[str], scratch: Path | None) -> list[Batch]:
+def open_parquet(file: OpenedFile, columns: Sequence[str], scratch: Path | None) -> list[_Batch]:
     """The rows of a parquet file, with these columns alone.
 
     Raises UserError that names the file if it cannot be read, ChangedError if it changes meanwhile.

@@ -3,11 +3,8 @@
 Documents are taken in a random order, joined, and cut; a context has one source, and one stratum of it. Held-out
 documents fill contexts of their own. Contexts are then shuffled across sources, so that whatever reads the first part
 of them reads the same mixture. Tokens wait in scratch files between the two passes: memory stays flat, disk is twice
-the result for a while, and an interrupted run goes on from there.
-
-Tokenizing is nearly all of the work (94% of the CPU time, measured with SmolLM2's tokenizer). `tokenizers`
-does it on all cores, without Python's lock, while the next documents are read and the last ones packed;
-neither the number of cores nor an interruption changes a token.
+the result for a while, and an interrupted run goes on from there. Tokenizing is 94% of the CPU time; it runs on all
+cores while the next documents are read and the last ones packed.
 
     contexts/zarr.json                       attributes: names of the sources, context_size, seed, bos, strata
     contexts/<split>/tokens    u4 (contexts, context_size)     split = train | holdout

@@ -63,8 +63,7 @@ def open_source(source: Source, commit: str | None, offline: bool, scratch: Path
         elif kind == "arrow":
             blocks += open_arrow(file)
         else:
-            schema = [(name,) for name in COLUMNS["tokens"]] if source.rows == "tokens" else [COLUMNS[source.rows]]
-            blocks.append(open_json(file, schema, scratch))
+            blocks.append(open_json(file, scratch))
     rows = Rows(blocks, files)
     if not len(rows):
         raise UserError(f"{where}.path: {source.path!r}: holds no row")
