@@ -1,4 +1,4 @@
-"""A model's own chat template: conversations as transformers renders them, with markers and content told apart.
+"""Chat templates: conversations as transformers renders them, with markers and content told apart.
 
 A conversation is rendered twice: as it is, and with placeholders in place of what it says. The second shows the
 markers, by which the first is split. What a template does with reasoning, and what it adds by itself, is found by
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from harvest.conversations import REASONING_FIELDS, Turn
 from harvest.files import UserError
-from harvest.templates import THINK, THINK_END, Refused, Segment, reasoning_segments, spelling_of, with_gap
+from harvest.templates import THINK, THINK_END, WRITTEN, Refused, Segment, reasoning_segments, spelling_of, with_gap
 
 TODAY = datetime(2025, 1, 1)
 SLOT = re.compile("\U0010fa00([0-9]+)\U0010fa01")  # a placeholder
@@ -29,7 +29,8 @@ PROBE_TOOL = {
 PROBE_CALL = {"id": "call00000", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
 STRUCTURES_KEPT = 10_000
 SWITCH = re.compile(r"/\w+")  # a word for the template, which it takes out of the text
-_OPENING_TAG = re.compile(r"[<\[](\w+)[>\]]\s*$")
+# What comes before reasoning, and what stands for empty reasoning before the content.
+_TAGS = {1: re.compile(r"[<\[](\w+)[>\]]\s*$"), 0: re.compile(r"[<\[](\w+)[>\]]\s*[<\[]/\1[>\]]\s*$")}
 
 
 def has_chat_template(loaded: Any) -> bool:
@@ -48,7 +49,7 @@ def render(loaded: Any, messages: list[dict[str, Any]], **options: Any) -> str:
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
-        compiled: Any = _compile_jinja_template(loaded.get_chat_template())
+        compiled: Any = _compile_jinja_template(loaded.get_chat_template(options.get("chat_template")))
         compiled.globals["strftime_now"] = TODAY.strftime
         return loaded.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # a template is a program: it may raise anything
@@ -115,15 +116,16 @@ def _placeholder(slot: int) -> str:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer, as transformers has it.
+    """The chat template of a tokenizer, as transformers has it ("model"), or one of those that are written here.
 
     `reasoning` is where it takes an assistant's reasoning: a field of the message, "inline" in the content,
     "inserted" between tags in front of the answer where the template would drop it, or "plain" text.
     Raises UserError for a template that cannot write a user's turn and an answer.
     """
 
-    def __init__(self, loaded: Any) -> None:
-        self.loaded, self.source = loaded, str(loaded.get_chat_template())
+    def __init__(self, loaded: Any, name: str = "model") -> None:
+        self.loaded, self.name = loaded, name
+        self.source = WRITTEN.get(name) or str(loaded.get_chat_template())
         self.counted: Counter[str] = Counter()
         self._added = {token.content for token in loaded.added_tokens_decoder.values()}
         special = {token.content for token in loaded.added_tokens_decoder.values() if token.special}
@@ -142,7 +144,7 @@ class ChatTemplate:
             self.joins_system = all(piece.slot != 0 for piece in self._probe("system", "user", "assistant"))
         except Refused:
             self.joins_system = True
-        self.reasoning = self._reasoning_form()
+        self.reasoning = {"model": self._reasoning_form(), "chatml": "plain"}.get(name, REASONING_FIELDS[0])
 
     def compose(self, document: Sequence[Turn]) -> list[Segment]:
         """The text of a conversation as transformers renders it, as marker and content segments.
@@ -150,22 +152,28 @@ class ChatTemplate:
         Raises Refused for a conversation that the template does not take, or would leave out a part of.
         """
         turns = self._system_joined(document)
+        if self.name == "chatml":  # which takes the reasoning as a part of the content
+            turns = [_trimmed(turn) if turn.reasoning else turn for turn in turns]
         shape = self._shape(turns)
-        try:
-            text = render(self.loaded, [self._message(i, turn, placeholders=False) for i, turn in enumerate(turns)])
-        except Refused:  # of what is said, as the placeholders were taken
-            text = ""
-        pieces = self._split(text, shape, turns)
-        if pieces is None:
-            if self._is_whole(text, turns):
+        pieces = [p if p.slot is None else p._replace(text=_said(turns, p.slot)) for p in shape]
+        if self.name == "model":
+            try:
+                text = self._render([self._message(i, turn, placeholders=False) for i, turn in enumerate(turns)])
+            except Refused:  # of what is said, as the placeholders were taken
+                text = ""
+            found = self._split(text, shape, turns)
+            if found is None and self._is_whole(text, turns):
                 self.counted["the chat template followed a switch within the text"] += 1
                 return [Segment(text, True)]
-            self.counted["the chat template would have cut or refused what was said; it was kept whole"] += 1
-            pieces = [p if p.slot is None else p._replace(text=_said(turns, p.slot)) for p in shape]
+            if found is None:
+                self.counted["the chat template would have cut or refused what was said; it was kept whole"] += 1
+            pieces = found or pieces
         return [Segment(p.text, p.slot is None) for p in self._completed(pieces, turns) if p.text]
 
     def notes(self) -> list[str]:
         """What a user should know of the template, a line each."""
+        if self.name != "model":
+            return []
         out = []
         if added := self._added_text():
             out.append(f"the model's chat template begins a conversation without a system turn with {added!r}")
@@ -183,6 +191,9 @@ class ChatTemplate:
                 "the chat template has no place for reasoning; it is written in front of the answer, as plain text"
             )
         return out
+
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        return render(self.loaded, messages, chat_template=self.source)
 
     def _message(self, i: int, turn: Turn, *, placeholders: bool) -> dict[str, Any]:
         content, reasoning, before = (
@@ -208,7 +219,7 @@ class ChatTemplate:
             if len(self._structures) >= STRUCTURES_KEPT:
                 self._structures.clear()
             messages = [self._message(i, turn, placeholders=True) for i, turn in enumerate(turns)]
-            self._structures[key] = _pieces(render(self.loaded, messages))
+            self._structures[key] = _pieces(self._render(messages))
         shape = self._structures[key]
         found = {piece.slot for piece in shape}
         for i, turn in enumerate(turns):
@@ -258,7 +269,7 @@ class ChatTemplate:
             if part == 0 and self.reasoning == "inserted":
                 out += [_Piece(s.text, None if s.is_marker else piece.slot) for s in reasoning_segments(turn)]
                 piece = piece if turn.content else piece._replace(text="")
-            elif part == 1 and (tag := _OPENING_TAG.search(out[-1].text)):
+            elif (part == 1 or not turn.reasoning) and (tag := _TAGS[part].search(out[-1].text)):
                 marker = out.pop().text
                 out += [_Piece(marker[: tag.start()], None), before, _Piece(marker[tag.start() :], None)]
                 placed.add(slot)
@@ -278,7 +289,7 @@ class ChatTemplate:
 
     def _probe(self, *roles: str) -> list[_Piece]:
         messages = [{"role": role, "content": _placeholder(_slot(i, 0))} for i, role in enumerate(roles)]
-        return _pieces(render(self.loaded, messages))
+        return _pieces(self._render(messages))
 
     def _reasoning_form(self) -> str:
         content, reasoning = _placeholder(1), _placeholder(2)
@@ -294,7 +305,7 @@ class ChatTemplate:
         """Whether the reasoning (2) of an answer is once in the text, and before its content (1)."""
         messages = [{"role": "user", "content": _placeholder(0)}, {"role": "assistant", **answer}]
         try:
-            slots = [piece.slot for piece in _pieces(render(self.loaded, messages)) if piece.slot is not None]
+            slots = [piece.slot for piece in _pieces(self._render(messages)) if piece.slot is not None]
         except Refused:
             return False
         return slots.count(1) == slots.count(2) == 1 and slots.index(2) < slots.index(1)
@@ -324,6 +335,11 @@ def _parts(turn: Turn) -> tuple[str, str, str]:
 
 def _said(turns: Sequence[Turn], slot: int) -> str:
     return _parts(turns[slot // 3])[slot % 3]
+
+
+def _trimmed(turn: Turn) -> Turn:
+    content = turn.content.rstrip()
+    return turn._replace(content=content, reasoning=turn.reasoning if content else (turn.reasoning or "").rstrip())
 
 
 def _words(text: str) -> str:

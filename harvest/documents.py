@@ -9,7 +9,7 @@ from harvest.chat_template import ChatTemplate, has_chat_template, template_mark
 from harvest.config import ModelConfig, SampleConfig
 from harvest.conversations import Turn
 from harvest.files import UserError
-from harvest.templates import BOS, MARKERS, THINK, THINK_END, TOOL_MARKERS, Refused, Segment, compose
+from harvest.templates import BOS, MARKERS, THINK, THINK_END, TOOL_MARKERS, Refused, Segment
 from harvest.tokenizer import SegmentTokenizer, embedding_rows, load_whole_tokenizer
 
 SHOWN = 6  # names of added tokens in a line
@@ -32,14 +32,14 @@ class DocumentTokenizer(SegmentTokenizer):
                 f"no chat template, and source {chats[0]!r} holds conversations; set chatml, deepseek-r1 or "
                 "deepseek-r1-paper, the one that the model was trained with"
             )
-        self.chat = ChatTemplate(loaded) if self.template == "model" else None
+        self.chat = ChatTemplate(loaded, self.template) if self.template else None
         super().__init__(loaded.backend_tokenizer, str(loaded.eos_token or ""), template_markers(loaded), rows)
         for marker in MARKERS.get(self.template or "", ()):
             self._require(marker)
         self.check()
         is_r1 = self.template == "deepseek-r1"
         self.bos_id: int | None = self.whole.token_to_id(BOS) if is_r1 else loaded.bos_token_id
-        self._own_bos = is_r1 or (self.chat is not None and writes_bos(loaded))
+        self._own_bos = is_r1 or (self.template == "model" and writes_bos(loaded))
         self.bos: str = config.bos
         if config.bos in ("document", "context") and self.bos_id is None:
             raise UserError(f"sample.bos: {config.bos!r}: the model's tokenizer has no BOS token; set none")
@@ -53,16 +53,15 @@ class DocumentTokenizer(SegmentTokenizer):
         Raises Refused for a conversation that the template cannot write, UserError for reasoning when the tokenizer
         lacks the template's tags.
         """
-        if document[0].role == "" or self.template in (None, "chatml"):
-            return compose(self.template, document, self.eos)
-        if self.chat:
-            return self.chat.compose(document)
-        if any(turn.reasoning is not None for turn in document):
-            self._require(THINK)
-            self._require(THINK_END)
-        if any(turn.role == "tool" for turn in document) and not self.protected.issuperset(TOOL_MARKERS):
-            raise Refused("a tool's turn, and the tokenizer has no markers for it")
-        return compose(self.template, document, self.eos)
+        if document[0].role == "" or self.chat is None:
+            return [Segment(document[0].content, False), *([Segment(self.eos, True)] if self.eos else [])]
+        if self.chat.name.startswith("deepseek"):
+            if any(turn.reasoning is not None for turn in document):
+                self._require(THINK)
+                self._require(THINK_END)
+            if any(turn.role == "tool" for turn in document) and not self.protected.issuperset(TOOL_MARKERS):
+                raise Refused("a tool's turn, and the tokenizer has no markers for it")
+        return self.chat.compose(document)
 
     def encode(self, documents: Sequence[Sequence[Segment]]) -> list[np.ndarray]:
         """Token ids, uint32 (tokens,), of each document, with or without a BOS as `bos` says.

@@ -26,8 +26,7 @@ from harvest.opened_file import ChangedError
 from harvest.progress import Progress
 from harvest.row_counts import RowCounts
 from harvest.rows import Row
-from harvest.sources import open_source
-from harvest.strata import Choice
+from harvest.sources import Choice, open_source
 from harvest.templates import Refused, Segment
 
 DOCUMENTS_AT_ONCE = 512

@@ -19,7 +19,7 @@ from harvest.packing import PackedSource
 from harvest.progress import Progress
 from harvest.rows import Damaged
 from harvest.sources import open_source
-from harvest.templates import Refused, compose
+from harvest.templates import Refused
 
 ROLE = {"user": "user", "human": "user", "system": "system", "developer": "system", "tool": "tool", "function": "tool"}
 ROLE |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model"), "assistant")
@@ -159,8 +159,9 @@ def test_used_and_dropped_by_reason_are_all_rows(odd_rows, monkeypatch):
     def composed(self, document):
         if reason := refusing.get(document[0].content):
             raise Refused(reason)
-        return compose(self.template, document, self.eos)
+        return compose(self, document)
 
+    compose = DocumentTokenizer.compose
     monkeypatch.setattr(DocumentTokenizer, "compose", composed)
     tokenizer = DocumentTokenizer(tiny.tokenizer(), odd_config())
     scratch = Path("scratch")
