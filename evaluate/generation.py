@@ -22,7 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from harvest.chat_rendering import has_chat_template, render, writes_bos
+from harvest.chat_template import has_chat_template, render, writes_bos
 from harvest.files import UserError
 from harvest.language_model import HookedModel
 from harvest.progress import Progress

@@ -47,7 +47,7 @@ def load_unembedding(model: ModelConfig, commit: str | None, offline: bool) -> U
     def cut(whole: Any) -> None:
         whole.set_submodule(skeleton.layer_list, _NoLayers())
 
-    loaded = load_weights(skeleton, model, commit, offline, torch.float32, cut)
+    loaded = load_weights(skeleton, model, commit, offline, "auto", cut)
     end = find_end(loaded, skeleton.layer_list)
     norm, head_VD = loaded.get_submodule(end.norm).float(), loaded.get_submodule(end.head).weight.detach()
     try:

@@ -1,4 +1,4 @@
-"""A model's own chat template: conversations as transformers renders them, with markers and content told apart.
+"""Chat templates: conversations as transformers renders them, with markers and content told apart.
 
 A conversation is rendered twice: as it is, and with placeholders in place of what it says. The second shows the
 markers, by which the first is split. What a template does with reasoning, and what it adds by itself, is found by
@@ -9,18 +9,94 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
-from harvest.chat_rendering import SLOT, TODAY, placeholder, render, template_markers, writes_bos
-from harvest.conversations import Turn
+from harvest.conversations import REASONING_FIELDS, Turn
 from harvest.files import UserError
-from harvest.templates import THINK, THINK_END, Refused, Segment, reasoning_segments, with_gap
-from harvest.tokenizer import spelling_of
+from harvest.templates import THINK, THINK_END, WRITTEN, Refused, Segment, reasoning_segments, spelling_of, with_gap
 
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+TODAY = datetime(2025, 1, 1)
+SLOT = re.compile("\U0010fa00([0-9]+)\U0010fa01")  # a placeholder
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look",
+        "description": "look",
+        "parameters": {"type": "object", "properties": {"at": {"type": "string", "description": "at"}}},
+    },
+}
+PROBE_CALL = {"id": "call00000", "type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
 STRUCTURES_KEPT = 10_000
 SWITCH = re.compile(r"/\w+")  # a word for the template, which it takes out of the text
-_OPENING_TAG = re.compile(r"[<\[](\w+)[>\]]\s*$")
+# What comes before reasoning, and what stands for empty reasoning before the content.
+_TAGS = {1: re.compile(r"[<\[](\w+)[>\]]\s*$"), 0: re.compile(r"[<\[](\w+)[>\]]\s*[<\[]/\1[>\]]\s*$")}
+
+
+def has_chat_template(loaded: Any) -> bool:
+    """Whether a tokenizer, as transformers has it, comes with a chat template that can be used without tools."""
+    try:
+        return bool(loaded.get_chat_template())
+    except ValueError:
+        return False
+
+
+def render(loaded: Any, messages: list[dict[str, Any]], **options: Any) -> str:
+    """The text that a tokenizer's chat template makes of messages, on a fixed day.
+
+    Raises Refused, with the template's own reason, for messages that it does not take.
+    """
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        compiled: Any = _compile_jinja_template(loaded.get_chat_template(options.get("chat_template")))
+        compiled.globals["strftime_now"] = TODAY.strftime
+        return loaded.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program: it may raise anything
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise Refused(f"the chat template refuses it: {first[:120]}") from None
+
+
+def writes_bos(loaded: Any) -> bool:
+    """Whether the chat template puts a BOS in front, as no part of a turn."""
+    bos = loaded.bos_token
+    if not bos or not has_chat_template(loaded):
+        return False
+    try:
+        text = render(loaded, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}] * 2)
+    except Refused:
+        return False
+    return text.startswith(bos) and text.count(bos) == 1
+
+
+def template_markers(loaded: Any) -> set[str]:
+    """Added tokens that the chat template writes; those of only letters or white space are ordinary text."""
+    from transformers.utils.chat_template_utils import _get_template_literal_text
+
+    if not has_chat_template(loaded):
+        return set()
+    names = {token.content for token in loaded.added_tokens_decoder.values()}
+    candidates = {name for name in names if len(name) > 2 and re.search(r"[^\w\s]", name)}
+    texts = list(_probes(loaded))
+    if texts:  # otherwise it is no template at all
+        texts.append(_get_template_literal_text(str(loaded.get_chat_template())))
+    return {name for name in candidates if any(name in text for text in texts)}
+
+
+def _probes(loaded: Any) -> Iterator[str]:
+    """Renderings of all that a conversation may hold, without the words of the probes."""
+    says = {"role": "user", "content": _placeholder(0)}
+    call = {"role": "assistant", "content": "", "tool_calls": [PROBE_CALL]}
+    result = {"role": "tool", "name": "look", "tool_call_id": "call00000", "content": _placeholder(1)}
+    thinks = {"role": "assistant", "content": _placeholder(1), "reasoning_content": _placeholder(2)}
+    system = {"role": "system", "content": _placeholder(3)}
+    used = [says, call, result]
+    for messages in ([system, says, thinks, says, thinks], [says, thinks], used, [*used, thinks]):
+        for options in ({}, {"add_generation_prompt": True}, {"tools": [PROBE_TOOL]}):
+            try:
+                yield SLOT.sub("\0", render(loaded, messages, **options))
+            except Refused:
+                continue
 
 
 class _Piece(NamedTuple):
@@ -31,39 +107,44 @@ class _Piece(NamedTuple):
 
 
 def _slot(turn: int, part: int) -> int:
-    """Number of a placeholder; a turn's parts are its content (0), its reasoning (1) and what stands before it (2)."""
+    """Number of a placeholder; a turn's parts are its content (0), its reasoning (1) and what comes before it (2)."""
     return 3 * turn + part
 
 
+def _placeholder(slot: int) -> str:
+    return f"\U0010fa00{slot}\U0010fa01"
+
+
 class ChatTemplate:
-    """The chat template of a tokenizer, as transformers has it.
+    """The chat template of a tokenizer, as transformers has it ("model"), or one of those that are written here.
 
     `reasoning` is where it takes an assistant's reasoning: a field of the message, "inline" in the content,
     "inserted" between tags in front of the answer where the template would drop it, or "plain" text.
     Raises UserError for a template that cannot write a user's turn and an answer.
     """
 
-    def __init__(self, loaded: Any) -> None:
-        self.loaded = loaded
-        self.source = str(loaded.get_chat_template())
-        self.added = {token.content for token in loaded.added_tokens_decoder.values()}
+    def __init__(self, loaded: Any, name: str = "model") -> None:
+        self.loaded, self.name = loaded, name
+        self.source = WRITTEN.get(name) or str(loaded.get_chat_template())
         self.counted: Counter[str] = Counter()
-        self._spelling = spelling_of(self.added)
+        self._added = {token.content for token in loaded.added_tokens_decoder.values()}
         special = {token.content for token in loaded.added_tokens_decoder.values() if token.special}
         self._protected = spelling_of(special | template_markers(loaded))
         self._structures: dict[tuple[Any, ...], list[_Piece]] = {}
         try:
-            self._base = self._probe([Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c")])
-            found = [piece.slot for piece in self._base if piece.slot is not None]
-            if found != [_slot(0, 0), _slot(1, 0), _slot(2, 0)]:
+            self._base = self._probe("user", "assistant", "user")
+            if [piece.slot for piece in self._base if piece.slot is not None] != [_slot(n, 0) for n in range(3)]:
                 raise Refused("it leaves out what a user or an assistant says, or does not take it as text")
         except Refused as refused:
             raise UserError(
                 f"sample.template: the model's own chat template cannot write a plain conversation ({refused}); choose "
                 "chatml, deepseek-r1 or deepseek-r1-paper"
             ) from None
-        self.joins_system = not self._takes_system()
-        self.reasoning = self._reasoning_form()
+        try:
+            self.joins_system = all(piece.slot != 0 for piece in self._probe("system", "user", "assistant"))
+        except Refused:
+            self.joins_system = True
+        self.reasoning = {"model": self._reasoning_form(), "chatml": "plain"}.get(name, REASONING_FIELDS[0])
 
     def compose(self, document: Sequence[Turn]) -> list[Segment]:
         """The text of a conversation as transformers renders it, as marker and content segments.
@@ -71,25 +152,30 @@ class ChatTemplate:
         Raises Refused for a conversation that the template does not take, or would leave out a part of.
         """
         turns = self._system_joined(document)
+        if self.name == "chatml":  # which takes the reasoning as a part of the content
+            turns = [_trimmed(turn) if turn.reasoning else turn for turn in turns]
         shape = self._shape(turns)
-        try:
-            text = render(self.loaded, self._messages(turns))
-        except Refused:  # of what is said, as the placeholders were taken
-            text = ""
-        pieces = self._split(text, shape, turns)
-        if pieces is None:
-            if self._is_whole(text, turns):
+        pieces = [p if p.slot is None else p._replace(text=_said(turns, p.slot)) for p in shape]
+        if self.name == "model":
+            try:
+                text = self._render([self._message(i, turn, placeholders=False) for i, turn in enumerate(turns)])
+            except Refused:  # of what is said, as the placeholders were taken
+                text = ""
+            found = self._split(text, shape, turns)
+            if found is None and self._is_whole(text, turns):
                 self.counted["the chat template followed a switch within the text"] += 1
                 return [Segment(text, True)]
-            self.counted["the chat template would have cut or refused what was said; it was kept whole"] += 1
-            pieces = [p if p.slot is None else p._replace(text=_said(turns, p.slot)) for p in shape]
+            if found is None:
+                self.counted["the chat template would have cut or refused what was said; it was kept whole"] += 1
+            pieces = found or pieces
         return [Segment(p.text, p.slot is None) for p in self._completed(pieces, turns) if p.text]
 
     def notes(self) -> list[str]:
         """What a user should know of the template, a line each."""
+        if self.name != "model":
+            return []
         out = []
-        added = self._added_text()
-        if added:
+        if added := self._added_text():
             out.append(f"the model's chat template begins a conversation without a system turn with {added!r}")
         if "strftime_now" in self.source:
             out.append(f"the chat template asks for the date; it is always {TODAY:%d %B %Y}")
@@ -106,13 +192,12 @@ class ChatTemplate:
             )
         return out
 
-    def _messages(self, turns: Sequence[Turn], *, placeholders: bool = False) -> list[dict[str, Any]]:
-        return [self._message(i, turn, placeholders) for i, turn in enumerate(turns)]
+    def _render(self, messages: list[dict[str, Any]]) -> str:
+        return render(self.loaded, messages, chat_template=self.source)
 
-    def _message(self, i: int, turn: Turn, placeholders: bool) -> dict[str, Any]:
+    def _message(self, i: int, turn: Turn, *, placeholders: bool) -> dict[str, Any]:
         content, reasoning, before = (
-            placeholder(_slot(i, part)) if text and placeholders else text
-            for part, text in enumerate((turn.content, turn.reasoning or "", with_gap(turn.before)))
+            _placeholder(_slot(i, part)) if placeholders and text else text for part, text in enumerate(_parts(turn))
         )
         message: dict[str, Any] = {"role": turn.role}
         if turn.reasoning is None:
@@ -122,7 +207,7 @@ class ChatTemplate:
         elif self.reasoning == "plain":
             content = before + "\n\n".join(part for part in (reasoning, content) if part)
         elif self.reasoning == "inserted":
-            content = content or placeholder(_slot(i, 0))  # where the reasoning goes; the answer itself is empty
+            content = content or _placeholder(_slot(i, 0))  # where the reasoning goes; the answer itself is empty
         else:
             message[self.reasoning] = reasoning
         return message | {"content": content}
@@ -133,7 +218,8 @@ class ChatTemplate:
         if key not in self._structures:
             if len(self._structures) >= STRUCTURES_KEPT:
                 self._structures.clear()
-            self._structures[key] = _pieces(render(self.loaded, self._messages(turns, placeholders=True)))
+            messages = [self._message(i, turn, placeholders=True) for i, turn in enumerate(turns)]
+            self._structures[key] = _pieces(self._render(messages))
         shape = self._structures[key]
         found = {piece.slot for piece in shape}
         for i, turn in enumerate(turns):
@@ -153,7 +239,7 @@ class ChatTemplate:
                 found = piece.text if text.startswith(piece.text, place) else None
             else:
                 after = shape[n + 1].text if n + 1 < len(shape) and shape[n + 1].slot is None else ""
-                said = _said(turns, piece.slot) or placeholder(piece.slot)
+                said = _said(turns, piece.slot) or _placeholder(piece.slot)
                 found = next((f for f in _forms(said) if text.startswith(f + after, place)), None)
             if found is None:
                 return None
@@ -175,23 +261,20 @@ class ChatTemplate:
         out: list[_Piece] = []
         for piece in pieces:
             number, part = divmod(piece.slot or 0, 3)
-            turn = turns[number]
+            turn, slot = turns[number], _slot(number, 2)
             if piece.slot is None or part == 2 or turn.reasoning is None:
                 out.append(piece)
                 continue
-            before = with_gap(turn.before) if _slot(number, 2) not in placed else ""
+            before = _Piece(with_gap(turn.before) if slot not in placed else "", slot)
             if part == 0 and self.reasoning == "inserted":
                 out += [_Piece(s.text, None if s.is_marker else piece.slot) for s in reasoning_segments(turn)]
                 piece = piece if turn.content else piece._replace(text="")
-            elif part == 0:
-                out.append(_Piece(before, _slot(number, 2)))
-            elif tag := _OPENING_TAG.search(out[-1].text):
+            elif (part == 1 or not turn.reasoning) and (tag := _TAGS[part].search(out[-1].text)):
                 marker = out.pop().text
-                place = tag.start()
-                out += [_Piece(marker[:place], None), _Piece(before, _slot(number, 2)), _Piece(marker[place:], None)]
-                placed.add(_slot(number, 2))
-            elif not turn.content:
-                out.append(_Piece(before, _slot(number, 2)))
+                out += [_Piece(marker[: tag.start()], None), before, _Piece(marker[tag.start() :], None)]
+                placed.add(slot)
+            elif part == 0 or not turn.content:
+                out.append(before)
             out.append(piece)
         return out
 
@@ -204,53 +287,40 @@ class ChatTemplate:
         joined = user._replace(content="\n\n".join([*system, user.content]))
         return [joined if i == first else turn for i, turn in enumerate(document) if turn.role != "system"]
 
-    def _probe(self, turns: Sequence[Turn], **options: Any) -> list[_Piece]:
-        messages = [
-            {"role": turn.role, "content": placeholder(_slot(i, 0)) if turn.content else ""}
-            for i, turn in enumerate(turns)
-        ]
-        return _pieces(render(self.loaded, messages, **options))
-
-    def _takes_system(self) -> bool:
-        try:
-            found = self._probe([Turn("system", "s"), Turn("user", "a"), Turn("assistant", "b")])
-        except Refused:
-            return False
-        return any(piece.slot == 0 for piece in found)
+    def _probe(self, *roles: str) -> list[_Piece]:
+        messages = [{"role": role, "content": _placeholder(_slot(i, 0))} for i, role in enumerate(roles)]
+        return _pieces(self._render(messages))
 
     def _reasoning_form(self) -> str:
-        content, reasoning = placeholder(1), placeholder(2)
-        user = {"role": "user", "content": placeholder(0)}
+        content, reasoning = _placeholder(1), _placeholder(2)
         for field in REASONING_FIELDS:
-            if self._survives([user, {"role": "assistant", "content": content, field: reasoning}]):
+            if self._survives({"content": content, field: reasoning}):
                 return field
-        if THINK not in self.added and THINK not in self.source:
+        if THINK not in self._added and THINK not in self.source:
             return "plain"
         inline = f"{THINK}\n{reasoning}\n{THINK_END}\n\n{content}"
-        return "inline" if self._survives([user, {"role": "assistant", "content": inline}]) else "inserted"
+        return "inline" if self._survives({"content": inline}) else "inserted"
 
-    def _survives(self, messages: list[dict[str, Any]]) -> bool:
-        """Whether the reasoning (2) stands once in the text, and before the answer (1)."""
+    def _survives(self, answer: dict[str, Any]) -> bool:
+        """Whether the reasoning (2) of an answer is once in the text, and before its content (1)."""
+        messages = [{"role": "user", "content": _placeholder(0)}, {"role": "assistant", **answer}]
         try:
-            slots = [piece.slot for piece in _pieces(render(self.loaded, messages)) if piece.slot is not None]
+            slots = [piece.slot for piece in _pieces(self._render(messages)) if piece.slot is not None]
         except Refused:
             return False
         return slots.count(1) == slots.count(2) == 1 and slots.index(2) < slots.index(1)
 
     def _added_text(self) -> str:
-        """What stands before a first user turn and not before a second one, but for a BOS."""
+        """What comes before a first user turn and not before a second one, but for a BOS."""
         slots = [piece.slot for piece in self._base]
+        spelling = re.compile(f"({spelling_of(self._added).pattern})")  # parts: added tokens and what is between them
         first, second = (
-            self._tokens("".join(piece.text for piece in self._base[start : slots.index(_slot(turn, 0))]))
-            for turn, start in ((0, 0), (2, slots.index(_slot(1, 0))))
+            [part for part in spelling.split("".join(p.text for p in self._base[start:stop])) if part]
+            for start, stop in ((0, slots.index(_slot(0, 0))), (slots.index(_slot(1, 0)), slots.index(_slot(2, 0))))
         )
         while first and second and first[-1] == second[-1]:
             first, second = first[:-1], second[:-1]
         return "".join(first).removeprefix(self.loaded.bos_token if writes_bos(self.loaded) else "").strip()
-
-    def _tokens(self, text: str) -> list[str]:
-        """A text in added tokens and what is between them."""
-        return [part for part in re.split(f"({self._spelling.pattern})", text) if part]
 
 
 def _pieces(text: str) -> list[_Piece]:
@@ -259,9 +329,17 @@ def _pieces(text: str) -> list[_Piece]:
     return [piece for piece in pieces if piece.text or piece.slot is not None]
 
 
+def _parts(turn: Turn) -> tuple[str, str, str]:
+    return turn.content, turn.reasoning or "", with_gap(turn.before)
+
+
 def _said(turns: Sequence[Turn], slot: int) -> str:
-    turn = turns[slot // 3]
-    return (turn.content, turn.reasoning or "", with_gap(turn.before))[slot % 3]
+    return _parts(turns[slot // 3])[slot % 3]
+
+
+def _trimmed(turn: Turn) -> Turn:
+    content = turn.content.rstrip()
+    return turn._replace(content=content, reasoning=turn.reasoning if content else (turn.reasoning or "").rstrip())
 
 
 def _words(text: str) -> str:

@@ -2,17 +2,29 @@
 
 A list of turns may be a list of objects, an object of lists (what `datasets` makes of `Sequence`), or the JSON text of
 one of them. Turns have `role` and `content`, or `from` and `value`; content is text, or a list of parts.
+
+Reasoning is in a field of its own, or in the answer, in any form in which data sets write it:
+
+    <think>reasoning</think>answer                        R1 and its kin
+    reasoning</think>answer                               where the template wrote the opening tag into the prompt
+    before<think>reasoning</think>answer                  text before it
+    <|begin_of_thought|>reasoning<|end_of_thought|>       OpenThoughts' default subset, the answer bare or between
+        <|begin_of_solution|>answer<|end_of_solution|>
+    <think>one</think>answer<think>two</think>more        several thoughts: they are joined, and so is the rest
+
+Tags that do not pair (one that is not closed, one within another, a closing one too many) leave the text as it is, and
+so do tags between quotation marks, of which an answer speaks.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from harvest.files import UserError
-from harvest.reasoning import split_answer
 
 # Of `tokens`, the first that a data set has.
 COLUMNS = {
@@ -34,6 +46,12 @@ REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
 THOUGHT_PARTS = ("thinking", "reasoning")
 LARGEST_ID = 2**32 - 1  # token ids are stored as uint32
+FORMS = {"<think>": "</think>", "<|begin_of_thought|>": "<|end_of_thought|>"}  # opening: closing
+OPENINGS = {closing: opening for opening, closing in FORMS.items()}
+TAG = re.compile("|".join(re.escape(tag) for tag in (*FORMS, *OPENINGS)))
+QUOTES = tuple("`'\"“”‘’")
+SOLUTION = re.compile(r"\s*<\|(?:begin|end)_of_solution\|>\s*")
+SOLUTION_ALONE = re.compile(r"\s*<\|begin_of_solution\|>\s*(.*?)\s*(?:<\|end_of_solution\|>\s*)?", re.DOTALL)
 
 
 class Turn(NamedTuple):
@@ -45,11 +63,21 @@ class Turn(NamedTuple):
     before: str = ""  # what an assistant wrote before its reasoning
 
 
+class Answer(NamedTuple):
+    """An answer in its parts. Without reasoning, `after` is the whole text as it was."""
+
+    before: str
+    reasoning: str | None
+    after: str
+    malformed: bool = False  # it has tags that do not pair, and is left as it was
+
+
 class Note(NamedTuple):
     """Why something was left out: a reason of few words, and what was found."""
 
     reason: str
     found: str = ""
+    damaged: bool = False  # what is written there is not text at all
 
 
 class Reading(NamedTuple):
@@ -60,7 +88,6 @@ class Reading(NamedTuple):
     dropped: Note | None = None
     cut: Note | None = None  # why the conversation ends before its end
     malformed: bool = False  # an answer has thinking tags that do not pair, and stays text
-    damaged: bool = False  # dropped because what is written there is not text at all
 
     @property
     def key(self) -> str:
@@ -81,7 +108,7 @@ class _UnusableError(Exception):
 def needed_columns(rows: str, columns: Iterable[str], also: Iterable[str], source_name: str) -> list[str]:
     """The columns to read of a data set, for its `rows` schema and for settings that name some (`also`).
 
-    Raises UserError when one of the schema's is not there.
+    Raises UserError when one of the schema's is missing.
     """
     have = set(columns)
     missing = [name for name in COLUMNS[rows] if name not in have]
@@ -106,19 +133,16 @@ def read_row(rows: str, row: dict[str, Any]) -> Reading:
         if rows == "tokens":
             return Reading([], _ids(next((row[name] for name in COLUMNS[rows] if name in row), None)))
         reading = _text(row) if rows == "text" else _problem(row) if rows == "reasoning" else _conversation(rows, row)
-    except _UnusableError as error:
-        return Reading([], dropped=error.note)
-    try:
         for turn in reading.turns:
             f"{turn.content}{turn.reasoning}{turn.before}".encode()
+    except _UnusableError as error:
+        return Reading([], dropped=error.note)
     except UnicodeEncodeError as error:
-        return damaged("half of a surrogate pair" if _is_lone(error.object[error.start]) else "not UTF-8 text")
+        # Bytes that are not UTF-8 were read as U+DC80 to U+DCFF.
+        is_byte = "\udc80" <= error.object[error.start] <= "\udcff"
+        reason = "not UTF-8 text" if is_byte else "half of a surrogate pair"
+        return Reading([], dropped=Note(reason, damaged=True))
     return reading
-
-
-def damaged(reason: str, found: str = "") -> Reading:
-    """The reading of a row that cannot be read at all."""
-    return Reading([], dropped=Note(reason, found), damaged=True)
 
 
 def document_key(document: list[Turn]) -> str:
@@ -133,9 +157,36 @@ def is_held_out(key: str, seed: int, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def _is_lone(character: str) -> bool:
-    """Whether half a surrogate pair was written; bytes that are no UTF-8 were read as U+DC80 to U+DCFF."""
-    return not "\udc80" <= character <= "\udcff"
+def split_answer(text: str, given: str | None = None) -> Answer:
+    """The parts of an answer; `given` is reasoning from a field of its own, and comes first.
+
+    Parts that tags set apart lose the white space around them.
+    """
+    tags = list(TAG.finditer(text))
+    if not tags:
+        bare = SOLUTION_ALONE.fullmatch(text) if given is not None else None
+        return Answer("", given, bare[1] if bare else text, malformed=not bare and bool(SOLUTION.search(text)))
+    spans = [(tag[0], tag.span()) for tag in tags]
+    if spans[0][0] in OPENINGS:
+        spans.insert(0, (OPENINGS[spans[0][0]], (0, 0)))
+    pairs = list(zip(spans[::2], spans[1::2], strict=False))
+    unpaired = len(spans) % 2 or any(FORMS.get(opening) != closing for (opening, _), (closing, _) in pairs)
+    if unpaired or any(text[: tag.start()].endswith(QUOTES) and text[tag.end() :].startswith(QUOTES) for tag in tags):
+        return Answer("", given, text, malformed=True)
+    thoughts, outside, end = [] if given is None else [given], [], 0
+    for (_, opening), (_, closing) in pairs:
+        outside.append(text[end : opening[0]])
+        thoughts.append(text[opening[1] : closing[0]])
+        end = closing[1]
+    before, *rest = [*outside, text[end:]]
+    # Some sets write the same thought into a field and into the answer.
+    once = dict.fromkeys(thought.strip() for thought in thoughts)
+    return Answer(before.strip(), _joined(once), _joined(SOLUTION.sub("\n\n", part) for part in rest))
+
+
+def _joined(parts: Iterable[str]) -> str:
+    """Parts of a text with a blank line between them."""
+    return "\n\n".join(part for part in map(str.strip, parts) if part)
 
 
 def _text(row: dict[str, Any]) -> Reading:

@@ -53,9 +53,8 @@ def local_rank() -> int | None:
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
     """The precision of a `compute_dtype` setting.
 
-    auto is bfloat16, except on CPUs that have no bfloat16 instructions: torch emulates its products
-    there, at a sixth of the float32 rate (126 against 770 tokens/s for 18 layers of SmolLM2 on two Zen 3
-    cores). A language model is spared that (`harvest/products.py`), but float32 is faster still.
+    auto is bfloat16, except on CPUs without bfloat16 instructions: torch emulates its products there, at a sixth of the
+    float32 rate. A language model is spared that (`harvest/products.py`), but float32 is faster still.
     """
     if setting != "auto":
         return torch.bfloat16 if setting == "bfloat16" else torch.float32
@@ -72,11 +71,9 @@ def device_name(device: torch.device) -> str:
     """Model name of the GPU or CPU; a CPU's with the widest instructions that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = "CPU"
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    name = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "CPU")
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from harvest.files import UserError, is_out_of_memory
 
@@ -31,12 +32,11 @@ class _AllReadError(Exception):
 
 
 class HookedModel:
-    """A model whose activations can be read, and replaced, at named modules."""
+    """A model whose activations can be read, and replaced, at named modules; `layers` are its decoder layers."""
 
     def __init__(
         self, model: nn.Module, modules: dict[str, nn.Module], device: torch.device, layers: Sequence[nn.Module] = ()
     ) -> None:
-        """`layers` are the model's decoder layers."""
         self.model, self.modules, self.device, self.layers = model, modules, device, list(layers)
         self._behind: dict[str, Behind] = {}
         self._passing: dict[nn.Module, Callable[..., Any]] = {}  # in the place of a layer that need not run
@@ -59,45 +59,43 @@ class HookedModel:
                 raise
             for layer in layers:
                 vars(layer).pop("forward", None)
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"harvest.compile: true: torch.compile fails here ({first}); install a C compiler, or set it to false"
+                f"harvest.compile: true: torch.compile fails here ({_first_line(error)}); install a C compiler, or set "
+                "it to false"
             ) from None
 
-    @torch.inference_mode()
     def activations(self, tokens_BS: Tensor) -> dict[str, Tensor]:
         """Activations (B, S, d_in) at every hook, in the precision of the forward pass, which ends at the last."""
-        out: dict[str, Tensor] = {}
-        with self._reading(out, to_the_end=not self.modules), suppress(_AllReadError):
-            self._run(tokens_BS)
-        return out
+        return self._read(tokens_BS, to_the_end=not self.modules)[0]
 
-    @torch.inference_mode()
     def read(self, tokens_BS: Tensor) -> tuple[dict[str, Tensor], Any]:
         """The activations (B, S, d_in) at every hook, and the model's own output."""
-        out: dict[str, Tensor] = {}
-        with self._reading(out, to_the_end=True):
+        return self._read(tokens_BS, to_the_end=True)
+
+    @torch.inference_mode()
+    def _read(self, tokens_BS: Tensor, *, to_the_end: bool) -> tuple[dict[str, Tensor], Any]:
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str, output: Any) -> None:
+            found[name] = first_tensor(output)
+            if not to_the_end and len(found) == len(self.modules):
+                raise _AllReadError
+            found[name] = found[name].clone()  # Falcon adds the attention to its MLP's output in place
+
+        output = None
+        with self._each_hook(keep), suppress(_AllReadError):
             output = self._run(tokens_BS)
-        return out, output
+        return found, output
+
+    @contextmanager
+    def _each_hook(self, see: Callable[[str, Any], None]) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for name, module in self.modules.items():
+                hooks.enter_context(hooked(module, lambda _module, _inputs, output, name=name: see(name, output)))
+            yield
 
     def _run(self, tokens_BS: Tensor) -> Any:
         return self.model(tokens_BS.to(self.device), use_cache=False)
-
-    @contextmanager
-    def _reading(self, out: dict[str, Tensor], to_the_end: bool) -> Iterator[None]:
-        def reader(name: str) -> Callable[..., None]:
-            def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                out[name] = first_tensor(output)
-                if not to_the_end and len(out) == len(self.modules):
-                    raise _AllReadError
-                out[name] = out[name].clone()  # Falcon adds the attention to its MLP's output in place
-
-            return read
-
-        with ExitStack() as hooks:
-            for name, module in self.modules.items():
-                hooks.enter_context(hooked(module, reader(name)))
-            yield
 
     @torch.inference_mode()
     def check(self, setting: str) -> None:
@@ -108,21 +106,15 @@ class HookedModel:
         """
         kind = type(self.model).__name__
         seen: dict[str, list[Any]] = {name: [] for name in self.modules}
-        with ExitStack() as hooks:
-            for name, module in self.modules.items():
-
-                def note(_module: nn.Module, _inputs: Any, output: Any, outputs: list[Any] = seen[name]) -> None:
-                    outputs.append(output)
-
-                hooks.enter_context(hooked(module, note))
-            try:
+        try:
+            with self._each_hook(lambda name, output: seen[name].append(output)):
                 self._run(self._made_texts())
-            except Exception as error:
-                if is_out_of_memory(error):
-                    raise
-                if not all(seen.values()):  # else it fails behind the hooks only, where layers may have been cut off
-                    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                    raise UserError(f"{setting}: {kind} cannot be run on token ids alone: {first}") from None
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            if not all(seen.values()):  # else it fails behind the hooks only, where layers may have been cut off
+                message = f"{setting}: {kind} cannot be run on token ids alone: {_first_line(error)}"
+                raise UserError(message) from None
         for name, outputs in seen.items():
             if len(outputs) != 1:
                 times = f"runs {len(outputs)} times" if outputs else "does not run"
@@ -155,17 +147,14 @@ class HookedModel:
             new_BSD = torch.empty_like(first_tensor(output)).copy_(value_BSD)  # its own: it may be changed in place
             return _with_first_tensor(output, new_BSD)
 
-        own = [vars(layer).get("forward") for layer in skipped]  # where it was compiled
         with hooked(module, splice):
             try:
                 for layer in skipped:
                     layer.forward = self._passing[layer]
                 yield
             finally:
-                for layer, forward in zip(skipped, own, strict=True):
+                for layer in skipped:
                     vars(layer).pop("forward", None)
-                    if forward is not None:
-                        layer.forward = forward
 
     @torch.inference_mode()
     def behind(self, hook: str) -> Behind:
@@ -182,10 +171,10 @@ class HookedModel:
     def _look_behind(self, hook: str) -> Behind:
         count = self.layers.index(self.modules[hook]) + 1
         ids_2S = self._made_texts()
-        acts, _ = self.read(ids_2S)
-        exchanged_2SD = acts[hook].flip(0)
+        exchanged_2SD = self.read(ids_2S)[0][hook].flip(0)
         whole = self._traced(ids_2S, hook, exchanged_2SD, skip=False)
-        if any(_rest(output) for output in whole.outputs[:count]) or not _is_plain(whole.arguments):
+        rest = (leaf for output in whole.outputs[:count] for leaf in pytree.tree_leaves(output)[1:])
+        if any(leaf is not None for leaf in rest) or not _is_plain(whole.arguments):
             return Behind()
         for layer, output in zip(self.layers[:count], whole.outputs, strict=False):
             self._passing[layer] = _passing_on(output)
@@ -200,9 +189,8 @@ class HookedModel:
             return Behind()  # a layer that takes its arguments otherwise, or a model that looks at one that did not run
         if not torch.equal(short.logits_2SV, whole.logits_2SV):
             return Behind()
-        pairs = zip(_tensors(zeros.arguments[count:]), _tensors(other.arguments[count:]), strict=True)
-        no_text = torch.equal(zeros.logits_2SV, other.logits_2SV) and all(torch.equal(a, b) for a, b in pairs)
-        return Behind(True, no_text)
+        given = (pytree.tree_leaves((trace.logits_2SV, trace.arguments[count:])) for trace in (zeros, other))
+        return Behind(True, all(torch.equal(a, b) for a, b in zip(*given, strict=True) if isinstance(a, Tensor)))
 
     def _traced(self, ids_2S: Tensor, hook: str, value_2SD: Tensor, skip: bool) -> "_Trace":
         """A pass with something replaced, and what the layers are given and return in it."""
@@ -215,8 +203,7 @@ class HookedModel:
 
         with ExitStack() as stack:
             for layer in self.layers:
-                handle = layer.register_forward_pre_hook(given, with_kwargs=True)
-                stack.callback(handle.remove)
+                stack.callback(layer.register_forward_pre_hook(given, with_kwargs=True).remove)
                 stack.enter_context(hooked(layer, lambda _module, _inputs, output: outputs.append(output)))
             stack.enter_context(self._replaced(hook, value_2SD, skip))
             return _Trace(self._run(ids_2S).logits, tuple(arguments), tuple(outputs))
@@ -272,17 +259,8 @@ def _with_first_tensor(output: Any, new: Tensor) -> Any:
     return new
 
 
-def _rest(output: Any) -> list[Any]:
-    """What a layer returns beside its hidden states."""
-    others = list(output.values()) if isinstance(output, dict) else output
-    return [x for x in others[1:] if x is not None] if isinstance(others, (tuple, list)) else []
-
-
 def _passing_on(like: Any) -> Callable[..., Any]:
-    def forward(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        return _with_first_tensor(like, hidden_states)
-
-    return forward
+    return lambda hidden_states, *_args, **_kwargs: _with_first_tensor(like, hidden_states)
 
 
 def _is_plain(value: Any) -> bool:
@@ -292,7 +270,5 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str, Tensor, torch.dtype))
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, tuple):
-        return [tensor for each in value for tensor in _tensors(each)]
-    return [value] if isinstance(value, Tensor) else []
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

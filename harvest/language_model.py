@@ -21,12 +21,9 @@ from harvest.files import UserError
 from harvest.hooked_model import HookedModel
 from harvest.hub import where_it_is
 from harvest.products import widens, with_widened_products
-from harvest.weight_files import holds_more_than_bfloat16
 
 SAELENS_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_post")
-LAYER_PATH = re.compile(
-    r"[A-Za-z_.]+\.(?:layers|h|blocks)\.(\d+)"
-)  # a module path that ends in a decoder layer's number
+LAYER_PATH = re.compile(r"[A-Za-z_.]+\.(?:layers|h|blocks)\.(\d+)")  # ends in a decoder layer's number
 
 
 class HookPoint(NamedTuple):
@@ -102,16 +99,15 @@ def find_hook(skeleton: Skeleton, hook: str) -> HookPoint:
 
     Raises UserError for a layer beyond the last, or a module that the model does not have.
     """
+    modules = {n: m for n, m in skeleton.model.named_modules() if n and not isinstance(m, nn.ModuleList)}
     layers = len(skeleton.model.get_submodule(skeleton.layer_list))  # type: ignore[arg-type]
     saelens = SAELENS_NAME.fullmatch(hook)
     module = f"{skeleton.layer_list}.{saelens[1]}" if saelens else hook
     inside = re.match(re.escape(skeleton.layer_list) + r"\.(\d+)(\.|$)", module)
     if inside and int(inside[1]) >= layers:
         raise UserError(f"harvest.hooks: {hook!r}: the model has {layers} layers, 0 to {layers - 1}")
-    names = [name for name, _ in skeleton.model.named_modules() if name]
-    if module not in names or isinstance(skeleton.model.get_submodule(module), nn.ModuleList):
-        hookable = [n for n in names if n != module and not isinstance(skeleton.model.get_submodule(n), nn.ModuleList)]
-        close = difflib.get_close_matches(module, hookable, n=1)
+    if module not in modules:
+        close = difflib.get_close_matches(module, modules, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"a layer is {skeleton.layer_list}.0"
         raise UserError(f"harvest.hooks: {hook!r}: no such module in {type(skeleton.model).__name__}; {hint}")
     return HookPoint(module, int(inside[1]) + 1 if inside else layers)
@@ -140,18 +136,32 @@ def load_model(
     """
     skeleton = load_skeleton(model, commit, offline)
     points = find_hooks(skeleton, hooks)
-    _check_head(skeleton, points, with_head)
-    layers = None if with_head else max(point.layers for point in points.values())
-    loaded = load_weights(
-        skeleton, model, commit, offline, compute_dtype, lambda whole: _cut(whole, skeleton, layers), writes=with_head
-    )
-    loaded = _apart_from_files(loaded.to(device)).eval().requires_grad_(False)
-    if compute_dtype == torch.float32:
-        loaded = loaded.float()  # never the other way: bfloat16 would round the rotary frequencies, which stay float32
-    elif widens(device, compute_dtype):
+    layers = max(point.layers for point in points.values())
+    head = find_head(skeleton.model)
+    for hook, point in points.items():
+        if not with_head and skeleton.model.get_submodule(point.module) is head:
+            raise UserError(
+                f"harvest.hooks: {hook!r}: the head is not loaded; hooks are taken in decoder layers, as "
+                f"{skeleton.layer_list}.0"
+            )
+
+    def cut(whole: Any) -> None:
+        """Take away the decoder layers after the last hook, and the head unless its weights are the embedding's."""
+        del whole.get_submodule(skeleton.layer_list)[layers:]
+        head = find_head(whole)
+        for name in [name for name, module in whole.named_modules() if module is head]:
+            if f"{name}.weight" not in whole.all_tied_weights_keys:
+                whole.set_submodule(name, nn.Identity())
+
+    loaded = load_weights(skeleton, model, commit, offline, compute_dtype, None if with_head else cut)
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        if device.type == "cpu":  # they are pages of the model's files, and would change with those
+            tensor.data = tensor.data.clone()
+    loaded = loaded.to(device).eval().requires_grad_(False)
+    if widens(device, compute_dtype):
         loaded.forward = with_widened_products(loaded.forward)
-    head = find_head(loaded) if with_head else None
-    if head is not None:  # generation passes a strided view, for which torch would copy the weights once a sequence
+    if with_head and (head := find_head(loaded)) is not None:
+        # Generation passes a strided view, for which torch would copy the weights once a sequence.
         head.register_forward_pre_hook(lambda _module, inputs: (inputs[0].contiguous(), *inputs[1:]))
     modules = {hook: loaded.get_submodule(point.module) for hook, point in points.items()}
     hooked = HookedModel(loaded, modules, device, loaded.get_submodule(skeleton.layer_list))
@@ -164,39 +174,33 @@ def load_weights(
     model: ModelConfig,
     commit: str | None,
     offline: bool,
-    compute_dtype: torch.dtype,
-    cut: Callable[[Any], None],
-    *,
-    writes: bool = False,
+    dtype: torch.dtype | str,
+    cut: Callable[[Any], None] | None = None,
 ) -> Any:
     """The model with its weights, but for the modules that `cut` takes out of it before any is loaded.
 
-    Where it `writes`, its own settings of generation are read too.
-
-    They are bfloat16, unless that would round what the files hold and float32 is computed. The configuration stays
-    whole, so what depends on the number of layers (scales, which layers share keys) is as it is in the whole model.
-    Raises UserError for weights that cannot be loaded, and for those that are missing.
+    The configuration stays whole, so what depends on the number of layers (scales, which layers share keys) is as it is
+    in the whole model. `dtype` "auto" is that of the files. A model without a cut reads its own settings of generation
+    too. Raises UserError for weights that cannot be loaded, and for those that are missing.
     """
     kind: Any = type(skeleton.model)
 
     def init(self: Any, config: Any, *inputs: Any, **keywords: Any) -> None:
         kind.__init__(self, config, *inputs, **keywords)
-        cut(self)
+        if cut:
+            cut(self)
         kept = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         tied = self.all_tied_weights_keys.items()
         self.all_tied_weights_keys = {name: source for name, source in tied if {name, source} <= kept}
 
-    without: Any = type(
-        kind.__name__,
-        (kind,),
-        {"__init__": init, "__module__": kind.__module__, "can_generate": classmethod(lambda _kind: writes)},
-    )
-    rounds = compute_dtype == torch.float32 and holds_more_than_bfloat16(model, commit, offline)
+    can_generate = classmethod(lambda _kind: cut is None)
+    own = {"__init__": init, "__module__": kind.__module__, "can_generate": can_generate}
+    without: Any = type(kind.__name__, (kind,), own)
     try:
         loaded, about = without.from_pretrained(
             model.name,
             config=deepcopy(skeleton.model.config),
-            dtype=torch.float32 if rounds else torch.bfloat16,
+            dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
             **where_it_is(model, commit, offline),
@@ -204,8 +208,7 @@ def load_weights(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model.name: {model.name!r}: its weights cannot be loaded: {first}") from None
-    missing = sorted(about["missing_keys"])
-    if missing:  # transformers would go on with random ones
+    if missing := sorted(about["missing_keys"]):  # transformers would go on with random ones
         raise UserError(
             f"model.name: {model.name!r}: its weights cannot be loaded: {len(missing)} of {kind.__name__} are not in "
             f"its files ({missing[0]})"
@@ -213,41 +216,11 @@ def load_weights(
     return loaded
 
 
-def _cut(model: Any, skeleton: Skeleton, layers: int | None) -> None:
-    """Take away the decoder layers after these, and the head unless its weights are those of the embedding."""
-    if layers is None:
-        return
-    del model.get_submodule(skeleton.layer_list)[layers:]
-    head = find_head(model)
-    for name, module in list(model.named_modules()):
-        if module is head and f"{name}.weight" not in model.all_tied_weights_keys:
-            model.set_submodule(name, nn.Identity())
-
-
-def _check_head(skeleton: Skeleton, points: dict[str, HookPoint], with_head: bool) -> None:
-    head = find_head(skeleton.model)
-    for hook, point in points.items():
-        if not with_head and skeleton.model.get_submodule(point.module) is head:
-            raise UserError(
-                f"harvest.hooks: {hook!r}: the head is not loaded; hooks are taken in decoder layers, as "
-                f"{skeleton.layer_list}.0"
-            )
-
-
 def find_head(model: nn.Module) -> nn.Module | None:
     """What makes logits of hidden states: GPT-NeoX calls it `embed_out`, which transformers does not know of."""
     causal: Any = model
-    head = causal.get_output_embeddings()
-    if head is None:
-        rows = causal.get_input_embeddings().weight.shape[0]
-        linear = [m for m in model.children() if isinstance(m, nn.Linear) and m.out_features == rows]
-        head = linear[-1] if linear else None
-    return head
-
-
-def _apart_from_files(model: Any) -> Any:
-    """The model with weights of its own: on a CPU they are pages of its files, and change with those."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
-    return model
+    if (head := causal.get_output_embeddings()) is not None:
+        return head
+    rows = causal.get_input_embeddings().weight.shape[0]
+    linear = [m for m in model.children() if isinstance(m, nn.Linear) and m.out_features == rows]
+    return linear[-1] if linear else None

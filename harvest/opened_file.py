@@ -1,15 +1,14 @@
-"""A file of the user's that is read while its content is hashed, and vouched for until the reading ends.
+"""A user's file that is read while its content is hashed, and vouched for until the reading ends.
 
-A fingerprint names content by its sha256. So that nothing else is read under that name, a file is opened once, hashed
-through that descriptor, and looked at again while and after it is used. Stamps (size, mtime, ctime, inode) tell that
-nothing was written in between: the same content again is not enough, since rows may have been read before it was put
-back. Where stamps cannot tell, because the file was changed at about the time of the hash and clocks of file systems
-are coarse, it is hashed again.
+A fingerprint names content by its sha256. A file is therefore opened once, hashed through that descriptor, and looked
+at again during and after its use. Its stamp (size, mtime, ctime, inode) shows whether it was written to in between.
+Where the file changed at about the time of the hash, the stamp cannot tell, and it is hashed again.
 """
 
 import hashlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,56 +20,80 @@ RECENT_NS = 3_000_000_000  # clocks of file systems are coarse: FAT's counts in 
 
 
 class ChangedError(UserError):
-    """A file is not, or not any more, the one whose hash is in the fingerprint."""
+    """A file is not, or no longer, the one whose hash is in the fingerprint."""
 
 
-class OpenedFile:
+class Bytes:
+    """Bytes behind a descriptor: they stay these, whatever takes their name."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+
+    @property
+    def open_path(self) -> str:
+        """The path by which this process can open the same file again."""
+        return f"/proc/self/fd/{self.file.fileno()}"
+
+    def stream(self) -> BinaryIO:
+        """A buffered reader of its own, at the beginning."""
+        self.file.flush()
+        return open(self.open_path, "rb")
+
+    def blocks(self) -> Iterator[bytes]:
+        """All of the bytes, in pieces."""
+        with self.stream() as stream:
+            while block := stream.read(BLOCK):
+                yield block
+
+    def read(self, start: int, length: int) -> bytes:
+        """Part of the bytes, from any thread."""
+        return os.pread(self.file.fileno(), length, start)
+
+
+class Unpacked(Bytes):
+    """A nameless file in the scratch folder, for what can be read by number only once it is unpacked.
+
+    It is gone with the process: nothing is left under a name that could outlive the content it was made of.
+    """
+
+    def __init__(self, scratch: Path | None) -> None:
+        super().__init__(tempfile.TemporaryFile(dir=scratch))  # noqa: SIM115 (open as long as the rows are)
+
+
+class OpenedFile(Bytes):
     """A file open for reading; `sha256` is known once `blocks` has been read to its end."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = path.open("rb", buffering=0)
-        self.sha256 = ""
+        super().__init__(path.open("rb", buffering=0))  # pyright: ignore[reportArgumentType]
+        self.path, self.sha256 = path, ""
         self._stamp, self._hashed_ns = self._look(), 0
 
     def blocks(self) -> Iterator[bytes]:
         """All of the file, in pieces, hashed on the way.
 
-        Raises ChangedError where it was written to since it was opened.
+        Raises ChangedError if the file was written to since it was opened.
         """
         self._check_stamp()
         self._hashed_ns = time.time_ns()
         digest, offset = hashlib.sha256(), 0
-        while block := os.pread(self._file.fileno(), BLOCK, offset):
+        while block := os.pread(self.file.fileno(), BLOCK, offset):
             digest.update(block)
             offset += len(block)
             yield block
-        if self.sha256 and digest.hexdigest() != self.sha256:
+        if self.sha256 not in ("", digest.hexdigest()):
             raise self._changed()
         self.sha256 = digest.hexdigest()
 
     def hash(self) -> None:
-        """Read it for its hash alone. Raises ChangedError as `blocks` does."""
+        """Read the file for its hash alone. Raises ChangedError as `blocks` does."""
         for _ in self.blocks():
             pass
 
-    def stream(self) -> BinaryIO:
-        """A buffered reader of its own, at the beginning."""
-        return open(self.open_path, "rb")
-
-    @property
-    def open_path(self) -> str:
-        """By which this process can open the same file again, whatever has taken its name since."""
-        return f"/proc/self/fd/{self._file.fileno()}"
-
     def read(self, start: int, length: int) -> bytes:
-        """Bytes of the file, from any thread.
-
-        Raises ChangedError where it has become shorter.
-        """
-        data = os.pread(self._file.fileno(), length, start)
+        """Part of the bytes, from any thread. Raises ChangedError if the file has become shorter."""
+        data = super().read(start, length)
         while len(data) < length:  # of more than 2 GB at once, the kernel gives a part
-            if not (more := os.pread(self._file.fileno(), length - len(data), start + len(data))):
+            if not (more := super().read(start + len(data), length - len(data))):
                 raise self._changed()
             data += more
         return data
@@ -81,12 +104,8 @@ class OpenedFile:
         if self._stamp.ctime_ns > self._hashed_ns - RECENT_NS:
             self.hash()
 
-    def close(self) -> None:
-        """Give the descriptor back."""
-        self._file.close()
-
     def _look(self) -> Stamp:
-        return stamp_of(os.fstat(self._file.fileno()))
+        return stamp_of(os.fstat(self.file.fileno()))
 
     def _check_stamp(self) -> None:
         if self._look() != self._stamp:

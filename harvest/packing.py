@@ -1,14 +1,16 @@
 """One source of text -> its contexts in scratch files: rows in a random order, read, tokenized, and put in place.
 
 What becomes of a row is decided where its tokens are put in place, in the order of the rows, and recorded with the
-place: an interruption changes neither a token nor a count.
+place: an interruption changes neither a token nor a count. Documents of a lane (a split, and a stratum of the source)
+are laid end to end and cut into contexts. A row of token ids that fills whole contexts keeps them to itself, so that
+text which was packed elsewhere stays as it was packed.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,17 +18,15 @@ import numpy as np
 
 from harvest.config import SampleConfig
 from harvest.contexts import SPLITS
-from harvest.conversations import COLUMNS, Note, Reading, damaged, is_held_out, read_row
+from harvest.conversations import COLUMNS, Note, Reading, is_held_out, read_row
 from harvest.documents import DocumentTokenizer
 from harvest.files import UserError, read_json, write_json
 from harvest.hub import resolved_commit
-from harvest.lanes import Lane, Packed, lanes, scratch_file
 from harvest.opened_file import ChangedError
 from harvest.progress import Progress
 from harvest.row_counts import RowCounts
-from harvest.rows import Damaged
-from harvest.sources import open_source
-from harvest.strata import Choice, find_strata, none_taken
+from harvest.rows import Row
+from harvest.sources import Choice, open_source
 from harvest.templates import Refused, Segment
 
 DOCUMENTS_AT_ONCE = 512
@@ -34,15 +34,59 @@ SAVE_SECONDS = 30.0  # between records of how far it is
 MOST_NAMES = 5  # of files, in one message
 
 
+class Packed(NamedTuple):
+    """Contexts of one source and split in scratch files, uint32 (contexts * width,) each."""
+
+    tokens: np.memmap
+    documents: np.memmap
+
+
+class Lane:
+    """The contexts of a split and a stratum, `width` tokens each, in the order in which they fill.
+
+    `base` is the place of the first in the split's scratch files; `begun` is what a record holds of a lane.
+    """
+
+    def __init__(self, split: str, base: int, contexts: int, width: int, begun: list[int] | None = None) -> None:
+        self.split, self.base, self.width, self.room = split, base, width, contexts * width
+        # Tokens of contexts that are begun, and where the next token of a document goes: past the end of a whole
+        # context, that is at a multiple of the width, a new one is begun.
+        self.taken, self.at = begun or (0, 0)
+
+    @property
+    def filled(self) -> int:
+        """Tokens that are in place."""
+        return self.taken - (-self.at % self.width)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room left."""
+        return self.filled == self.room
+
+    def place(self, count: int, *, whole: bool) -> list[slice]:
+        """Where so many tokens of a document go; fewer, once the lane is full. `whole` ones begin a context."""
+        free = self.room - self.taken
+        if whole and count % self.width == 0 and free:
+            start, self.taken = self.taken, self.taken + min(count, free)
+            return [slice(self.base + start, self.base + self.taken)]
+        begun = min(count, -self.at % self.width)
+        places = [slice(self.base + self.at, self.base + self.at + begun)] if begun else []
+        self.at += begun
+        if rest := min(count - begun, free):
+            self.at = self.taken + rest
+            places.append(slice(self.base + self.taken, self.base + self.at))
+            self.taken += -(-rest // self.width) * self.width
+        return places
+
+
 class Candidate(NamedTuple):
     """A row on its way into a lane, or out."""
 
     row: int  # of the source's data set
-    reading: Reading | None  # None for a row that `where` filters out
-    split: str = ""
-    lane: Lane | None = None
+    note: Note | None = None  # why it cannot be used
+    lane: Lane | None = None  # None for a row that cannot be read, or that `where` filters out (without a note)
+    reading: Reading = Reading([])
     segments: list[Segment] | None = None  # of what has to be tokenized; None where the lane was full before
-    refused: str = ""  # why the template does not take it
     tokens: np.ndarray | None = None  # uint32 (tokens,)
 
 
@@ -72,24 +116,33 @@ class PackedSource:
                 f"{self.setting}.path: {self.source.path!r}: changed after its content was hashed for the fingerprint; "
                 "the same command again takes what is there now"
             )
-        self.strata = find_strata(self.source, self._opened, self.setting)
-        self._choice = Choice(self.source, self.strata)
-        # Where each context begins with BOS, the rest of it is the documents'; token ids are taken as they stand.
+        self._choice = Choice(self.source, self._opened.rows, self.setting)
+        self.strata = self._choice.strata
+        self._check_strata()
+        # Where each context begins with BOS, the rest of it is the documents'; token ids are taken as they are.
         self._bos = tokenizer.bos == "context" and self.source.rows != "tokens"
         self._width = config.context_size - self._bos
-        self._start, self.counts, begun = _read_record(self._record)
-        self._lanes = {
-            split: lanes(count, len(self.strata) or 1, self._width, begun.get(split))
-            for split, count in contexts.items()
-        }
-        self._check_strata()
+        begun: dict[str, Any] = {"start": 0, "counts": {}, "lanes": {}}
+        if self._record.exists():
+            begun = read_json(self._record)
+        self._start, self.counts = begun["start"], RowCounts(**begun["counts"])
+        self._lanes = {split: self._new_lanes(split, begun["lanes"].get(split)) for split in contexts}
         self._files = {
             split: Packed(
-                *(scratch_file(scratch / f"{index}-{split}-{n}", count * self._width) for n in Packed._fields)
+                *(_scratch_file(scratch / f"{index}-{split}-{n}", count * self._width) for n in Packed._fields)
             )
             for split, count in contexts.items()
             if count
         }
+
+    def _new_lanes(self, split: str, begun: list[list[int]] | None) -> list[Lane]:
+        """One lane, or equal parts of the split's contexts for each stratum, the first ones one more."""
+        strata, base, found = len(self.strata) or 1, 0, []
+        for number in range(strata):
+            contexts = self.contexts[split] // strata + (number < self.contexts[split] % strata)
+            found.append(Lane(split, base, contexts, self._width, begun[number] if begun else None))
+            base += found[-1].room
+        return found
 
     @property
     def lanes(self) -> list[Lane]:
@@ -107,10 +160,8 @@ class PackedSource:
 
     def stratum(self, split: str, number: int) -> int | None:
         """The stratum of a context; None where the source has none."""
-        if not self.strata:
-            return None
         bases = [lane.base for lane in self._lanes[split]]
-        return int(np.searchsorted(bases, number * self._width, "right")) - 1
+        return int(np.searchsorted(bases, number * self._width, "right")) - 1 if self.strata else None
 
     def pack(self, progress: Progress) -> None:
         """Fill the lanes.
@@ -139,7 +190,7 @@ class PackedSource:
         return documents | contexts | self.counts.summary(len(self._opened.rows))
 
     def say(self) -> None:
-        """Tell what was not used as it stands, and what lies beside the files and was not read."""
+        """Print what was not used as it is, and what lies beside the files and was not read."""
         if self._opened.passed_over:
             root = Path(self.source.path).expanduser()
             names = [str(p.relative_to(root)) if p.is_relative_to(root) else p.name for p in self._opened.passed_over]
@@ -171,83 +222,59 @@ class PackedSource:
         rows = self._opened.rows.take(numbers, self._opened.columns)
         return [self._candidate(number, row) for number, row in zip(numbers, rows, strict=True)]
 
-    def _candidate(self, number: int, row: dict[str, Any] | Damaged) -> Candidate:
-        if isinstance(row, Damaged):
-            return Candidate(number, damaged(row.reason))
+    def _candidate(self, number: int, row: Row) -> Candidate:
+        if not isinstance(row, dict):
+            return Candidate(number, Note(row.reason, damaged=True))
         if not self._choice.takes(row):
-            return Candidate(number, None)
+            return Candidate(number)
         reading = read_row(self.source.rows, row)
         stratum = self._choice.stratum(row)
-        if stratum is None and not reading.dropped:
-            reading = Reading([], dropped=Note(f"no value in {self.source.strata}"))
         if reading.dropped or stratum is None:
-            return Candidate(number, reading)
+            return Candidate(number, reading.dropped or Note(f"no value in {self.source.strata}"))
         split = SPLITS[is_held_out(reading.key, self._config.seed, self._config.holdout_fraction)]
-        lane = self._lanes[split][stratum]
-        if lane.is_full:
-            return Candidate(number, reading, split, lane)
-        if reading.ids is not None:
-            return Candidate(number, reading, split, lane, tokens=reading.ids)
+        found = Candidate(number, None, self._lanes[split][stratum], reading, tokens=reading.ids)
+        if self._lanes[split][stratum].is_full or reading.ids is not None:
+            return found
         try:
-            segments = self._tokenizer.compose(reading.turns)
+            return found._replace(segments=self._tokenizer.compose(reading.turns))
         except Refused as error:
-            return Candidate(number, reading, split, lane, refused=str(error))
-        return Candidate(number, reading, split, lane, segments)
+            return found._replace(note=Note(str(error)))
 
     def _encoded(self, end: int, candidates: list[Candidate]) -> tuple[int, list[Candidate]]:
-        texts = [candidate.segments for candidate in candidates if candidate.segments is not None]
-        tokens = iter(self._tokenizer.encode(texts))
+        tokens = iter(self._tokenizer.encode([c.segments for c in candidates if c.segments is not None]))
         return end, [c if c.segments is None else c._replace(tokens=next(tokens)) for c in candidates]
 
     def _put(self, candidate: Candidate, progress: Progress) -> None:
         """Count a row, and put its tokens in place where they are needed."""
-        row, reading, counts = candidate.row, candidate.reading, self.counts
-        lane, tokens = candidate.lane, candidate.tokens
-        if reading is None:
-            counts.filtered += 1
-        elif reading.dropped or not lane:
-            self._drop(reading.dropped or Note("unusable"), row, is_damaged=reading.damaged)
-        elif lane.is_full:
-            counts.not_needed += 1
-        elif candidate.refused or tokens is None or not len(tokens):
-            counts.drop(Note(candidate.refused or "no token"), row)
+        row, note, lane, reading, _, tokens = candidate
+        if lane is None and note is None:
+            self.counts.filtered += 1
+        elif lane and lane.is_full:
+            self.counts.not_needed += 1
+        elif note and note.damaged and self.source.drop == "few":
+            raise UserError(
+                f"{self.setting}.path: {self._opened.rows.place(row)}: {note.reason}; mend it, or leave such rows out "
+                f"with sample.sources.{self._index}.drop: any"
+            )
+        elif note or lane is None or tokens is None or not len(tokens):
+            self.counts.drop(note or Note("no token"), row)
         else:
-            if reading.ids is not None:
-                self._check_ids(reading.ids, row)
-            files, start = self._files[candidate.split], 0
+            if reading.ids is not None and (largest := int(tokens.max())) >= self._tokenizer.known_ids:
+                raise UserError(
+                    f"{self.setting}.rows: {self._opened.rows.place(row)}: the token id {largest:,} is beyond the "
+                    f"vocabulary of model.name, which ends at {self._tokenizer.known_ids - 1:,}; the set is another "
+                    "tokenizer's"
+                )
+            files, start = self._files[lane.split], 0
             for place in lane.place(len(tokens), whole=reading.ids is not None):
                 count = place.stop - place.start
                 files.tokens[place] = tokens[start : start + count]
                 files.documents[place] = row
                 start += count
-            counts.use(candidate.split, row, reading.cut, reading.malformed)
-            progress.advance(start, f"{self.name} ({candidate.split})")
-
-    def _drop(self, note: Note, row: int, *, is_damaged: bool) -> None:
-        if is_damaged and self.source.drop == "few":
-            raise UserError(
-                f"{self.setting}.path: {self._opened.rows.place(row)}: {note.reason}; mend it, or leave such rows out "
-                f"with sample.sources.{self._index}.drop: any"
-            )
-        self.counts.drop(note, row)
-
-    def _check_ids(self, ids: np.ndarray, row: int) -> None:
-        """Raise UserError for ids (tokens,) that the model's vocabulary does not have."""
-        known = self._vocabulary
-        if (largest := int(ids.max())) >= known:
-            raise UserError(
-                f"{self.setting}.rows: {self._opened.rows.place(row)}: the token id {largest:,} is beyond the "
-                f"vocabulary of model.name, which ends at {known - 1:,}; the set is another tokenizer's"
-            )
-
-    @cached_property
-    def _vocabulary(self) -> int:
-        """Ids that the tokenizer and the model have: all are below it."""
-        known = max(self._tokenizer.whole.get_vocab(with_added_tokens=True).values()) + 1
-        return min(known, self._tokenizer.rows or known)
+            self.counts.use(lane.split, row, reading)
+            progress.advance(start, f"{self.name} ({lane.split})")
 
     def _check_strata(self) -> None:
-        """Raise UserError where a stratum would get no context of a split."""
         for split, count in self.contexts.items():
             if self.strata and count < len(self.strata):
                 raise UserError(
@@ -256,47 +283,50 @@ class PackedSource:
                 )
 
     def _check_dropped(self, *, all_read: bool) -> None:
-        """Raise UserError when most rows cannot be used."""
         counts = self.counts
         if self.source.drop == "few" and counts.stops(all_read=all_read):
-            reasons = counts.told(counts.dropped, self._opened.rows.place)
             raise UserError(
                 f"{self.setting}.rows: {self.source.rows!r}: {counts.dropped_rows:,} of {counts.read:,} rows hold "
-                f"nothing usable in {', '.join(COLUMNS[self.source.rows])}: {reasons}; choose the schema that fits, or "
-                f"go on without them with sample.sources.{self._index}.drop: any"
+                f"nothing usable in {', '.join(COLUMNS[self.source.rows])}: {counts.why(self._opened.rows.place)}; "
+                f"choose the schema that fits, or go on without them with sample.sources.{self._index}.drop: any"
             )
 
     def _check_filled(self) -> None:
         """Raise UserError for a split, or a stratum of it, that has too little text."""
         if self.counts.filtered == len(self._opened.rows):
-            raise none_taken(self.source, self._opened, self.setting)
-        for split in SPLITS:
-            for number, lane in enumerate(self._lanes[split]):
-                if lane.is_full:
-                    continue
-                counts, fraction = self.counts, "raise" if split == "holdout" else "lower"
-                value = f", {self.source.strata} = {self.strata[number]!r}," if self.strata else ""
-                share = f" or the share of {self.name}" if len(self._config.sources) > 1 else ""
-                lost = "".join(f". {line}" for line in counts.lines(self._opened.rows.place))
-                lost += f". {counts.filtered:,} rows are not those of `where`" if counts.filtered else ""
-                raise UserError(
-                    f"sample.{split}_tokens: source {self.name!r}{value} has {lane.filled:,} tokens for the {split} "
-                    f"split and its share is {lane.room:,}; lower sample.{split}_tokens{share}, {fraction} "
-                    f"sample.holdout_fraction ({self._config.holdout_fraction:g}), or add text{lost}"
-                )
+            raise self._choice.none_taken()
+        lane = next((lane for lane in self.lanes if not lane.is_full), None)
+        if lane is None:
+            return
+        split, fraction = lane.split, "raise" if lane.split == "holdout" else "lower"
+        value = f", {self.source.strata} = {self.strata[self._lanes[split].index(lane)]!r}," if self.strata else ""
+        share = f" or the share of {self.name}" if len(self._config.sources) > 1 else ""
+        lost = "".join(f". {line}" for line in self.counts.lines(self._opened.rows.place))
+        lost += f". {self.counts.filtered:,} rows are not those of `where`" if self.counts.filtered else ""
+        raise UserError(
+            f"sample.{split}_tokens: source {self.name!r}{value} has {lane.filled:,} tokens for the {split} "
+            f"split and its share is {lane.room:,}; lower sample.{split}_tokens{share}, {fraction} "
+            f"sample.holdout_fraction ({self._config.holdout_fraction:g}), or add text{lost}"
+        )
 
     def _save(self, end: int) -> None:
         """Record how far it is, once it is known that what was read is what was hashed."""
-        self._opened.check()
+        for file in self._opened.rows.files:
+            file.check()
         for array in (array for files in self._files.values() for array in files):
             array.flush()
         states = {split: [[lane.taken, lane.at] for lane in own] for split, own in self._lanes.items()}
         write_json(self._record, {"start": end, "lanes": states, "counts": asdict(self.counts)})
 
 
-def _read_record(path: Path) -> tuple[int, RowCounts, dict[str, Any]]:
-    """Rows that are done with, what became of them, and the lanes by split, as `scratch/<source>.json` has them."""
-    if not path.exists():
-        return 0, RowCounts(), {}
-    record = read_json(path)
-    return record["start"], RowCounts.of(record["counts"]), record["lanes"]
+def _scratch_file(path: Path, size: int) -> np.memmap:
+    """A file of so many uint32 as an array (size,). Allocated now: a full disk would kill a sparse one with SIGBUS."""
+    with path.open("ab") as file:
+        before = file.tell()
+        try:
+            os.posix_fallocate(file.fileno(), 0, 4 * size)
+        except OSError as error:
+            file.truncate(before)  # some file systems keep what they could give
+            error.filename = str(path)
+            raise
+    return np.memmap(path, np.uint32, "r+", shape=(size,))

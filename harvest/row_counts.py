@@ -2,25 +2,18 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from harvest.contexts import SPLITS
-from harvest.conversations import Note
+from harvest.conversations import Note, Reading
 
 WARN_SHARE, STOP_SHARE = 0.01, 0.5  # of the rows that were read
 SURE = 4  # standard deviations by which a part of the rows has to exceed STOP_SHARE
 ENOUGH_ROWS = 500  # to judge the others by
 MOST_REASONS = 5  # in one message
-
-
-@dataclass
-class Kept:
-    """Rows of which the same is to be said."""
-
-    rows: int
-    row: int  # the first of them, an example
-    found: str = ""  # what that one has
+# Reason -> the number of `rows`, the first `row` and what was `found` in it.
+Reasons = dict[str, dict[str, Any]]
 
 
 @dataclass
@@ -30,79 +23,59 @@ class RowCounts:
     used: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))  # by split
     filtered: int = 0  # by `where`
     not_needed: int = 0  # usable, but the split or the stratum was full
-    dropped: dict[str, Kept] = field(default_factory=dict)  # by reason
-    cut: dict[str, Kept] = field(default_factory=dict)  # used, but for the turns from an unusable one on; by reason
-    malformed: Kept | None = None  # used, with thinking tags that do not pair
-
-    @classmethod
-    def of(cls, record: dict[str, Any]) -> "RowCounts":
-        """From what `asdict` gave."""
-        reasons = {name: {r: Kept(**kept) for r, kept in record[name].items()} for name in ("dropped", "cut")}
-        malformed = record["malformed"] and Kept(**record["malformed"])
-        return cls(**{**record, **reasons, "malformed": malformed})
+    dropped: Reasons = field(default_factory=dict)
+    cut: Reasons = field(default_factory=dict)  # used, but for the turns from an unusable one on
+    malformed: Reasons = field(default_factory=dict)  # used, with thinking tags that do not pair
 
     def drop(self, note: Note, row: int) -> None:
         """Count a row that cannot be used."""
         _count(self.dropped, note, row)
 
-    def use(self, split: str, row: int, cut: Note | None, malformed: bool) -> None:
+    def use(self, split: str, row: int, reading: Reading) -> None:
         """Count a row that gave tokens."""
         self.used[split] += 1
-        if cut:
-            _count(self.cut, cut, row)
-        if malformed:
-            self.malformed = self.malformed or Kept(0, row)
-            self.malformed.rows += 1
+        if reading.cut:
+            _count(self.cut, reading.cut, row)
+        if reading.malformed:
+            _count(self.malformed, Note("with thinking tags that do not pair"), row)
 
     @property
     def dropped_rows(self) -> int:
         """Rows dropped for any reason."""
-        return sum(kept.rows for kept in self.dropped.values())
+        return _rows(self.dropped)
 
     @property
     def read(self) -> int:
         """Rows that were read as documents; those that are filtered are not meant to be."""
         return sum(self.used.values()) + self.not_needed + self.dropped_rows
 
-    @property
-    def looked_at(self) -> int:
-        """All rows but those that are not reached."""
-        return self.read + self.filtered
-
-    def warns(self) -> bool:
-        """Whether so many rows were dropped that it has to be said aloud."""
-        return self.dropped_rows > WARN_SHARE * self.read
-
     def stops(self, *, all_read: bool) -> bool:
         """Whether more rows are dropped than used; of a part of them, in random order, when that is beyond doubt."""
-        beyond = self.dropped_rows - STOP_SHARE * self.read
-        if all_read:
-            return beyond > 0
-        return self.read >= ENOUGH_ROWS and beyond > SURE * math.sqrt(self.read * STOP_SHARE * (1 - STOP_SHARE))
+        surely = 0 if all_read else SURE * math.sqrt(max(self.read, ENOUGH_ROWS) * STOP_SHARE * (1 - STOP_SHARE))
+        return self.dropped_rows - STOP_SHARE * self.read > surely and (all_read or self.read >= ENOUGH_ROWS)
 
-    def told(self, reasons: dict[str, Kept], place: Callable[[int], str]) -> str:
-        """Reasons for people, the most frequent first, each with an example; `place` says where a row stands."""
-        ordered = sorted(reasons.items(), key=lambda item: -item[1].rows)
+    def why(self, place: Callable[[int], str], reasons: Reasons | None = None) -> str:
+        """Why rows were dropped, or other reasons, the most frequent first, each with an example at its `place`."""
+        reasons = self.dropped if reasons is None else reasons
+        ordered = sorted(reasons.items(), key=lambda item: -item[1]["rows"])
         parts = [
-            f"{kept.rows:,} {reason} (as {place(kept.row)}{f': {kept.found!r}' if kept.found else ''})"
-            for reason, kept in ordered[:MOST_REASONS]
+            f"{of['rows']:,} {reason} (as {place(of['row'])}{': ' + repr(of['found']) if of['found'] else ''})"
+            for reason, of in ordered[:MOST_REASONS]
         ]
-        rest = sum(kept.rows for _, kept in ordered[MOST_REASONS:])
+        rest = _rows(dict(ordered[MOST_REASONS:]))
         return ", ".join(parts) + (f", {rest:,} for other reasons" if rest else "")
 
     def lines(self, place: Callable[[int], str]) -> list[str]:
-        """What is to be said of rows that were not used, or not as they stand."""
+        """What is to be said of rows that were not used, or not as they are."""
         out = []
         if self.dropped:
-            warning = "warning: " if self.warns() else ""
-            told = self.told(self.dropped, place)
-            out.append(f"{warning}{self.dropped_rows:,} of {self.read:,} rows read were dropped: {told}")
+            warning = "warning: " if self.dropped_rows > WARN_SHARE * self.read else ""
+            out.append(f"{warning}{self.dropped_rows:,} of {self.read:,} rows read were dropped: {self.why(place)}")
         if self.cut:
-            rows = sum(kept.rows for kept in self.cut.values())
-            out.append(f"{rows:,} conversations were cut before an unusable turn: {self.told(self.cut, place)}")
+            cut = self.why(place, self.cut)
+            out.append(f"{_rows(self.cut):,} conversations were cut before an unusable turn: {cut}")
         if self.malformed:
-            kept = {"with thinking tags that do not pair": self.malformed}
-            out.append(f"answers kept as text: {self.told(kept, place)}")
+            out.append(f"answers kept as text: {self.why(place, self.malformed)}")
         return out
 
     def summary(self, rows: int) -> dict[str, Any]:
@@ -113,14 +86,17 @@ class RowCounts:
             "rows_dropped": self.dropped_rows,
             "rows_filtered": self.filtered,
             "rows_not_needed": self.not_needed,
-            "rows_not_reached": rows - self.looked_at,
-            "rows_cut": sum(kept.rows for kept in self.cut.values()),
-            "rows_malformed": self.malformed.rows if self.malformed else 0,
-            "dropped": {reason: asdict(kept) for reason, kept in self.dropped.items()},
-            "cut": {reason: asdict(kept) for reason, kept in self.cut.items()},
+            "rows_not_reached": rows - self.read - self.filtered,
+            "rows_cut": _rows(self.cut),
+            "rows_malformed": _rows(self.malformed),
+            "dropped": self.dropped,
+            "cut": self.cut,
         }
 
 
-def _count(reasons: dict[str, Kept], note: Note, row: int) -> None:
-    kept = reasons.setdefault(note.reason, Kept(0, row, note.found))
-    kept.rows += 1
+def _count(reasons: Reasons, note: Note, row: int) -> None:
+    reasons.setdefault(note.reason, {"rows": 0, "row": row, "found": note.found})["rows"] += 1
+
+
+def _rows(reasons: Reasons) -> int:
+    return sum(of["rows"] for of in reasons.values())

@@ -3,11 +3,8 @@
 Documents are taken in a random order, joined, and cut; a context has one source, and one stratum of it. Held-out
 documents fill contexts of their own. Contexts are then shuffled across sources, so that whatever reads the first part
 of them reads the same mixture. Tokens wait in scratch files between the two passes: memory stays flat, disk is twice
-the result for a while, and an interrupted run goes on from there.
-
-Tokenizing is nearly all of the work (94% of the CPU time, measured with SmolLM2's tokenizer). `tokenizers`
-does it on all cores, without Python's lock, while the next documents are read and the last ones packed;
-neither the number of cores nor an interruption changes a token.
+the result for a while, and an interrupted run goes on from there. Tokenizing is 94% of the CPU time; it runs on all
+cores while the next documents are read and the last ones packed.
 
     contexts/zarr.json                       attributes: names of the sources, context_size, seed, bos, strata
     contexts/<split>/tokens    u4 (contexts, context_size)     split = train | holdout
@@ -108,16 +105,16 @@ def contexts_by_source(config: SampleConfig, split: str) -> list[int]:
 def _write(config: SampleConfig, tokenizer: DocumentTokenizer, sources: list[PackedSource], path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
     strata = [{"source": source.name, "value": value} for source in sources for value in source.strata]
+    first_strata = np.cumsum([0, *(len(source.strata) for source in sources)])
+    size, step = config.context_size, config.shard_contexts
     attributes: dict[str, Any] = {
         "schema": 1,
         "sources": [source.name for source in sources],
-        "context_size": config.context_size,
+        "context_size": size,
         "seed": config.seed,
         "bos": tokenizer.bos,
     }
     root = zarr.create_group(str(path), attributes=attributes | ({"strata": strata} if strata else {}))
-    size, step = config.context_size, config.shard_contexts
-    first_strata = np.cumsum([0, *(len(source.strata) for source in sources)])
     names = {"tokens": "uint32", "document": "uint32", "source": "uint8"} | ({"stratum": "uint16"} if strata else {})
     for number, split in enumerate(SPLITS):
         group = root.create_group(split)
@@ -126,8 +123,8 @@ def _write(config: SampleConfig, tokenizer: DocumentTokenizer, sources: list[Pac
         arrays = {
             name: group.create_array(
                 name,
-                shape=(len(origin), size) if name in ("tokens", "document") else (len(origin),),
-                chunks=(step, size) if name in ("tokens", "document") else (step,),
+                shape=(len(origin), size)[: 1 + (dtype == "uint32")],
+                chunks=(step, size)[: 1 + (dtype == "uint32")],
                 dtype=dtype,
                 compressors=[Crc32cCodec()],
                 config={"write_empty_chunks": True},
@@ -136,13 +133,16 @@ def _write(config: SampleConfig, tokenizer: DocumentTokenizer, sources: list[Pac
         }
         for start in range(0, len(order), step):
             chosen = [origin[k] for k in order[start : start + step]]
-            rows = slice(start, start + step)
-            parts = [sources[i].context(split, k) for i, k in chosen]
-            arrays["tokens"][rows] = np.stack([tokens for tokens, _ in parts])
-            arrays["document"][rows] = np.stack([documents for _, documents in parts])
-            arrays["source"][rows] = np.array([i for i, _ in chosen], np.uint8)
-            if strata:
-                found = [(first_strata[i], sources[i].stratum(split, k)) for i, k in chosen]
-                arrays["stratum"][rows] = np.array(
-                    [NO_STRATUM if own is None else first + own for first, own in found], np.uint16
-                )
+            tokens, documents = zip(*(sources[i].context(split, k) for i, k in chosen), strict=True)
+            found = [sources[i].stratum(split, k) for i, k in chosen]
+            values = {
+                "tokens": tokens,
+                "document": documents,
+                "source": [i for i, _ in chosen],
+                "stratum": [
+                    NO_STRATUM if own is None else first_strata[i] + own
+                    for (i, _), own in zip(chosen, found, strict=True)
+                ],
+            }
+            for name, array in arrays.items():
+                array[start : start + step] = np.array(values[name], array.dtype)

@@ -1,4 +1,4 @@
-"""Which files a local source is: a file, a folder's, or a glob's; which of them its split takes; which are no data."""
+"""Which files a local source is: a file, a folder's, or a glob's; which of them its split takes; which hold no data."""
 
 import difflib
 import os
@@ -20,22 +20,20 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 RUNS_MEMORY = ".inputs.json"  # of a folder of runs; hidden, and so passed over and named
-WILD = re.compile(r"[*?\[]")
 
 
 class LocalFiles(NamedTuple):
-    """The data files of a source, in order of their paths, and what lies beside them and is none."""
+    """The data files of a source, in order of their paths, and what lies beside them and holds no data."""
 
     files: list[Path]
     passed_over: list[Path]
 
 
 def kind_of(path: Path) -> str | None:
-    """What a file's name says that it holds: json, parquet or arrow; None for anything else."""
+    """What a file's name says it holds: json, parquet or arrow; None for anything else."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in COMPRESSIONS:
-        kind = KINDS.get(suffixes[0]) if len(suffixes) > 1 else None
-        return kind if kind == "json" else None
+        return "json" if KINDS.get(suffixes[0]) == "json" else None
     return KINDS.get(suffixes[-1]) if suffixes else None
 
 
@@ -51,7 +49,7 @@ def is_local(name: str) -> bool:
 
 
 def find_files(source: Source, setting: str) -> LocalFiles:
-    """The files of a local source, of its split where they are of several; `setting` is its place in the settings.
+    """The files of a local source, of its split if they are of several; `setting` is its place in the settings.
 
     Raises UserError when there are none, or when it is not clear which are meant.
     """
@@ -63,33 +61,30 @@ def find_files(source: Source, setting: str) -> LocalFiles:
             )
     root = Path(source.path).expanduser()
     found = LocalFiles([root] if kind_of(root) else [], []) if root.is_file() else _below(root)
+    if not found.files and root.is_file():
+        raise UserError(
+            f"{where}: neither .jsonl, .json (or one of them as .gz, .zst, .bz2, .xz), .parquet nor .arrow; plain text "
+            'goes into a .jsonl file, one {"text": "..."} a line, with rows: text'
+        )
     if not found.files:
-        raise UserError(f"{where}: {_nothing(root)}")
-    kinds = {kind: path for path in found.files if (kind := kind_of(path))}
+        raise UserError(f"{where}: no .jsonl, .json, .parquet or .arrow file there")
+    kinds = {kind_of(path): path.name for path in found.files}
     if len(kinds) > 1:
-        names = " and ".join(path.name for path in kinds.values())
-        raise UserError(f"{where}: {' and '.join(kinds)} files side by side ({names}); point at one kind of them")
+        what, names = " and ".join(map(str, kinds)), " and ".join(kinds.values())
+        raise UserError(f"{where}: {what} files side by side ({names}); point at one kind of them")
     return LocalFiles(_of_split(source, root, found.files, setting), found.passed_over)
 
 
 def nearest_hint(name: str, also: list[str]) -> str:
-    """What a path that is not there may have meant, as the end of a sentence; `also` may be meant too."""
-    if not name or Path(name).expanduser().exists():
+    """What a missing path may have meant, as the end of a sentence; `also` may be meant too."""
+    path = Path(name).expanduser()
+    if not name or path.exists():
         return ""
-    if Path(name).expanduser().is_symlink():
+    if path.is_symlink():
         return "; it is a link to a file that is not there"
     beside = [str(path) for path in Path(name).parent.glob("*")]
     close = difflib.get_close_matches(name, [*also, *beside], n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _nothing(root: Path) -> str:
-    if root.is_file():
-        return (
-            "neither .jsonl, .json (or one of them as .gz, .zst, .bz2, .xz), .parquet nor .arrow; plain text goes into "
-            'a .jsonl file, one {"text": "..."} a line, with rows: text'
-        )
-    return "no .jsonl, .json, .parquet or .arrow file there"
 
 
 def _below(root: Path) -> LocalFiles:
@@ -100,20 +95,16 @@ def _below(root: Path) -> LocalFiles:
     else:
         found = fixed.glob(str(root.relative_to(fixed))) if root != fixed else iter(())
     paths = sorted(path for path in found if path.is_file())
-    saved = {path.parent: _saved_names(path) for path in {p.parent / SAVED for p in paths} if path.is_file()}
-    for folder, names in saved.items():
-        if missing := sorted(name for name in names or () if not (folder / name).is_file()):
-            raise UserError(f"{folder / SAVED} names {missing[0]}, which is not there; the folder is half copied")
+    saved = {folder: _saved_names(folder) for folder in {path.parent for path in paths}}
     files, passed_over = [], []
     for path in paths:
-        kind = kind_of(path)
-        names = saved.get(path.parent)
-        if names is not None and path.name not in NO_DATA:
-            (files if path.name in names else passed_over if kind else []).append(path)
-        elif kind and names is None:
-            hidden = any(part.startswith(".") for part in path.relative_to(fixed).parts)
-            leftover = path.name in NO_DATA or re.fullmatch(r"cache-.*\.arrow", path.name)
-            (passed_over if hidden or leftover else files).append(path)
+        kind, names = kind_of(path), saved[path.parent]
+        if not kind or (names and path.name in NO_DATA):
+            continue
+        hidden = any(part.startswith(".") for part in path.relative_to(fixed).parts)
+        leftover = path.name in NO_DATA or re.fullmatch(r"cache-.*\.arrow", path.name)
+        is_data = path.name in names if names else not hidden and not leftover
+        (files if is_data else passed_over).append(path)
     return LocalFiles(files, passed_over)
 
 
@@ -133,28 +124,27 @@ def _walked(root: Path) -> Iterator[Path]:
 
 
 def _fixed(root: Path) -> Path:
-    """The part of a pattern that is no pattern; a folder that is there is none at all."""
+    """The part of a pattern without wildcards; a folder that exists is taken as it is."""
     if root.is_dir():
         return root
     parts = list(root.parts)
-    first = next((i for i, part in enumerate(parts) if WILD.search(part)), len(parts))
+    first = next((i for i, part in enumerate(parts) if re.search(r"[*?\[]", part)), len(parts))
     return Path(*parts[:first])
 
 
-def _saved_names(state: Path) -> set[str] | None:
-    """Names of the files of a data set that `datasets` saved; None where the file is something else."""
+def _saved_names(folder: Path) -> set[str]:
+    """Names of the files of a data set that `datasets` saved in a folder; none where it saved nothing."""
     try:
-        listed = read_json(state).get("_data_files")
-        return {entry["filename"] for entry in listed} if isinstance(listed, list) else None
+        names = {entry["filename"] for entry in read_json(folder / SAVED)["_data_files"]}
     except (UserError, KeyError, TypeError):
-        return None
+        return set()
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise UserError(f"{folder / SAVED} names {missing[0]}, which is not there; the folder is half copied")
+    return names
 
 
 def _of_split(source: Source, root: Path, files: list[Path], setting: str) -> list[Path]:
-    """The files that a source's split takes.
-
-    Raises UserError where there are several and the settings choose none, or one that is not there.
-    """
+    """The files that a source's split takes."""
     fixed = root.parent if root.is_file() else _fixed(root)
     split_of = {path: _split_of(path, fixed) for path in files}
     named = sorted({split for split in split_of.values() if split})
@@ -171,15 +161,15 @@ def _of_split(source: Source, root: Path, files: list[Path], setting: str) -> li
                 f"split: {named[0]}, or point path at the files that you mean"
             )
         return files
-    asked = [SPLITS.get(name, name) if name not in named else name for name in source.split.split("+")]
-    if missing := [typed for typed, name in zip(source.split.split("+"), asked, strict=True) if name not in named]:
+    asked = {typed: typed if typed in named else SPLITS.get(typed, typed) for typed in source.split.split("+")}
+    if missing := [typed for typed, name in asked.items() if name not in named]:
         there = f"there are {', '.join(named)}" if named else "the files are of no split; leave it out"
         raise UserError(f"{setting}.split: {missing[0]!r}: {source.path!r} has no such files; {there}")
-    return [path for path in files if split_of[path] in asked]
+    return [path for path in files if split_of[path] in asked.values()]
 
 
 def _split_of(path: Path, root: Path) -> str | None:
-    """The split that a file's folders or its name tell; None where they tell none."""
+    """The split that a file's folders or its name give; None where they give none."""
     if (root / SAVED_SPLITS).is_file():
         return path.relative_to(root).parts[0]
     for part in path.relative_to(root).parts:

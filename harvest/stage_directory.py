@@ -18,8 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from harvest.contexts import damaged_chunks, missing_chunks
 from harvest.files import UserError, file_crc32c, is_locked, locked, read_json, write_sealed
-from harvest.row_files import damaged_chunks, missing_chunks, missing_rows
+from harvest.row_files import missing_rows
 from harvest.workers import wait_until
 
 BEGUN, MANIFEST = "begun.json", "manifest.json"

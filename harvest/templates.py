@@ -1,8 +1,6 @@
-"""Conversations -> documents: what a template writes, with markers and content kept apart.
+"""Documents as markers and content, and the chat templates that come with this program.
 
 Content is untrusted text: a chat that contains the text `<|im_end|>` must not make the token.
-
-The three templates here are written out; harvest/chat_template.py renders the model's own.
 
     chatml             <|im_start|>role LF content <|im_end|> LF
     deepseek-r1        what R1 itself reads and writes: BOS, <think> LF reasoning LF </think> LF LF answer, end token
@@ -10,12 +8,14 @@ The three templates here are written out; harvest/chat_template.py renders the m
                        between two documents
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from harvest.conversations import Turn
 
 BOS, END = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 OUTPUTS, OUTPUTS_END = "<｜tool▁outputs▁begin｜>", "<｜tool▁outputs▁end｜>"
 OUTPUT, OUTPUT_END = "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"
 THINK, THINK_END = "<think>", "</think>"
@@ -23,10 +23,30 @@ TOOL_MARKERS = (OUTPUTS, OUTPUTS_END, OUTPUT, OUTPUT_END)
 # What each template cannot do without.
 MARKERS = {
     "chatml": ("<|im_start|>", "<|im_end|>"),
-    "deepseek-r1": (BOS, END, "<｜User｜>", "<｜Assistant｜>"),
-    "deepseek-r1-paper": (END, "<｜User｜>", "<｜Assistant｜>"),
+    "deepseek-r1": (BOS, END, USER, ASSISTANT),
+    "deepseek-r1-paper": (END, USER, ASSISTANT),
 }
 ALL_MARKERS = {marker for markers in MARKERS.values() for marker in markers} | {THINK, THINK_END, *TOOL_MARKERS}
+# R1 goes on after a tool's output in the same turn.
+_R1_TURN = (
+    "{% set tool = loop.previtem is defined and loop.previtem.role == 'tool' %}"
+    f"{{% if tool and m.role != 'tool' %}}{OUTPUTS_END}{{% endif %}}"
+    "{% if m.role == 'system' %}{{ m.content }}"
+    f"{{% elif m.role == 'user' %}}{USER}{{{{ m.content }}}}"
+    f"{{% elif m.role == 'tool' %}}{{{{ '\\n' if tool else '{OUTPUTS}' }}}}{OUTPUT}{{{{ m.content }}}}{OUTPUT_END}"
+    f"{{% else %}}{{% if not tool %}}{ASSISTANT}{{% endif %}}"
+    f"{{% if m.reasoning_content is defined %}}{{{{ '{THINK}\\n' + m.reasoning_content + '\\n{THINK_END}' + gap }}}}"
+    f"{{% endif %}}{{{{ m.content }}}}{END}{{% endif %}}"
+    f"{{% if loop.last and m.role == 'tool' %}}{OUTPUTS_END}{{% endif %}}"
+)
+WRITTEN = {
+    "chatml": "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}",
+    "deepseek-r1": f"{{% set gap = '\\n\\n' %}}{BOS}{{% for m in messages %}}{_R1_TURN}{{% endfor %}}",
+    # The scripts put an end token after each assistant turn but the last, and one between two documents: after each
+    # assistant turn, therefore, and where a document ends in another turn after that one.
+    "deepseek-r1-paper": f"{{% set gap = '\\n' %}}{{% for m in messages %}}{_R1_TURN}"
+    f"{{% if loop.last and m.role != 'assistant' %}}{END}{{% endif %}}{{% endfor %}}",
+}
 
 
 class Refused(ValueError):  # noqa: N818
@@ -40,14 +60,9 @@ class Segment(NamedTuple):
     is_marker: bool
 
 
-def compose(template: str | None, document: Sequence[Turn], eos: str) -> list[Segment]:
-    """The text of a document as marker and content segments. `eos` ends plain text, which takes no template."""
-    if document[0].role == "":
-        end = [Segment(eos, True)] if eos else []
-        return [Segment(document[0].content, False), *end]
-    if template == "chatml":
-        return _chatml(document)
-    return _deepseek_r1(document) if template == "deepseek-r1" else _deepseek_r1_paper(document)
+def spelling_of(names: Iterable[str]) -> re.Pattern[str]:
+    """What finds any of these names, of several at one place the longest."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
 
 
 def with_gap(before: str) -> str:
@@ -55,59 +70,11 @@ def with_gap(before: str) -> str:
     return before if not before or before[-1].isspace() else f"{before}\n\n"
 
 
-def _chatml(document: Sequence[Turn]) -> list[Segment]:
-    out = []
-    for turn in document:
-        text = turn.content if not turn.reasoning else f"{turn.reasoning}\n\n{turn.content}".rstrip()
-        out += [
-            Segment(f"<|im_start|>{turn.role}\n", True),
-            Segment(with_gap(turn.before) + text, False),
-            Segment("<|im_end|>\n", True),
-        ]
-    return out
-
-
-def _deepseek_r1(document: Sequence[Turn]) -> list[Segment]:
-    return [Segment(BOS, True), *_r1_turns(document, "\n\n")]
-
-
-def _deepseek_r1_paper(document: Sequence[Turn]) -> list[Segment]:
-    """The scripts put an end token after each assistant turn but the last, and one between two documents: after
-    each assistant turn, therefore, and where a document ends in another turn after that one."""
-    last = [Segment(END, True)] if document[-1].role != "assistant" else []
-    return [*_r1_turns(document, "\n"), *last]
-
-
-def _r1_turns(document: Sequence[Turn], after_reasoning: str) -> list[Segment]:
-    out: list[Segment] = []
-    previous = ""
-    for turn in document:
-        if previous == "tool" != turn.role:
-            out.append(Segment(OUTPUTS_END, True))
-        if turn.role == "system":
-            out.append(Segment(turn.content, False))
-        elif turn.role == "user":
-            out += [Segment("<｜User｜>", True), Segment(turn.content, False)]
-        elif turn.role == "tool":
-            begin = f"\n{OUTPUT}" if previous == "tool" else OUTPUTS + OUTPUT
-            out += [Segment(begin, True), Segment(turn.content, False), Segment(OUTPUT_END, True)]
-        else:
-            # R1 goes on after a tool's output in the same turn.
-            out += [] if previous == "tool" else [Segment("<｜Assistant｜>", True)]
-            if turn.reasoning is None:
-                out.append(Segment(with_gap(turn.before), False))
-            else:
-                out += reasoning_segments(turn, after_reasoning)
-            out += [Segment(turn.content, False), Segment(END, True)]
-        previous = turn.role
-    return [*out, Segment(OUTPUTS_END, True)] if previous == "tool" else out
-
-
-def reasoning_segments(turn: Turn, after: str = "\n\n") -> list[Segment]:
-    """Reasoning between its tags, and what was written before it; `after` separates it from the answer."""
+def reasoning_segments(turn: Turn) -> list[Segment]:
+    """Reasoning between its tags, and what was written before it."""
     return [
         Segment(with_gap(turn.before), False),
         Segment(f"{THINK}\n", True),
         Segment(turn.reasoning or "", False),
-        Segment(f"\n{THINK_END}{after}", True),
+        Segment(f"\n{THINK_END}\n\n", True),
     ]

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from harvest.files import Stamp, UserError, file_stamp, read_json, write_sealed
+from harvest.files import UserError, file_stamp, read_json, write_sealed
 from harvest.opened_file import RECENT_NS, content_name
 from harvest.progress import Progress
 
@@ -24,11 +24,8 @@ class ContentHashes:
     """sha256 of files, and other texts that take long to find, remembered in a file; without one, nothing is."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.known: dict[str, Any] = {}
-        if path:
-            self.known = _remembered(path)
-        self.changed = False
+        self.path, self.changed = path, False
+        self.known: dict[str, Any] = _remembered(path) if path else {}
 
     def save(self) -> None:
         """Write what is known, where anything new is."""
@@ -40,8 +37,7 @@ class ContentHashes:
     def get(self, key: str, make: Callable[[], str]) -> str:
         """The text of a key, made where it is not known."""
         if not isinstance(self.known.get(key), str):
-            self.known[key] = make()
-            self.changed = True
+            self.known[key], self.changed = make(), True
         return self.known[key]
 
     def file_hash(self, path: Path) -> str:
@@ -52,13 +48,17 @@ class ContentHashes:
         key = str(path.resolve())
         for _ in range(TRIES):
             stamp, now = file_stamp(path), time.time_ns()
-            if known := _hash_of(self.known.get(key), stamp):
-                return known
+            known = self.known.get(key)
+            if (
+                isinstance(known, dict)
+                and known["stamp"] == [*stamp]
+                and stamp.ctime_ns < known["hashed_ns"] - RECENT_NS
+            ):
+                return known["sha256"]
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if file_stamp(path) == stamp:
-                self.known[key] = {"stamp": [*stamp], "hashed_ns": now, "sha256": found}
-                self.changed = True
+                self.known[key], self.changed = {"stamp": [*stamp], "hashed_ns": now, "sha256": found}, True
                 return found
         raise UserError(f"{path}: changes while it is read; wait until it is written, then run the same command again")
 
@@ -76,15 +76,6 @@ class ContentHashes:
                 self.save()  # terabytes take hours; what is known stays known
                 raise
         return content_name(hashes)
-
-
-def _hash_of(known: Any, stamp: Stamp) -> str | None:
-    """The hash that is remembered, if it is surely that of a file with this stamp."""
-    if not isinstance(known, dict) or known.get("stamp") != [*stamp]:
-        return None
-    sha256, hashed_ns = known.get("sha256"), known.get("hashed_ns")
-    long_ago = isinstance(hashed_ns, int) and stamp.ctime_ns < hashed_ns - RECENT_NS
-    return sha256 if long_ago and isinstance(sha256, str) else None
 
 
 def _remembered(path: Path) -> dict[str, Any]:

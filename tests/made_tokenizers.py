@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from functools import cache, wraps
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -78,6 +79,19 @@ def _add(tokenizer: Tokenizer, *, blanks: bool = False) -> Tokenizer:
     return tokenizer
 
 
+def trained_once(make: Callable[..., PreTrainedTokenizerFast]) -> Callable[..., PreTrainedTokenizerFast]:
+    """A new tokenizer each time, of the files of the first."""
+    made = cache(make)
+
+    @wraps(make)
+    def again(*given: object, **more: object) -> PreTrainedTokenizerFast:
+        first = made(*given, **more)
+        return from_json(first.backend_tokenizer.to_str(), first.bos_token)
+
+    return again
+
+
+@trained_once
 def byte_level(*, blanks: bool = False, split: str | None = None) -> PreTrainedTokenizerFast:
     """GPT-2's kind; `split` is a pattern of another kind's, as Llama 3 has it."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=split is not None))
@@ -108,6 +122,7 @@ def _sentence_piece_bpe() -> Tokenizer:
     return Tokenizer.from_str(json.dumps(spec))
 
 
+@trained_once
 def metaspace(scheme: str) -> PreTrainedTokenizerFast:
     """Llama 2's and Mistral's kind; `scheme` is "first", "always" or "never"."""
     tokenizer = _sentence_piece_bpe()
@@ -116,6 +131,7 @@ def metaspace(scheme: str) -> PreTrainedTokenizerFast:
     return _finished(_add(tokenizer), "<bos>")
 
 
+@trained_once
 def prepend() -> PreTrainedTokenizerFast:
     """Llama 1's kind: the blank in front comes from the normalizer."""
     tokenizer = _sentence_piece_bpe()
@@ -131,6 +147,7 @@ def prepend() -> PreTrainedTokenizerFast:
     return _finished(tokenizer, "<bos>")
 
 
+@trained_once
 def unigram() -> PreTrainedTokenizerFast:
     """T5's and ALBERT's kind, whose special tokens are pieces of the model as well."""
     tokenizer = Tokenizer(models.Unigram())
@@ -150,6 +167,7 @@ def unigram() -> PreTrainedTokenizerFast:
     return _finished(_add(tokenizer), "<bos>")
 
 
+@trained_once
 def word_piece() -> PreTrainedTokenizerFast:
     """BERT's kind, in small letters and without white space."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))

@@ -7,8 +7,7 @@ import made_tokenizers
 import pytest
 from tokenizers import AddedToken
 
-from harvest.chat_rendering import has_chat_template, render, template_markers, writes_bos
-from harvest.chat_template import ChatTemplate
+from harvest.chat_template import ChatTemplate, has_chat_template, render, template_markers, writes_bos
 from harvest.conversations import Turn
 from harvest.files import UserError
 from harvest.templates import Refused

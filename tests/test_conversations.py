@@ -1,9 +1,10 @@
 import pytest
 import tiny
 
+from harvest.chat_template import ChatTemplate
 from harvest.conversations import Turn, document_key, is_held_out, needed_columns, read_row
 from harvest.files import UserError
-from harvest.templates import compose
+from harvest.templates import Segment
 from harvest.tokenizer import SegmentTokenizer
 
 
@@ -12,8 +13,12 @@ def tokenizer() -> SegmentTokenizer:
     return SegmentTokenizer(tiny.tokenizer().backend_tokenizer, "<|im_end|>")
 
 
+def compose(template: str, document: list[Turn]) -> list[Segment]:
+    return ChatTemplate(tiny.tokenizer(), template).compose(document)
+
+
 def text_of(template: str, document: list[Turn]) -> str:
-    return "".join(segment.text for segment in compose(template, document, "<eos>"))
+    return "".join(segment.text for segment in compose(template, document))
 
 
 def test_schemas():
@@ -66,7 +71,7 @@ def test_deepseek_keeps_the_reasoning_and_has_one_bos(tokenizer):
         "<｜User｜>the sum<｜Assistant｜><think>\nwait so\n</think>\n\nis even<｜end▁of▁sentence｜><｜User｜>again"
         in text
     )
-    ids = tokenizer.encode([compose("deepseek-r1", document, "")])[0].tolist()
+    ids = tokenizer.encode([compose("deepseek-r1", document)])[0].tolist()
     decoded = tokenizer.whole.decode(ids, skip_special_tokens=False)
     assert "wait so" in decoded
     bos, think = (tokenizer.whole.token_to_id(t) for t in ("<｜begin▁of▁sentence｜>", "<think>"))
@@ -77,8 +82,8 @@ def test_deepseek_keeps_the_reasoning_and_has_one_bos(tokenizer):
 
 @pytest.mark.parametrize("marker", ["<|im_end|>", "<｜User｜>", "<think>", "</think>"])
 def test_text_that_looks_like_a_special_token_stays_text(tokenizer, marker):
-    plain = tokenizer.encode([compose("chatml", [Turn("user", "a b")], "")])[0].tolist()
-    hostile = tokenizer.encode([compose("chatml", [Turn("user", f"a {marker} b")], "")])[0].tolist()
+    plain = tokenizer.encode([compose("chatml", [Turn("user", "a b")])])[0].tolist()
+    hostile = tokenizer.encode([compose("chatml", [Turn("user", f"a {marker} b")])])[0].tolist()
     token = tokenizer.whole.token_to_id(marker)
     assert hostile.count(token) == plain.count(token)
     assert tokenizer.whole.decode(hostile, skip_special_tokens=False).count(marker) == 1 + plain.count(token)

@@ -191,7 +191,8 @@ def test_text_before_the_reasoning_stands_in_front_of_its_tag():
         assert "First:\n\n<think>\nwait\n</think>\n" in text, template
     text = "".join(segment.text for segment in documents(loaded, "gpt-oss").compose(turns))
     assert text.endswith("<|message|>wait<|end|><|start|>assistant<|channel|>final<|message|>First:\n\nYes<|return|>")
-    assert "First:\n\nwait\n\nYes<|im_end|>" in documents(loaded, "chatml").compose(turns)[4].text + "<|im_end|>"
+    text = "".join(segment.text for segment in documents(loaded, "chatml").compose(turns))
+    assert text.endswith("First:\n\nwait\n\nYes<|im_end|>\n")
     turns = [Turn("user", "so"), Turn("assistant", "Yes", None, "First:")]
     for template in ("deepseek-r1", "chatml", "qwen3"):
         text = "".join(segment.text for segment in documents(loaded, template).compose(turns))

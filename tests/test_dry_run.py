@@ -4,12 +4,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, pipeline
+from transformers import PreTrainedTokenizerFast
 
+from harvest.chat_template import ChatTemplate
 from harvest.config import Source
 from harvest.conversations import Turn, read_row
 from harvest.files import UserError, read_json
 from harvest.sources import open_source
-from harvest.templates import compose
 from harvest.tokenizer import SegmentTokenizer
 from pipeline.architecture import find_architecture, shipped_folder
 from pipeline.config import load
@@ -71,7 +72,8 @@ def test_the_stand_in_tokenizer_has_the_special_tokens_of_the_settings():
     tokenizer = SegmentTokenizer(stand_in_tokenizer(special, 128_256), "<｜end▁of▁sentence｜>")
     assert tokenizer.whole.get_vocab_size() == 128_256
     document = [Turn("user", "a <think> b"), Turn("assistant", "yes", "hm")]
-    ids = tokenizer.encode([compose(config.sample.template, document, "")])[0].tolist()
+    template = ChatTemplate(PreTrainedTokenizerFast(tokenizer_object=tokenizer.whole), str(config.sample.template))
+    ids = tokenizer.encode([template.compose(document)])[0].tolist()
     assert [i for i in ids if i >= 128_000] == [128_011, 128_012, 128_013, 128_014, 128_001]
     assert set(config.train.exclude.token_ids) <= set(ids)
 

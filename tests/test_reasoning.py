@@ -2,8 +2,7 @@
 
 import pytest
 
-from harvest.conversations import Turn, read_row
-from harvest.reasoning import Answer, split_answer
+from harvest.conversations import Answer, Turn, read_row, split_answer
 
 THOUGHT = "<|begin_of_thought|>\n\nr\n\n<|end_of_thought|>"
 

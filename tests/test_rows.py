@@ -19,7 +19,7 @@ from harvest.packing import PackedSource
 from harvest.progress import Progress
 from harvest.rows import Damaged
 from harvest.sources import open_source
-from harvest.templates import Refused, compose
+from harvest.templates import Refused
 
 ROLE = {"user": "user", "human": "user", "system": "system", "developer": "system", "tool": "tool", "function": "tool"}
 ROLE |= dict.fromkeys(("assistant", "gpt", "chatgpt", "model"), "assistant")
@@ -159,8 +159,9 @@ def test_used_and_dropped_by_reason_are_all_rows(odd_rows, monkeypatch):
     def composed(self, document):
         if reason := refusing.get(document[0].content):
             raise Refused(reason)
-        return compose(self.template, document, self.eos)
+        return compose(self, document)
 
+    compose = DocumentTokenizer.compose
     monkeypatch.setattr(DocumentTokenizer, "compose", composed)
     tokenizer = DocumentTokenizer(tiny.tokenizer(), odd_config())
     scratch = Path("scratch")
@@ -177,11 +178,11 @@ def test_used_and_dropped_by_reason_are_all_rows(odd_rows, monkeypatch):
     refused = {n for n in used if places[n][1][0][1] in refusing}
     assert refused
     counts = source.counts
-    dropped = {reason.partition(" (")[0]: kept.rows for reason, kept in counts.dropped.items()}
+    dropped = {reason.partition(" (")[0]: kept["rows"] for reason, kept in counts.dropped.items()}
     merged = Counter()
     for reason, kept in counts.dropped.items():
-        merged[reason.partition(" (")[0]] += kept.rows
-        assert kept.row in refused or places[kept.row][1] == reason.partition(" (")[0]
+        merged[reason.partition(" (")[0]] += kept["rows"]
+        assert kept["row"] in refused or places[kept["row"]][1] == reason.partition(" (")[0]
     assert dropped.keys() == merged.keys()
     assert merged == reasons + Counter({"refused: no system": len(refused)})
     assert counts.filtered == sum(place == "filtered" for place, _ in places.values())
@@ -194,4 +195,4 @@ def test_used_and_dropped_by_reason_are_all_rows(odd_rows, monkeypatch):
         rows |= set(np.unique(source._files[split].documents[:filled]).tolist())
     assert rows == used - refused
     cut = {n for n in used - refused if len(places[n][1]) < len(items(json.loads(odd_rows[n])["conversation"]))}
-    assert sum(kept.rows for kept in counts.cut.values()) == len(cut) > 50
+    assert sum(kept["rows"] for kept in counts.cut.values()) == len(cut) > 50

@@ -90,10 +90,11 @@ def test_files_are_read_as_datasets_reads_them(here):
 
 def test_files_that_datasets_does_not_read(here):
     Path("a.jsonl.zst").write_bytes(zstd(LINES))
-    Path("data.json").write_text(json.dumps({"version": 1, "data": ROWS}))
-    Path("columns.json").write_text(json.dumps({"text": [row["text"] for row in ROWS], "other": [1, 2, 3]}))
-    for name in ("a.jsonl.zst", "data.json", "columns.json", "~/a.jsonl.zst", "~/*.jsonl.*"):
+    for name in ("a.jsonl.zst", "~/a.jsonl.zst", "~/*.jsonl.*"):
         assert texts(name) == [row["text"] for row in ROWS], name
+    Path("data.json").write_text(json.dumps({"version": 1, "data": ROWS}))
+    with pytest.raises(UserError, match="needs the column text; the data set has data, version"):
+        texts("data.json")
 
 
 @pytest.mark.parametrize("kind", ["gz", "bz2", "xz", "zst"])

@@ -16,7 +16,7 @@ import pytest
 import tiny
 from conftest import contents, only, pipeline
 
-from harvest import arrow_rows, packing, sampling
+from harvest import packing, rows, sampling
 from harvest.files import read_json
 from harvest.opened_file import OpenedFile
 from harvest.progress import Progress
@@ -184,7 +184,7 @@ def hook(patch: pytest.MonkeyPatch, moment: str, edit: Edit) -> None:
             around(packing, "open_source", lambda: None, edit)
         case "unpacked and back":
             if edit.path.suffix == ".parquet":
-                around(arrow_rows, "Unpacked", edit)
+                around(rows, "Unpacked", edit)
             else:
                 around(OpenedFile, "stream", edit)
             for name in ("hash", "check"):

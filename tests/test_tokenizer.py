@@ -10,10 +10,8 @@ from made_tokenizers import BLANKS, KINDS, SPECIAL, TAGS
 from tokenizers import AddedToken, Tokenizer
 
 from harvest.files import UserError
-from harvest.long_text import encode_long
-from harvest.renamed_tokens import opening
 from harvest.templates import Segment
-from harvest.tokenizer import SegmentTokenizer
+from harvest.tokenizer import SegmentTokenizer, encode_long, opening
 
 PROTECTED = [*SPECIAL, *TAGS]
 
