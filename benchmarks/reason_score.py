@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from evaluate.reason_score import Rows, accumulate
 from train.checkpoint import SavedSae
 from train.exclusion import InputStatistics
-from train.sae import initial_sae
+from train.standard import Standard
 
 D_IN, WORDS, BATCH, REFERENCE_FEATURES = 576, 10, 2048, 48
 
@@ -36,7 +36,7 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 def measure(d_sae: int, rows: int, repeats: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
-    saved = SavedSae(initial_sae(D_IN, d_sae, 0), "", InputStatistics(1.0, 1.0, None), {})
+    saved = SavedSae(Standard.initial(D_IN, d_sae), "", InputStatistics(1.0, 1.0, None), {})
     x_BD = torch.randn(rows, D_IN, generator=generator).bfloat16()
     inside = np.random.default_rng(0).random((WORDS, rows)) < 0.004
     batches = [

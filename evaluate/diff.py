@@ -151,7 +151,7 @@ def compare_models(subject: Subject, config: DiffConfig, second: ModelConfig) ->
                 left_BS |= left_out(acts_BSD.norm(dim=2), ids_BS, subject.exclude, limit)
                 both.append(acts_BSD)
             for side, acts_BSD in enumerate(both):
-                f_NF = sae.encode(acts_BSD[~left_BS] * saved.statistics.scale)
+                f_NF = sae.encode(acts_BSD[~left_BS])
                 fired_2F[side] += (f_NF > 0).sum(0)
             rows += int((~left_BS).sum())
             progress.advance(ids_BS.numel())

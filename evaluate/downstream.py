@@ -112,9 +112,9 @@ def downstream(
 def _variants(
     acts_BSD: Tensor, ids_BS: Tensor, saved: SavedSae, exclude: ExcludeConfig, mean_D: Tensor
 ) -> dict[str, Tensor]:
-    sae, scale = saved.sae, saved.statistics.scale
+    sae = saved.sae
     rows = acts_BSD.flatten(0, 1).bfloat16().float()  # as the store holds them
-    rebuilt_BSD = (sae.decode(sae.encode(rows * scale)) / scale).view_as(acts_BSD)
+    rebuilt_BSD = sae.decode(sae.encode(rows)).view_as(acts_BSD)
     norm_BS = rows.norm(dim=1).view(ids_BS.shape)
     passed_BS1 = left_out(norm_BS, ids_BS, exclude, saved.statistics.norm_limit).unsqueeze(2)
     mean_BSD = mean_D.to(acts_BSD).expand_as(acts_BSD)

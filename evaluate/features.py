@@ -117,8 +117,7 @@ def heldout_activity(
     not make whole contexts, and as the store does.
     """
     g = store.geometry
-    index = torch.from_numpy(chosen_K).to(saved.sae.W_enc.device)
-    W_enc, b_enc = saved.sae.W_enc[:, index] * saved.statistics.scale, saved.sae.b_enc[index]
+    device = saved.sae.W_enc.device
     for shard in range(g.holdout_shards):
         first = shard * g.shard_contexts
         context = store.read_provenance("holdout", "context", shard).astype(np.int64) - first
@@ -128,9 +127,9 @@ def heldout_activity(
         acts = np.empty((g.shard_rows, len(chosen_K)), np.float32)
         for chunk in range(g.chunks_per_shard):
             rows = store.read_chunk("holdout", saved.hook, shard * g.chunks_per_shard + chunk)
-            x_BD = torch.from_numpy(rows).view(torch.bfloat16).to(W_enc.device).float()
+            x_BD = torch.from_numpy(rows).view(torch.bfloat16).to(device)
             here = place[chunk * g.chunk_rows : (chunk + 1) * g.chunk_rows]
-            acts[here] = torch.relu(torch.addmm(b_enc, x_BD, W_enc)).cpu().numpy()
+            acts[here] = saved.sae.columns(x_BD, chosen_K).cpu().numpy()
         kept = kept_rows(store, "holdout", saved.hook, shard, exclude, saved.statistics.norm_limit)
         acts[place[~kept]] = LEFT_OUT
         token = np.empty(g.shard_rows, np.uint32)

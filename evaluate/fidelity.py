@@ -179,7 +179,7 @@ def fidelity(saved: SavedSae, batches: Iterator[HeldoutBatch], groups: Groups, d
     `groups` are of the held-out contexts; empty for rows without text. Sums are kept by context, for intervals, or by
     blocks of contexts where they are many: at most BLOCKS x d_in float64 a group.
     """
-    sae, scale = saved.sae, saved.statistics.scale
+    sae = saved.sae
     every_C = next((np.ones_like(mask_C) for mask_C in groups.values()), None)
     masks = {"all": every_C, **groups}
     sums = {
@@ -189,8 +189,8 @@ def fidelity(saved: SavedSae, batches: Iterator[HeldoutBatch], groups: Groups, d
     fired_GF = torch.zeros(len(masks), sae.d_sae, dtype=torch.int64, device=device)
     for batch in batches:
         x_BD = batch.rows_BD.to(device).float()
-        f_BF = sae.encode(x_BD * scale)
-        x_hat_BD = sae.decode(f_BF) / scale
+        f_BF = sae.encode(x_BD)
+        x_hat_BD = sae.decode(f_BF)
         active_BF = f_BF > 0
         norm_B, norm_hat_B = x_BD.norm(dim=1), x_hat_BD.norm(dim=1)
         per_row = torch.stack(

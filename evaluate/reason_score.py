@@ -97,7 +97,7 @@ def accumulate(saved: SavedSae, batches: Iterator[Rows], words: int) -> Sums:
         any_1B = inside_WB.any(0, keepdims=True)
         mask_GB = np.concatenate([inside_WB, any_1B, ~any_1B])
         acts_BD = batch.acts_BD[counted_B].to(device).float()
-        f_BF = saved.sae.encode(acts_BD * saved.statistics.scale)
+        f_BF = saved.sae.encode(acts_BD)
         sums_GF += torch.from_numpy(mask_GB).to(device, torch.float32) @ f_BF
         rows_G += mask_GB.sum(1)
         matches_W += batch.matches_W

@@ -6,6 +6,7 @@
 """
 
 import hashlib
+import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,7 +57,8 @@ def export(sweep: Sequence[Runs], to: Path | None, model_name: str | None, force
     model = model_name or _public_name(sweep[0].config.model.name)
     terms = [source_terms(source.path) for source in sweep[0].config.sample.sources]
     from train.checkpoint import load_sae
-    from train.export import new_export, write_saelens_folder
+    from train.export import new_export
+    from train.saelens import write_saelens_folder
 
     folder = to or sweep[0].root / "export" / export_name(sweep)
     about = {"saes": [_about(sae) for sae in saes], "model": model}
@@ -64,8 +66,8 @@ def export(sweep: Sequence[Runs], to: Path | None, model_name: str | None, force
         rows = []
         for sae in saes:
             saved = load_sae(sae.source)
-            write_saelens_folder(partial / sae.folder, saved, _metadata(sae, model))
-            rows.append(_card_row(sae, saved.sae.d_in, saved.sae.d_sae))
+            write_saelens_folder(partial / sae.folder, saved.sae, _metadata(sae, model))
+            rows.append(_card_row(sae, saved.sae))
         (partial / "README.md").write_text(_card(saes, rows, model, terms), encoding="utf-8")
     return folder
 
@@ -203,7 +205,7 @@ def _excluded(exclude: dict[str, Any]) -> str:
     return "; ".join(parts) or "none"
 
 
-def _card_row(sae: Exported, d_in: int, d_sae: int) -> dict[str, Any]:
+def _card_row(sae: Exported, trained: Any) -> dict[str, Any]:
     directory = sae.runs.directory("evaluate")
     metrics = read_metrics(directory) if is_complete(directory) else {}
     figures = metrics.get("saes", {}).get(sae.hook, {})
@@ -219,9 +221,11 @@ def _card_row(sae: Exported, d_in: int, d_sae: int) -> dict[str, Any]:
         "folder": sae.folder,
         "hook": sae.hook,
         "module": sae.hook,
-        "d_in": d_in,
-        "d_sae": d_sae,
-        "l1_coefficient": sae.runs.config.train.sae.l1_coefficient,
+        "d_in": trained.d_in,
+        "d_sae": trained.d_sae,
+        "kind": trained.kind,
+        "formula": inspect.getdoc(type(trained)),
+        "sparsity": ", ".join(f"{k} {v:g}" for k, v in sae.runs.config.train.sae.hyperparameters().items()),
         "figures": texts,
         "evaluated": bool(figures),
         "definitions": {name: definitions.get(section, {}).get(name, "") for section, name in sorted(named)},

@@ -20,7 +20,7 @@ from harvest.progress import size_text
 from pipeline.architecture import Architecture
 from pipeline.config import PipelineConfig
 from train.config import TrainConfig
-from train.sae import initial_sae
+from train.kinds import new_sae
 from train.trainer import Trainer
 
 DISK_BYTES, DISK_SECONDS = 256 << 20, 3.0
@@ -164,17 +164,20 @@ def _step(train: TrainConfig, d_in: int, kernel: Any, device: torch.device) -> R
     part = max(64, min(d_sae, int(STEP_FLOP[device.type] / (10 * batch * d_in))))
     dtype = resolve_dtype(train.compute_dtype, device)
     try:
-        sae = initial_sae(d_in, part, 0, device)
+        narrow = train.sae.model_copy(update={"d_sae": part, "expansion_factor": None})
+        sae = new_sae(train.model_copy(update={"sae": narrow}), d_in, 1.0, device)
         if kernel == "sparse":
             sae.b_enc.fill_(-L0_DEVIATIONS * float(sae.W_enc.norm(dim=0).mean()))
         settings = train.model_copy(update={"kernel": kernel, "lr": 0.0})
-        trainer = Trainer(sae, 1.0, settings, 1000, batch, dtype)
+        trainer = Trainer(sae, settings, 1000, batch, dtype)
         rows = torch.randn(batch, d_in, device=device).bfloat16()
         seconds = fastest(lambda: trainer.step(rows), device)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         return Rate(None, "not measured: out of memory")
+    except UserError as error:
+        return Rate(None, f"not measured: {error}")
     cut = "" if part == d_sae else f" on {part:,} of the features, times {d_sae / part:.3g}"
     active = f" at an L0 of {L0_FRACTION:.1%} of the features" if kernel == "sparse" else ""
     return Rate(seconds * d_sae / part, f"measured{active}{cut}")

@@ -20,7 +20,7 @@ from harvest.language_model import load_model
 from train.checkpoint import SavedSae, load_sae, save_sae
 from train.config import ExcludeConfig
 from train.exclusion import InputStatistics
-from train.sae import SAE, initial_sae
+from train.standard import Standard
 
 HOOK = "model.layers.1"
 
@@ -28,7 +28,9 @@ HOOK = "model.layers.1"
 def identity(d: int, norm_limit: float | None = None) -> SavedSae:
     """An SAE that rebuilds every row: a feature for each sign of each dimension."""
     eye = torch.eye(d)
-    sae = SAE(torch.cat([eye, -eye], 1), torch.zeros(2 * d), torch.cat([eye, -eye], 0), torch.zeros(d))
+    both = torch.cat([eye, -eye])
+    weights = {"W_enc": both.t().contiguous(), "b_enc": torch.zeros(2 * d), "W_dec": both, "b_dec": torch.zeros(d)}
+    sae = Standard(weights, 2.0)
     return SavedSae(sae, HOOK, InputStatistics(2.0, 1.0, norm_limit), {})
 
 
@@ -40,7 +42,7 @@ def test_figures_are_what_they_are_defined_as():
     context = np.arange(300) % 6
     context_source = np.array([1, 0, 0, 1, 0, 0], np.uint8)
     source = context_source[context]
-    saved = SavedSae(initial_sae(8, 20, 0), HOOK, InputStatistics(0.7, 1.0, 50.0), {})
+    saved = SavedSae(Standard.initial(8, 20, scale=0.7), HOOK, InputStatistics(0.7, 1.0, 50.0), {})
     sliced = (slice(0, 120), slice(120, 240), slice(240, 300))
     batches = [HeldoutBatch(rows[s], kept[s], context[s]) for s in sliced]
     found = fidelity(saved, iter(batches), by_source(context_source, ["a", "b"]), torch.device("cpu"))
@@ -96,7 +98,7 @@ def test_rows_that_training_leaves_out_pass_through(finished, monkeypatch):
         ModelConfig(name="assets/tiny-llama"), None, [HOOK], torch.float32, torch.device("cpu"), with_head=True
     )
     tokens = np.random.default_rng(0).integers(0, 300, (4, 16)).astype(np.uint32)
-    sae = SavedSae(initial_sae(32, 8, 0), HOOK, InputStatistics(1.0, 1.0, None), {})
+    sae = SavedSae(Standard.initial(32, 8), HOOK, InputStatistics(1.0, 1.0, None), {})
     every_row = [
         ExcludeConfig(positions=tuple(range(16)), norm_above_median=None),
         ExcludeConfig(token_ids=tuple(range(300)), norm_above_median=None),
@@ -162,7 +164,7 @@ def empty_split(run: Path) -> None:
 
 def other_width(run: Path) -> None:
     folder = only(run, f"runs/train/*/{HOOK}")
-    save_sae(folder, initial_sae(16, 8, 0), HOOK, load_sae(folder).statistics, {})
+    save_sae(folder, Standard.initial(16, 8), HOOK, load_sae(folder).statistics, {})
     unlisted(folder.parent)
 
 

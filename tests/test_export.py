@@ -44,17 +44,17 @@ def test_saelens_opens_it_and_agrees_on_real_rows(real_folder):
     ours = load_sae(only(real_folder, f"runs/train/*/{real.HOOK}"))
     store = ActivationStore.open(only(real_folder, "runs/harvest/*/store"))
     chunks = [torch.from_numpy(store.read_chunk("holdout", real.HOOK, chunk)) for chunk in range(10)]
-    x, scale = torch.cat(chunks).view(torch.bfloat16).float()[:10_000], ours.statistics.scale
+    x = torch.cat(chunks).view(torch.bfloat16).float()[:10_000]
     assert x.shape == (10_000, 576)
     usual = x.norm(dim=1) <= ours.statistics.norm_limit
-    f = ours.sae.encode(x * scale)
-    x_hat = ours.sae.decode(f) / scale
+    f = ours.sae.encode(x)
+    x_hat = ours.sae.decode(f)
     assert 0.01 < (f > 0).float().mean() < 0.5
     for rows in (usual, slice(None)):
         with torch.no_grad():
             assert relative(theirs.encode(x[rows]), f[rows]) < 1e-5
             assert relative(theirs(x[rows]), x_hat[rows]) < 1e-5
-    theirs.load_state_dict(ours.sae._asdict())  # the scale is not folded in: other features by far
+    theirs.load_state_dict(ours.sae.parameters)  # the scale is not folded in: other features by far
     with torch.no_grad():
         assert relative(theirs.encode(x[usual]), f[usual]) > 0.5
         assert relative(theirs(x[usual]), x_hat[usual]) > 1e-3  # through the biases alone, as ReLU(s·x) = s·ReLU(x)

@@ -49,7 +49,7 @@ def looked_at(finished):
     acts = np.zeros((*tokens.shape, len(chosen)), np.float32)
     for shard in range(store.geometry.holdout_shards):
         rows = np.concatenate([store.read_chunk("holdout", HOOK, 4 * shard + i) for i in range(4)])
-        x = torch.from_numpy(rows).view(torch.bfloat16).float() * saved.statistics.scale
+        x = torch.from_numpy(rows).view(torch.bfloat16)
         where = [store.read_provenance("holdout", name, shard) for name in ("context", "position")]
         acts[where[0], where[1]] = saved.sae.encode(x)[:, chosen].numpy()
     acts[:, 0] = LEFT_OUT

@@ -77,7 +77,7 @@ def measured(real_run, tmp_path_factory):
 
     of_rows = ("compute_l2_norms", "compute_sparsity_metrics", "compute_variance_metrics")
     as_exported = theirs_measured(*of_rows, "compute_kl", "compute_ce_loss")
-    theirs.load_state_dict(saved.sae._asdict())
+    theirs.load_state_dict(saved.sae.parameters)
     return figures, as_exported, theirs_measured(*of_rows)
 
 

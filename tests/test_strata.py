@@ -17,7 +17,7 @@ from harvest.activation_store import ActivationStore
 from harvest.contexts import Contexts
 from train.checkpoint import SavedSae, load_sae
 from train.exclusion import InputStatistics
-from train.sae import initial_sae
+from train.standard import Standard
 
 HOOK = "model.layers.1"
 STRATA = [{"source": "reasoning", "value": "math"}, {"source": "reasoning", "value": "<b>code"}]
@@ -158,7 +158,7 @@ def test_intervals_of_a_small_stratum_come_from_all_of_its_contexts():
     source_C = (np.arange(count) % BLOCKS >= 10).astype(np.uint8)  # the first source fills ten blocks of a common count
     rng = np.random.default_rng(0)
     rows = torch.from_numpy(rng.normal(size=(count, 4)) * (1 + source_C[:, None])).bfloat16()
-    saved = SavedSae(initial_sae(4, 8, 0), HOOK, InputStatistics(1.0, 1.0, None), {})
+    saved = SavedSae(Standard.initial(4, 8), HOOK, InputStatistics(1.0, 1.0, None), {})
     batch = HeldoutBatch(rows, np.ones(count, bool), np.arange(count))
     small = source_C == 0
     found = fidelity(saved, iter([batch]), by_source(source_C, ["a", "b"]), torch.device("cpu"))
