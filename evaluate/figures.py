@@ -2,11 +2,11 @@
 
 metrics.json, schema 2
     fingerprint, inputs     of this evaluation, and of the stages before by name
-    which_sae, left_out     "last" or "best"; analyses without what they need
+    which_sae, left_out     "last" or "best"; analyses that lack the model or text that they need
     saes                    for each SAE: its name ("" for the run's own), hook, what is known of a third-party one,
                             figures [{section, name, rows, source, value, interval}], and lists by section: what is no
                             single number (histogram, best features, completions)
-    definitions             section -> name -> title, unit, text
+    definitions             [{section, name, title, unit, text}]
 """
 
 import tomllib
@@ -34,6 +34,13 @@ class Figure(NamedTuple):
     interval: tuple[float, float] | None = None  # 95%
     unit: str = ""
     definition: str = ""
+
+
+class Section(NamedTuple):
+    """What an analysis gives."""
+
+    figures: list[Figure]
+    lists: dict[str, Any]  # what is no single number
 
 
 class Measured(NamedTuple):
@@ -103,7 +110,12 @@ def write_figures(directory: Path, evaluation: Evaluation) -> None:
         sae._asdict() | {"figures": [{name: getattr(f, name) for name in stored} for f in sae.figures]}
         for sae in evaluation.saes
     ]
-    write_sealed(directory / FILE, {"schema": SCHEMA, **evaluation._asdict(), "saes": saes})
+    about = [
+        {"section": section, "name": name, **of}
+        for section, by in evaluation.definitions.items()
+        for name, of in by.items()
+    ]
+    write_sealed(directory / FILE, {"schema": SCHEMA, **evaluation._asdict(), "saes": saes, "definitions": about})
 
 
 def read_figures(directory: Path) -> Evaluation:
@@ -117,26 +129,27 @@ def read_figures(directory: Path) -> Evaluation:
             f"{directory / FILE}: schema: {raw.get('schema')!r}: this code reads {SCHEMA}; `make eval` makes it anew"
         )
     try:
-        return Evaluation(**{name: raw[name] for name in Evaluation._fields if name != "saes"}, saes=_saes(raw))
+        about: Definitions = {}
+        for each in raw["definitions"]:
+            about.setdefault(each.pop("section"), {})[each.pop("name")] = each
+        read = {"saes": tuple(_measured(sae, about) for sae in raw["saes"]), "definitions": about}
+        return Evaluation(**{name: raw[name] for name in Evaluation._fields} | read)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{directory / FILE}: damaged: {error!r}; `make eval` makes it anew") from None
 
 
-def _saes(raw: dict[str, Any]) -> tuple[Measured, ...]:
-    saes = []
-    for sae in raw["saes"]:
-        figures = []
-        for row in sae["figures"]:
-            about = raw["definitions"].get(row["section"], {}).get(row["name"], {})
-            interval = tuple(row["interval"]) if row["interval"] else None
-            texts = {"unit": about.get("unit", ""), "definition": about.get("text", "")}
-            figures.append(Figure(**row | texts | {"interval": interval}))
-        saes.append(Measured(**sae | {"figures": tuple(figures)}))
-    return tuple(saes)
+def _measured(sae: dict[str, Any], about: Definitions) -> Measured:
+    figures = []
+    for row in sae["figures"]:
+        of = about.get(row["section"], {}).get(row["name"], {})
+        interval = tuple(row["interval"]) if row["interval"] else None
+        texts = {"unit": of.get("unit", ""), "definition": of.get("text", "")}
+        figures.append(Figure(**row | texts | {"interval": interval}))
+    return Measured(**sae | {"figures": tuple(figures)})
 
 
 def text(value: float | None, name: str = "") -> str:
-    """A figure's value as tables write it: counts whole, L0 and MSE with one digit after the point, others with three."""
+    """A figure's value as tables write it: counts whole, L0 and MSE with one digit after the point, else three."""
     if value is None:
         return "–"
     if name in ("rows", "contexts"):

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.compare import FIGURES, Evaluated, compare, short_name, write_comparison
-from evaluate.report import figure
+from evaluate.compare import FIGURES, Evaluated, compare, short_name, titles, write_comparison
+from evaluate.figures import read_figures, text
 from harvest.files import UserError, read_json
 from pipeline.fingerprint import STAGES
 from pipeline.manifest import FINGERPRINT, MANIFEST, is_complete, read_manifest, read_metrics
@@ -20,7 +20,7 @@ def compare_runs(names: Sequence[str], root: Path, of_settings: Callable[[Path],
     found = [directory for name in names for directory in _directories(name, root, of_settings)]
     runs = [_read(directory) for directory in dict.fromkeys(path.resolve() for path in found)]
     rows = compare(runs)
-    write_comparison(to, runs, rows)
+    write_comparison(to, rows)
     return _table(rows)
 
 
@@ -54,16 +54,15 @@ def _read(directory: Path) -> Evaluated:
     manifest = read_manifest(directory)
     if manifest.get("stage") != "evaluate":
         raise UserError(f"{directory}: a {manifest.get('stage')} directory; compare takes those of evaluate")
-    metrics = read_metrics(directory)
-    if not isinstance(metrics.get("saes"), dict):
-        raise UserError(f"{directory / 'metrics.json'}: holds no figures of SAEs")
+    read_metrics(directory)
+    figures = read_figures(directory)
     settings: dict[str, Any] = {}
     for stage in STAGES:
-        fingerprint = directory.name if stage == "evaluate" else metrics.get("inputs", {}).get(stage)
+        fingerprint = directory.name if stage == "evaluate" else figures.inputs.get(stage)
         here = directory.parents[1] / stage / str(fingerprint)
         if is_complete(here):  # a stage before may have been pruned; ingested activations have no sample
             settings |= _flat(read_json(here / MANIFEST)["settings"], stage)
-    return Evaluated(directory.name, metrics, settings)
+    return Evaluated(directory.name, figures, settings)
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Any]:
@@ -74,10 +73,10 @@ def _flat(value: Any, prefix: str) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     differing = sorted({name for row in rows for name in row["settings"]})
-    cells = [["run", "hook", *map(short_name, differing), *(title for title, _ in FIGURES.values())]]
+    cells = [["run", "hook", *map(short_name, differing), *(titles()[name] for name in FIGURES)]]
     for row in rows:
         settings = [_plain(row["settings"].get(name, "")) for name in differing]
-        figures = [figure(row["figures"][name], name) for name in FIGURES]
+        figures = [text(row["figures"][name], name) for name in FIGURES]
         cells.append([_plain(row["sae"] or row["run"]), _plain(row["hook"]), *settings, *figures])
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     sides = ["<", "<"] + [">"] * len(widths)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from evaluate.figures import read_figures
 from harvest.files import UserError
 from harvest.hub import resolved_commit
 from harvest.source_files import looks_local
@@ -22,14 +23,14 @@ from pipeline.manifest import check_files, is_complete, read_manifest, read_metr
 from pipeline.stages import Runs, swept
 from pipeline.terms import Terms, source_terms
 
-# Figures of the card: section of metrics.json, its groups, name, and how it is written.
-FIGURES = (
-    ("fidelity", ("outliers_excluded", "all"), "l0", "{:.1f}"),
-    ("fidelity", ("outliers_excluded", "all"), "explained_variance", "{:.3f}"),
-    ("fidelity", ("outliers_excluded", "all"), "explained_variance_legacy", "{:.3f}"),
-    ("downstream", ("all",), "ce_loss_score", "{:.3f}"),
-    ("features", (), "dead_fraction", "{:.2%}"),
-)
+# Figures of the card, and how each is written.
+FIGURES = {
+    "l0": "{:.1f}",
+    "explained_variance": "{:.3f}",
+    "explained_variance_legacy": "{:.3f}",
+    "ce_loss_score": "{:.3f}",
+    "dead_fraction": "{:.2%}",
+}
 
 
 # Hub ids, in small letters, that TransformerLens 3.9's HookedTransformer loads by name.
@@ -207,16 +208,10 @@ def _excluded(exclude: dict[str, Any]) -> str:
 
 def _card_row(sae: Exported, trained: Any) -> dict[str, Any]:
     directory = sae.runs.directory("evaluate")
-    metrics = read_metrics(directory) if is_complete(directory) else {}
-    figures = metrics.get("saes", {}).get(sae.hook, {})
-    texts = []
-    for section, groups, name, form in FIGURES:
-        value: Any = figures.get(section, {})
-        for group in groups:
-            value = value.get(group, {})
-        texts.append(form.format(value[name]) if name in value else "–")
-    named = {(section, name) for section, _, name, _ in FIGURES}
-    definitions = metrics.get("definitions", {})
+    if is_complete(directory):
+        read_metrics(directory)
+    measured = read_figures(directory).own(sae.hook) if is_complete(directory) else None
+    figures = {name: measured.figure(name) if measured else None for name in FIGURES}
     return {
         "folder": sae.folder,
         "hook": sae.hook,
@@ -226,7 +221,7 @@ def _card_row(sae: Exported, trained: Any) -> dict[str, Any]:
         "kind": trained.kind,
         "formula": inspect.getdoc(type(trained)),
         "sparsity": ", ".join(f"{k} {v:g}" for k, v in sae.runs.config.train.sae.hyperparameters().items()),
-        "figures": texts,
-        "evaluated": bool(figures),
-        "definitions": {name: definitions.get(section, {}).get(name, "") for section, name in sorted(named)},
+        "figures": [form.format(f.value) if (f := figures[name]) else "–" for name, form in FIGURES.items()],
+        "evaluated": measured is not None,
+        "definitions": {name: figure.definition if figure else "" for name, figure in sorted(figures.items())},
     }

@@ -12,6 +12,7 @@ from conftest import TINY, contents, only, pipeline, unlisted
 from sae_lens.load_model import load_model
 from transformer_lens.loading_from_pretrained import make_model_alias_map
 
+from evaluate.figures import read_figures
 from harvest import language_model
 from harvest.activation_store import ActivationStore
 from harvest.config import ModelConfig
@@ -76,10 +77,11 @@ def test_the_model_card_is_filled(exported):
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == "tiny/llama"
     assert "datasets" not in front  # local files are no data sets of the hub
-    metrics = json.loads(only(exported.parent.parent, "evaluate/*/metrics.json").read_text())["saes"][HOOK]
+    measured = read_figures(only(exported.parent.parent, "evaluate/*")).own(HOOK)
     row = next(line for line in card.splitlines() if line.startswith(f"| `{FOLDER}`"))
-    assert f"{metrics['fidelity']['outliers_excluded']['all']['explained_variance']:.3f}" in row
-    assert f"{metrics['downstream']['all']['ce_loss_score']:.3f}" in row
+    forms = {"l0": ".1f", "explained_variance": ".3f", "explained_variance_legacy": ".3f", "ce_loss_score": ".3f"}
+    written = [format(measured.value(name), form) for name, form in forms.items()]
+    assert row.split("|")[-6:-1] == [f" {text} " for text in [*written, f"{measured.value('dead_fraction'):.2%}"]]
     assert "10 times the median" in card
     assert "assets/" not in card  # paths tell of the machine
 

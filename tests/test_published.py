@@ -13,6 +13,7 @@ from sae_lens import JumpReLUSAEConfig, StandardSAEConfig, TopKSAEConfig
 from sae_lens.saes.sae import SAEMetadata
 
 from evaluate.config import PublishedSae
+from evaluate.figures import read_figures
 from evaluate.published import load_published
 from harvest.activation_store import ActivationStore
 from harvest.files import UserError
@@ -272,16 +273,15 @@ def test_ours_exported_and_read_back_has_our_figures(run_folder):
     ran = pipeline("evaluate", also)
     assert ran.status == 0, ran.out
     folder = Path(pipeline("path", "evaluate", also).out.strip())
-    metrics = json.loads((folder / "metrics.json").read_text())
-    ours, again = metrics["saes"][HOOK], metrics["also"]["again"]
-    for section, groups in (("fidelity", ("all_rows", "all")), ("downstream", ("all",))):
-        a, b = ours[section], again[section]
-        for group in groups:
-            a, b = a[group], b[group]
-        numbers = {name: value for name, value in a.items() if not name.endswith("_interval")}
-        assert {name: b[name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
+    ours, again, _ = read_figures(folder).saes
+    for section in ("fidelity", "downstream"):
+        a, b = (
+            {(*key, name): f.value for key, by in sae.table(section).items() for name, f in by.items()}
+            for sae in (ours, again)
+        )
+        assert a == pytest.approx(b, rel=1e-4)
     html = (folder / "report.html").read_text()
-    assert "Beside SAEs of others" in html
+    assert "Beside third-party SAEs" in html
     assert html.count('<h3 id="also-') == 2
     assert (folder / "density-also-again.npy").exists()
 
