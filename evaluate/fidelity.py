@@ -28,6 +28,7 @@ class Fidelity(NamedTuple):
 
     figures: dict[str, dict[str, dict[str, Any]]]  # rows counted -> group -> name
     density_F: np.ndarray  # part of the kept rows that a feature fires in
+    max_F: np.ndarray  # its largest activation on them
     by_group: dict[str, tuple[int, np.ndarray]]  # kept rows of a source or stratum, and density_F on them
     mean_D: Tensor  # float64 mean of the kept rows
 
@@ -43,6 +44,7 @@ class FidelitySums:
             rows: {name: _Sums(mask_C, saved.sae.d_in, device) for name, mask_C in masks.items()}
             for rows in (KEPT, EVERY)
         }
+        self.max_F = torch.zeros(saved.sae.d_sae, device=device)
         self.fired = {name: torch.zeros(saved.sae.d_sae, dtype=torch.int64, device=device) for name in masks}
 
     def add(self, batch: Encoded) -> None:
@@ -59,6 +61,9 @@ class FidelitySums:
             norm_hat_B / norm_B.clamp_min(1e-30),
         ]
         per_row_B6 = torch.stack(per_row, dim=1)
+        if batch.rows.kept.any():
+            kept_B = torch.from_numpy(batch.rows.kept).to(x_BD.device)
+            self.max_F = torch.maximum(self.max_F, batch.f_BF[kept_B].amax(0))
         for rows, by_group in self.sums.items():
             for name, sums in by_group.items():
                 chosen_B = sums.holds(batch.rows.context)
@@ -79,7 +84,7 @@ class FidelitySums:
         density = {name: fired_F.cpu().numpy() / max(1, counted[name]) for name, fired_F in self.fired.items()}
         by_group = {name: (counted[name], density[name]) for name in density if name != "all"}
         mean_D = self.sums[KEPT]["all"].x_CD.sum(0).cpu() / max(1, counted["all"])
-        return Fidelity(figures, density["all"], by_group, mean_D)
+        return Fidelity(figures, density["all"], self.max_F.cpu().numpy(), by_group, mean_D)
 
 
 class _Sums:

@@ -80,7 +80,7 @@ def analyse(subject: Subject, heldout: Fidelity) -> dict[str, Any] | None:
             why = "no feature has a ReasonScore above 0" if subject.config.reason_score else "there is no ReasonScore"
             print(f"evaluate.steering: left out, as {why}; evaluate.steering.feature_ids chooses some", flush=True)
         return None
-    maxima = max_activations(subject.store, subject.saved, subject.exclude, wanted)
+    maxima = heldout.max_F[list(wanted)].tolist()
     prompts = config.prompts or built_in_prompts()[: config.built_in_prompts]
     strengths = {strength for strength in config.strengths if strength}
     score = subject.config.reason_score

@@ -78,6 +78,7 @@ def test_figures_are_what_they_are_defined_as():
             counts = np.array([(chosen & (context == c)).sum() for c in numbers])
             assert figures["l0_interval"] == pytest.approx(np.quantile(draws @ l0 / (draws @ counts), (0.025, 0.975)))
     assert np.allclose(found.density_F, (f[kept] > 0).mean(0))
+    assert np.allclose(found.max_F, f[kept].max(0), rtol=1e-5)
     assert np.allclose(found.by_group["b"][1], (f[kept & (source == 1)] > 0).mean(0))
     assert np.allclose(found.mean_D, x[kept].mean(0))
 
