@@ -164,10 +164,7 @@ def outcome(folder: Path, patterns: Sequence[str]) -> dict[str, Any]:
         out[name] = path.read_bytes()
         if path.name == "metrics.json":  # figures, not what files say of themselves
             figures = json.loads(path.read_bytes())
-            out[name] = (
-                figures["saes"],
-                {name: other | {"about": None} for name, other in figures.get("also", {}).items()},
-            )
+            out[name] = [sae | {"about": None} for sae in figures["saes"]]
     return out
 
 

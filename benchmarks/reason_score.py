@@ -20,10 +20,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from evaluate.reason_score import Rows, accumulate
+from evaluate.reason_score import WordSums
+from evaluate.subject import feed
+from harvest.activation_rows import RowBatch
 from train.checkpoint import SavedSae
 from train.exclusion import InputStatistics
-from train.sae import initial_sae
+from train.standard import Standard
 
 D_IN, WORDS, BATCH, REFERENCE_FEATURES = 576, 10, 2048, 48
 
@@ -36,25 +38,23 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 def measure(d_sae: int, rows: int, repeats: int) -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
-    saved = SavedSae(initial_sae(D_IN, d_sae, 0), "", InputStatistics(1.0, 1.0, None), {})
+    saved = SavedSae(Standard.initial(D_IN, d_sae), "", InputStatistics(1.0, 1.0, None), {})
     x_BD = torch.randn(rows, D_IN, generator=generator).bfloat16()
     inside = np.random.default_rng(0).random((WORDS, rows)) < 0.004
-    batches = [
-        Rows(
-            x_BD[s : s + BATCH], inside[:, s : s + BATCH], np.ones(len(x_BD[s : s + BATCH]), bool), np.zeros(WORDS, int)
-        )
-        for s in range(0, rows, BATCH)
-    ]
+    number = np.arange(rows)
+    whole = RowBatch("holdout", {"": x_BD}, *([number] * 5), np.ones(rows, bool))
+    batches = [whole.at(slice(start, start + BATCH)) for start in range(0, rows, BATCH)]
 
-    def encode() -> None:
-        with torch.inference_mode():
-            for batch in batches:
-                saved.sae.encode(batch.acts_BD.float())
+    def read(*readers: WordSums) -> None:
+        feed(saved, batches, readers)
+
+    def score() -> None:
+        read(WordSums(saved, WORDS, lambda rows: (inside[:, rows.position], rows.kept), BATCH))
 
     times = {"encode": [], "reason_score": []}
     for _ in range(repeats + 1):
-        times["encode"].append(cpu_seconds(encode))
-        times["reason_score"].append(cpu_seconds(lambda: accumulate(saved, iter(batches), WORDS)))
+        times["encode"].append(cpu_seconds(read))
+        times["reason_score"].append(cpu_seconds(score))
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     return {
         "d_sae": d_sae,

@@ -27,7 +27,7 @@ from harvest.stored_forms import FORMS
 from train.config import ExcludeConfig, SaeConfig, TrainConfig
 from train.dataloader import ActivationLoader, Position, heldout_rows
 from train.exclusion import InputStatistics, input_statistics
-from train.sae import initial_sae
+from train.kinds import new_sae
 from train.trainer import Trainer
 
 
@@ -61,8 +61,7 @@ def trained(
     g = store.geometry
     rows = g.train_shards * g.shard_rows
     steps = int(rows * (config.epochs or 1)) // config.batch_size
-    sae = initial_sae(g.d_in, config.sae.width(g.d_in), config.seed, device)
-    trainer = Trainer(sae, found.scale, config, steps, rows, resolve_dtype("auto", device))
+    trainer = Trainer(new_sae(config, g.d_in, found.scale, device), config, steps, rows, resolve_dtype("auto", device))
     loader = ActivationLoader(
         store, hook, config.exclude, found.norm_limit, config.batch_size, config.window_shards, config.pool_rows, 0
     )

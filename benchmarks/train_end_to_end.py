@@ -30,7 +30,7 @@ from harvest.device import device_name, resolve_device, resolve_dtype
 from train.config import ExcludeConfig, SaeConfig, TrainConfig
 from train.dataloader import ActivationLoader, Batch, Position
 from train.exclusion import input_statistics
-from train.sae import initial_sae
+from train.kinds import new_sae
 from train.trainer import Trainer
 
 
@@ -90,8 +90,8 @@ def main() -> None:
                 l1_warmup_fraction=0,
                 sparse_below=0.1 if device.type == "cpu" else 0.01,
             )
-            sae = initial_sae(options.d_in, options.d_sae, 0, device)
-            trainers.append(Trainer(sae, found.scale, config, 100_000, 10**6, dtype))
+            sae = new_sae(config, options.d_in, found.scale, device)
+            trainers.append(Trainer(sae, config, 100_000, 10**6, dtype))
         loader = ActivationLoader(
             store, "h", exclude, found.norm_limit, options.batch, 4, 65_536, 0, device.type == "cuda"
         )

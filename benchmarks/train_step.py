@@ -23,6 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,9 +36,11 @@ from train.adam import Adam, Update
 from train.checkpoint import load_sae
 from train.config import ExcludeConfig
 from train.dataloader import heldout_rows
-from train.sae import DECODER_NORM, SAE, initial_sae
+from train.dense_step import dense_step, product
+from train.sae import DECODER_NORM, Sae
 from train.sparse_step import active_features, operations_for, sparse_step
-from train.step import StepResult, dense_step, product
+from train.standard import Standard
+from train.step import StepResult, Tensors, autograd_step
 
 L1, LR = 5.0, 5e-5
 CHECKED_ROWS = 256
@@ -46,76 +49,81 @@ Step = Callable[[Tensor], object]
 
 
 class Case(NamedTuple):
-    """Weights and the scaled rows (B, D) that a step takes."""
+    """An SAE and the stored rows (B, D) that a step takes."""
 
-    sae: SAE
+    sae: Sae
     x_BD: Tensor
 
 
 class Arm(NamedTuple):
     name: str
     case: str
-    build: Callable[[SAE], Step]  # from weights that the arm may keep and change
+    build: Callable[[Sae], Step]  # from weights that the arm may keep and change
 
 
-def sae_with_l0(start: SAE, l0: float) -> SAE:
+def sae_with_l0(start: Sae, l0: float) -> Sae:
     """The start with biases that make about l0 features fire on a Gaussian row; W_enc is shared."""
     generator = torch.Generator().manual_seed(0)
     density_F = torch.randn(start.d_sae, generator=generator).exp()
     for _ in range(20):  # scaling and clamping in turn; converges unless l0 is near d_sae
         density_F = (density_F * (l0 / density_F.sum())).clamp(1e-7, 0.9)
     b_enc = DECODER_NORM * torch.special.ndtri(density_F)
-    return start._replace(b_enc=b_enc.to(start.W_enc.device))
+    return replace(start, parameters=start.parameters | {"b_enc": b_enc.to(start.W_enc.device)})
 
 
-def autograd_loss(sae: SAE, x_BD: Tensor, active_BF: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The loss and f as plain torch writes them; active_BF replaces ReLU by a given set."""
-    pre_BF = x_BD @ sae.W_enc + sae.b_enc
+def autograd_loss(weights: Tensors, x_BD: Tensor, active_BF: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The loss and f as plain torch writes them, of scaled rows; active_BF replaces ReLU by a given set."""
+    pre_BF = x_BD @ weights["W_enc"] + weights["b_enc"]
     f_BF = torch.relu(pre_BF) if active_BF is None else pre_BF * active_BF
-    l1_B = (f_BF * sae.W_dec.norm(dim=1)).sum(1)
-    x_hat_BD = f_BF @ sae.W_dec + sae.b_dec
+    l1_B = (f_BF * weights["W_dec"].norm(dim=1)).sum(1)
+    x_hat_BD = f_BF @ weights["W_dec"] + weights["b_dec"]
     return (x_hat_BD - x_BD).square().sum(1).mean() + L1 * l1_B.mean(), f_BF
 
 
-def autograd_gradients(sae: SAE, x_BD: Tensor, autocast: bool) -> SAE:
-    leaves = SAE(*(w.detach().requires_grad_() for w in sae))
+def plain_gradients(sae: Sae, x_BD: Tensor, autocast: bool) -> Tensors:
+    leaves = {name: weight.detach().requires_grad_() for name, weight in sae.parameters.items()}
     with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=autocast):
-        loss = autograd_loss(leaves, x_BD)[0]
-    return SAE(*torch.autograd.grad(loss, leaves))
+        loss = autograd_loss(leaves, sae.scaled(x_BD))[0]
+    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 
 def our_gradients(
-    sae: SAE, x_BD: Tensor, step: Callable[..., StepResult], compute_dtype: torch.dtype, operands: SAE | None = None
-) -> SAE:
-    return step(sae, x_BD, L1, compute_dtype, operands=operands).gradients
+    sae: Sae,
+    x_BD: Tensor,
+    step: Callable[..., StepResult],
+    compute_dtype: torch.dtype,
+    operands: Tensors | None = None,
+) -> Tensors:
+    return step(sae, x_BD, {"l1": L1}, compute_dtype, operands=operands).gradients
 
 
-def with_update(sae: SAE, gradients: Callable[..., SAE], compute_dtype: torch.dtype) -> Step:
+def with_update(sae: Sae, gradients: Callable[..., Tensors], compute_dtype: torch.dtype) -> Step:
     """As `train.trainer` makes a step."""
-    adam = Adam(sae, compute_dtype)
+    adam = Adam(sae.parameters, compute_dtype)
 
     def run(x_BD: Tensor) -> None:
         found = gradients(sae, x_BD, operands=adam.operands)
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in found]))
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in found.values()]))
         adam.update(found, Update(LR, (0.9, 0.999), 1, norm.clamp_min(1.0)))
 
     return run
 
 
-def with_adam(sae: SAE, gradients: Callable[[SAE, Tensor], SAE]) -> Step:
-    adam = torch.optim.Adam(sae, lr=LR, fused=True)
+def with_adam(sae: Sae, gradients: Callable[[Sae, Tensor], Tensors]) -> Step:
+    weights = sae.parameters.values()
+    adam = torch.optim.Adam(weights, lr=LR, fused=True)
 
     def run(x_BD: Tensor) -> None:
-        for w, gradient in zip(sae, gradients(sae, x_BD), strict=True):
-            w.grad = gradient
-        torch.nn.utils.clip_grad_norm_(sae, 1.0)
+        for name, gradient in gradients(sae, x_BD).items():
+            sae.parameters[name].grad = gradient
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
         adam.step()
         adam.zero_grad()
 
     return run
 
 
-def saelens(sae: SAE, autocast: bool, tf32: bool = False) -> Step:
+def saelens(sae: Sae, autocast: bool, tf32: bool = False) -> Step:
     from sae_lens import StandardTrainingSAE, StandardTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
@@ -125,7 +133,7 @@ def saelens(sae: SAE, autocast: bool, tf32: bool = False) -> Step:
         d_in=sae.d_in, d_sae=sae.d_sae, device=device, apply_b_dec_to_input=False, l1_coefficient=L1
     )
     theirs = StandardTrainingSAE(config)
-    theirs.load_state_dict(sae._asdict())
+    theirs.load_state_dict(sae.parameters)
     settings = SAETrainerConfig(10**9, 4096, lr=LR, lr_end=LR, device=device, autocast=autocast)
     trainer = SAETrainer(settings, theirs, data_provider=iter(()))
 
@@ -137,7 +145,7 @@ def saelens(sae: SAE, autocast: bool, tf32: bool = False) -> Step:
     return run
 
 
-def dictionary_learning(sae: SAE, autocast: bool) -> Step:
+def dictionary_learning(sae: Sae, autocast: bool) -> Step:
     from dictionary_learning.trainers.standard import StandardTrainerAprilUpdate
 
     trainer = StandardTrainerAprilUpdate(
@@ -161,12 +169,14 @@ def arms(cases: dict[str, Case], compute_dtype: torch.dtype) -> Iterator[Arm]:
     dense = partial(our_gradients, step=dense_step, compute_dtype=compute_dtype)
     sparse = partial(our_gradients, step=sparse_step, compute_dtype=compute_dtype)
     for mode, autocast in (("fp32", False), ("autocast", True)):
-        plain = partial(autograd_gradients, autocast=autocast)
+        plain = partial(plain_gradients, autocast=autocast)
         yield Arm(f"saelens {mode}", first, partial(saelens, autocast=autocast))
         yield Arm(f"dictionary_learning {mode}", first, partial(dictionary_learning, autocast=autocast))
         yield Arm(f"plain torch {mode}", first, partial(with_adam, gradients=plain))
     if cases[first].x_BD.is_cuda:
         yield Arm("saelens tf32", first, partial(saelens, autocast=False, tf32=True))
+    ours = partial(our_gradients, step=autograd_step, compute_dtype=compute_dtype)
+    yield Arm("ours autograd", first, partial(with_update, gradients=ours, compute_dtype=compute_dtype))
     yield Arm("ours dense", first, partial(with_update, gradients=dense, compute_dtype=compute_dtype))
     for case in cases:
         yield Arm(f"ours sparse {case}", case, partial(with_update, gradients=sparse, compute_dtype=compute_dtype))
@@ -177,37 +187,39 @@ def trained_case(store: Path, sae: Path, batch: int, device: str) -> Case:
     saved = load_sae(sae)
     opened = ActivationStore.open(store)
     rows = heldout_rows(opened, saved.hook, ExcludeConfig(), saved.statistics.norm_limit, batch)
-    return Case(saved.sae.to(device), rows.to(device).float() * saved.statistics.scale)
+    return Case(saved.sae.to(device), rows.to(device))
 
 
-def own_active_set(path: str, sae: SAE, x_BD: Tensor, compute_dtype: torch.dtype) -> Tensor:
+def own_active_set(path: str, sae: Sae, x_BD: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """The entries (B, F) that a path takes for active: products differ in their last bits."""
     if path.startswith("ours sparse"):
-        active = active_features(sae, x_BD, compute_dtype, operations_for(x_BD.device))
+        ops = operations_for(x_BD.device)
+        active = active_features(sae.W_enc, sae.b_enc, sae.scaled(x_BD), compute_dtype, ops)
         return torch.sparse_csr_tensor(*active, size=(len(x_BD), sae.d_sae)).to_dense() > 0
     if path == "ours dense":
-        return product(x_BD, sae.W_enc, compute_dtype) + sae.b_enc > 0
+        return product(sae.scaled(x_BD), sae.W_enc, compute_dtype) + sae.b_enc > 0
     with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=compute_dtype != torch.float32):
-        return autograd_loss(sae, x_BD)[1] > 0
+        return autograd_loss(sae.parameters, sae.scaled(x_BD))[1] > 0
 
 
-def gradient_errors(sae: SAE, x_BD: Tensor, compute_dtype: torch.dtype) -> dict[str, dict[str, float]]:
+def gradient_errors(sae: Sae, x_BD: Tensor, compute_dtype: torch.dtype) -> dict[str, dict[str, float]]:
     """‖g − g₆₄‖ / ‖g₆₄‖ of each gradient, g₆₄ by float64 autograd with the path's own active set.
 
     Exits where one is over 1e-5 and over 1.2 times plain torch's of the same product type.
     """
     paths = {
-        "plain torch": partial(autograd_gradients, autocast=compute_dtype != torch.float32),
+        "plain torch": partial(plain_gradients, autocast=compute_dtype != torch.float32),
         "ours dense": partial(our_gradients, step=dense_step, compute_dtype=compute_dtype),
         "ours sparse": partial(our_gradients, step=sparse_step, compute_dtype=compute_dtype),
     }
     errors = {}
     for path, gradients in paths.items():
         active_BF = own_active_set(path, sae, x_BD, compute_dtype)
-        leaves = SAE(*(w.double().requires_grad_() for w in sae))
-        exact = torch.autograd.grad(autograd_loss(leaves, x_BD.double(), active_BF)[0], leaves)
-        pairs = zip(SAE._fields, gradients(sae, x_BD), exact, strict=True)
-        errors[path] = {name: float((g - e).norm() / e.norm()) for name, g, e in pairs}
+        leaves = {name: weight.double().requires_grad_() for name, weight in sae.parameters.items()}
+        loss = autograd_loss(leaves, x_BD.double() * sae.scale, active_BF)[0]
+        exact = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+        found = gradients(sae, x_BD)
+        errors[path] = {name: float((found[name] - e).norm() / e.norm()) for name, e in exact.items()}
         for name, error in errors[path].items():
             if error > max(1e-5, 1.2 * errors["plain torch"][name]):
                 raise SystemExit(f"{path}: gradient of {name} is {error:.1e} from float64's")
@@ -250,22 +262,27 @@ def seconds(call: Callable[[Tensor], object], x: Tensor) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
-def time_arm(arm: Arm, sae: SAE, x_BD: Tensor) -> list[tuple[float, float, int]]:
+def copied(sae: Sae) -> Sae:
+    """One that an arm may change."""
+    return replace(sae, parameters={name: weight.clone() for name, weight in sae.parameters.items()})
+
+
+def time_arm(arm: Arm, sae: Sae, x_BD: Tensor) -> list[tuple[float, float, int]]:
     """Wall and process seconds of some steps, and the peak memory of weights, optimizer and step."""
     memory = Memory(x_BD.device.type)
-    run = arm.build(SAE(*(w.clone() for w in sae)))
+    run = arm.build(copied(sae))
     run(x_BD)  # Adam's moments, kernels, allocator
     times = [seconds(run, x_BD) for _ in range(STEPS_A_ROUND)]
     return [(*time, memory.peak()) for time in times]
 
 
-def floors(sae: SAE, x_BD: Tensor, compute_dtype: torch.dtype) -> dict[str, float]:
+def floors(sae: Sae, x_BD: Tensor, compute_dtype: torch.dtype) -> dict[str, float]:
     """What no step can beat: its dense products, and 32 bytes a weight of Adam (28) and norm (4)."""
     x, W_enc = x_BD.to(compute_dtype), sae.W_enc.to(compute_dtype)
     pre_BF, target = x @ W_enc, torch.empty_like(sae.W_dec)
     product_s = min(seconds(lambda x: torch.mm(x, W_enc, out=pre_BF), x)[0] for _ in range(10))
     copy_s = min(seconds(target.copy_, sae.W_dec)[0] for _ in range(10))
-    update_s = 32 * sum(w.numel() for w in sae) * copy_s / (2 * target.nbytes)
+    update_s = 32 * sum(weight.numel() for weight in sae.parameters.values()) * copy_s / (2 * target.nbytes)
     return {
         "product_ms": 1e3 * product_s,
         "product_tflops": 2 * x.shape[0] * W_enc.numel() / product_s / 1e12,
@@ -276,7 +293,7 @@ def floors(sae: SAE, x_BD: Tensor, compute_dtype: torch.dtype) -> dict[str, floa
 
 
 def measure(arguments: argparse.Namespace, compute_dtype: torch.dtype) -> dict[str, object]:
-    start = initial_sae(arguments.d_in, arguments.d_sae, seed=0, device=arguments.device)
+    start = Standard.initial(arguments.d_in, arguments.d_sae, device=arguments.device)
     generator = torch.Generator().manual_seed(1)
     x_BD = torch.randn(arguments.batch, arguments.d_in, generator=generator).to(arguments.device)
     cases = {f"L0={l0:g}": Case(sae_with_l0(start, l0), x_BD) for l0 in arguments.l0}
@@ -290,19 +307,19 @@ def measure(arguments: argparse.Namespace, compute_dtype: torch.dtype) -> dict[s
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         },
-        "l0": {name: float(sparse_step(*case, L1, compute_dtype).l0) for name, case in cases.items()},
+        "l0": {name: float(sparse_step(*case, {"l1": L1}, compute_dtype).l0) for name, case in cases.items()},
         "gradient_errors": {
             name: gradient_errors(case.sae, case.x_BD[:CHECKED_ROWS], compute_dtype) for name, case in cases.items()
         },
         "floors": floors(start, x_BD, compute_dtype),
     }
     chosen = [arm for arm in arms(cases, compute_dtype) if any(a in arm.name for a in arguments.arms)]
-    tiny = initial_sae(16, 32, seed=0, device=arguments.device)
+    tiny = Standard.initial(16, 32, device=arguments.device)
     skipped: dict[str, str] = {}
     found: dict[str, list[tuple[float, float, int]]] = {}
     for arm in chosen * arguments.repeats:
         try:
-            arm.build(SAE(*(w.clone() for w in tiny)))(x_BD[:8, :16])  # imports, which are not its memory
+            arm.build(copied(tiny))(x_BD[:8, :16])  # imports, which are not its memory
             found.setdefault(arm.name, []).extend(time_arm(arm, *cases[arm.case]))
         except (ImportError, torch.OutOfMemoryError) as error:
             skipped[arm.name] = str(error)

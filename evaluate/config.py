@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from evaluate.spellings import check_apart, check_not_empty
 from harvest.config import ComputeDtype, Device, ModelConfig, Seed, Settings, check_different
 
-EVALUATE_VERSION = 6
+EVALUATE_VERSION = 7
 LARGEST_STRENGTH = 1e6
 
 
@@ -37,6 +37,9 @@ class FeaturesConfig(Settings):
     """Examples from each quarter of a feature's activations."""
     tokens: int = Field(default=64, ge=4, le=1024)
     """Tokens of a context that are shown; the active one is three quarters in."""
+    activity_bytes: int = Field(default=1 << 29, ge=1, json_schema_extra={"added": True})
+    """Bound of the file that holds the activity of all features, and of the memory for it: fewer excerpts of each
+    feature are kept where they would exceed it."""
     seed: Seed = 0
     """Choice of the random features and of the examples."""
 

@@ -20,50 +20,45 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluate.fidelity import Fidelity
 from evaluate.groups import Groups
 from evaluate.intervals import with_intervals
 from evaluate.subject import Subject
+from harvest.activation_rows import kept_in_text
 from harvest.language_model import HookedModel
 from harvest.progress import Progress
 from train.checkpoint import SavedSae
 from train.config import ExcludeConfig
+from train.exclusion import Exclusion
 
 ABLATED = ("zero_ablated", "mean_ablated", "zero_ablated_all_rows")
 REBUILT = ("sae", "sae_all_rows")
 POSITIONS_AT_ONCE = 64  # logits of more positions leave the cache between two passes
 
-DEFINITIONS = {
-    "contexts": "held-out contexts read by the whole model [contexts]",
-    "ce_clean": "mean cross-entropy of the next token, with the activation as it is [nats]",
-    "ce_sae": "the same with the SAE's reconstruction; rows that training leaves out pass through unchanged [nats]",
-    "ce_zero_ablated": "the same with the activation set to 0; the same rows pass through [nats]",
-    "ce_mean_ablated": "the same with the mean of the kept held-out rows; the same rows pass through [nats]",
-    "ce_sae_all_rows": "the same with every row through the SAE [nats]",
-    "ce_zero_ablated_all_rows": "the same with every row set to 0 (SAELens' ablation) [nats]",
-    "ce_loss_score": "(ce_zero_ablated - ce_sae) / (ce_zero_ablated - ce_clean) [no unit; 1 is perfect]",
-    "ce_loss_score_all_rows": "the same for the figures of all rows (SAELens' score) [no unit]",
-    "kl_sae": "mean over positions of KL(clean || sae) [nats]",
-    "kl_sae_all_rows": "mean over positions of KL(clean || sae_all_rows) [nats]",
-}
-WITH_INTERVAL = tuple(name for name in DEFINITIONS if name != "contexts")
+NAMES = (
+    *("contexts", "ce_clean", "ce_sae", "ce_mean_ablated", "ce_zero_ablated", "ce_loss_score", "kl_sae"),
+    *("ce_sae_all_rows", "ce_zero_ablated_all_rows", "ce_loss_score_all_rows", "kl_sae_all_rows"),
+)
 
 
-def analyse(subject: Subject, heldout: Fidelity) -> dict[str, dict[str, Any]] | None:
-    """Figures of the first held-out contexts; None where `evaluate.downstream` is null."""
+def analyse(subject: Subject, mean_D: Tensor) -> dict[str, dict[str, Any]] | None:
+    """Figures of the first held-out contexts by group; None where `evaluate.downstream` is null.
+
+    `mean_D` is the mean of the kept held-out rows.
+    """
     config = subject.config.downstream
     if config is None:
         return None
-    count = min(config.contexts, len(subject.context_source))
+    count = min(config.contexts, subject.contexts.count("holdout"))
     tokens = subject.contexts.read("holdout", "tokens", 0, count)
+    groups = {name: mask_C[:count] for name, mask_C in subject.groups.items()}
     with subject.progress("downstream", tokens.size, "tokens") as progress:
         return downstream(
             subject.model(),
             subject.saved,
             subject.exclude,
-            heldout.mean_D,
+            mean_D,
             tokens,
-            {name: mask_C[:count] for name, mask_C in subject.groups.items()},
+            groups,
             config.batch_contexts,
             progress,
         )
@@ -86,11 +81,12 @@ def downstream(
     no_text = model.behind(saved.hook).no_text  # then every row 0 is the same to all texts, and one pass serves them
     of_zeros_1SV = None
     for start in range(0, len(tokens), batch_contexts):
-        ids_BS = torch.from_numpy(tokens[start : start + batch_contexts].astype(np.int64)).to(model.device)
+        tokens_BS = tokens[start : start + batch_contexts]
+        ids_BS = torch.from_numpy(tokens_BS.astype(np.int64)).to(model.device)
         acts, output = model.read(ids_BS)
         acts_BSD, clean_BSV = acts[saved.hook], output.logits
         losses["clean"].append(_cross_entropy(clean_BSV, ids_BS))
-        for name, value_BSD in _variants(acts_BSD.float(), ids_BS, saved, exclude, mean_D).items():
+        for name, value_BSD in _variants(acts_BSD.float(), tokens_BS, saved, exclude, mean_D).items():
             if name == "zero_ablated_all_rows" and of_zeros_1SV is not None:
                 logits_BSV = of_zeros_1SV.expand(len(ids_BS), -1, -1)
             else:
@@ -110,13 +106,12 @@ def downstream(
 
 
 def _variants(
-    acts_BSD: Tensor, ids_BS: Tensor, saved: SavedSae, exclude: ExcludeConfig, mean_D: Tensor
+    acts_BSD: Tensor, tokens_BS: np.ndarray, saved: SavedSae, exclude: ExcludeConfig, mean_D: Tensor
 ) -> dict[str, Tensor]:
-    sae, scale = saved.sae, saved.statistics.scale
-    rows = acts_BSD.flatten(0, 1).bfloat16().float()  # as the store holds them
-    rebuilt_BSD = (sae.decode(sae.encode(rows * scale)) / scale).view_as(acts_BSD)
-    norm_BS = rows.norm(dim=1).view(ids_BS.shape)
-    passed_BS1 = left_out(norm_BS, ids_BS, exclude, saved.statistics.norm_limit).unsqueeze(2)
+    rows = acts_BSD.flatten(0, 1).bfloat16()  # as the store holds them
+    rebuilt_BSD = saved.sae.decode(saved.sae.encode(rows)).view_as(acts_BSD)
+    kept = kept_in_text(Exclusion(exclude, saved.statistics.norm_limit), tokens_BS, rows)
+    passed_BS1 = ~torch.from_numpy(kept).to(acts_BSD.device).view(*tokens_BS.shape, 1)
     mean_BSD = mean_D.to(acts_BSD).expand_as(acts_BSD)
     return {
         "sae": torch.where(passed_BS1, acts_BSD, rebuilt_BSD),
@@ -125,14 +120,6 @@ def _variants(
         "sae_all_rows": rebuilt_BSD,
         "zero_ablated_all_rows": torch.zeros_like(acts_BSD),
     }
-
-
-def left_out(norm_BS: Tensor, ids_BS: Tensor, exclude: ExcludeConfig, norm_limit: float | None) -> Tensor:
-    """Bool (B, S): the tokens whose rows training leaves out; what `kept_rows` says of stored rows."""
-    left_BS = torch.isin(ids_BS, torch.tensor(exclude.token_ids, device=ids_BS.device, dtype=ids_BS.dtype))
-    position_S = torch.arange(ids_BS.shape[1], device=ids_BS.device)
-    left_BS |= torch.isin(position_S, torch.tensor(exclude.positions, device=ids_BS.device, dtype=torch.long))
-    return left_BS if norm_limit is None else left_BS | (norm_BS > norm_limit)
 
 
 def _cross_entropy(logits_BSV: Tensor, ids_BS: Tensor) -> np.ndarray:
@@ -170,5 +157,5 @@ def _figures(loss: dict[str, Any], divergence: dict[str, Any], chosen: np.ndarra
             out[f"ce_loss_score{rows}"] = np.divide(gained, span, out=np.full_like(span, np.nan), where=span != 0)
         return out | {f"kl_{name}": weights_KC @ values / total for name, values in kl_C.items()}
 
-    figures = with_intervals(figures_of, int(chosen.sum()), WITH_INTERVAL)
+    figures = with_intervals(figures_of, int(chosen.sum()), NAMES[1:])
     return {"contexts": int(chosen.sum())} | {n: v for n, v in figures.items() if np.isfinite(v).all()}

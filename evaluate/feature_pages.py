@@ -3,77 +3,81 @@
 features/<hook>/index.html    all features that have a page: search, sort
 features/<hook>/123.html      one feature
 
-Tokens are text of strangers. Everything is escaped, what does not show (line breaks, controls, marks of
+Tokens are untrusted text. Everything is escaped, what does not show (line breaks, controls, marks of
 direction) is named, and a content security policy allows nothing but the one style and the one script below.
 
-Shape suffixes: C held-out contexts, F d_sae, K features that have a page.
+Shape suffixes: F d_sae, K features that have a page.
 """
 
 import base64
 import hashlib
 import shutil
-from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from evaluate.activity import Activity
 from evaluate.config import FeaturesConfig
 from evaluate.feature_views import CHIPS, Scored, Site, Views, number, percent, thousandths
-from evaluate.features import ShardActivity, activity, choose_features, heldout_activity, nearest_features
-from evaluate.fidelity import Fidelity
-from evaluate.groups import finest
+from evaluate.figures import Section
+from evaluate.report import environment, write_text
+from evaluate.steering import check_features
 from evaluate.subject import Subject
 from evaluate.unembedding import Tokens, promoted
 from harvest.activation_store import slug
-from harvest.files import UserError, replacing
-
-DEFINITIONS = {
-    "index": "page that lists the features that have one, below the folder of the report",
-    "numbers": "features that have a page (evaluate.features); the page says what each of its figures means",
-}
+from harvest.files import UserError
 
 
-def analyse(subject: Subject, heldout: Fidelity) -> dict[str, Any] | None:
-    """Pages of chosen features, and which they are; None where the setting is null or no feature fires.
-
-    Raises UserError for a feature asked for that the SAE does not have.
-    """
-    config, saved, store = subject.config.features, subject.saved, subject.store
-    if config is None:
-        return None
+def pages(subject: Subject, activity: Activity) -> Section | None:
+    """Write the pages of chosen features, and say which they are; None where no feature fires."""
+    config, saved = subject.config.features, subject.saved
+    assert config is not None
     scored = read_scores(subject.file("reason_score", ".npz"))
-    chosen_K = choose_features(config, heldout.density_F, scored.score_F if scored else None)
+    density_F = activity["active"].sum(0) / max(1, activity["rows"].sum())
+    chosen_K = choose_features(config, density_F, scored.score_F if scored else None)
     if not len(chosen_K):
         return None
-    names, finest_C = finest(subject.groups, len(subject.context_source))
-    with subject.progress("feature pages", store.geometry.holdout_shards, "shards") as progress:
-
-        def counted() -> Iterator[ShardActivity]:
-            for shard in heldout_activity(store, saved, subject.exclude, finest_C, chosen_K):
-                yield shard
-                progress.advance(1)
-
-        found = activity(counted(), len(chosen_K), len(names), config)
-    site = Site(
-        saved.hook,
-        saved.sae.d_sae,
-        chosen_K,
-        found,
-        names,
-        subject.tokenizer().text,
-        *_promoted(subject, chosen_K),
-        nearest_features(saved.sae.W_dec, chosen_K),
-        scored,
-    )
+    text, W_dec = subject.tokenizer().text, saved.sae.W_dec
+    found, why_none = _promoted(subject, chosen_K)
+    nearest = nearest_features(W_dec, chosen_K)
     folder = subject.directory / "features" / slug(saved.hook)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
-    write_pages(folder, site, config)
-    return {"index": f"features/{slug(saved.hook)}/index.html", "numbers": sorted(chosen_K.tolist())}
+    write_pages(folder, Site(saved.hook, chosen_K, activity, text, found, why_none, nearest, scored), config)
+    return Section([], {"index": f"features/{slug(saved.hook)}/index.html", "numbers": sorted(chosen_K.tolist())})
+
+
+def choose_features(config: FeaturesConfig, density_F: np.ndarray, score_F: np.ndarray | None) -> np.ndarray:
+    """Features that get a page, int64 (K,): those asked for, the best ranked, and a random part of the living.
+
+    Ranked by ReasonScore; where there is none, all are drawn at random. Raises UserError for a number out of range.
+    """
+    check_features(config.include, len(density_F), "evaluate.features.include")
+    scored = score_F is not None
+    ranking = np.where(density_F > 0, np.nan_to_num(score_F, nan=-np.inf) if scored else 0, -np.inf)
+    living = int((density_F > 0).sum())
+    ranked = np.argsort(-ranking, kind="stable")[:living]
+    drawn = np.random.default_rng(config.seed).permutation(ranked)
+    ranked_count = config.count - round(config.count * config.random_share) if scored else 0
+    wanted = [*config.include, *ranked[:ranked_count].tolist(), *drawn.tolist()]
+    return np.array(list(dict.fromkeys(wanted))[: max(config.count, len(set(config.include)))], np.int64)
+
+
+@torch.no_grad()
+def nearest_features(W_dec: torch.Tensor, chosen_K: np.ndarray, count: int = 8) -> list[list[tuple[int, float]]]:
+    """Of each chosen feature, the others with the highest cosine of decoder rows (d_sae, d_in), highest first."""
+    unit_FD = torch.nn.functional.normalize(W_dec, dim=1)
+    found = []
+    for part_K in torch.from_numpy(chosen_K).to(W_dec.device).split(64):
+        cosine_KF = unit_FD[part_K] @ unit_FD.T
+        cosine_KF[torch.arange(len(part_K), device=part_K.device), part_K] = -2  # itself
+        best = cosine_KF.topk(min(count, len(W_dec) - 1))
+        found += [
+            list(zip(i, v, strict=True)) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+    return found
 
 
 def read_scores(path: Path) -> Scored | None:
@@ -100,34 +104,23 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
     """Write the index and a page for each chosen feature."""
     folder.mkdir(parents=True, exist_ok=True)
     style, script = (files("evaluate").joinpath("templates", f"features.{s}").read_text("utf-8") for s in ("css", "js"))
-    environment = Environment(
-        loader=PackageLoader("evaluate"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src '{_sha256(style)}'"
+    templates = environment(
+        {"number": number, "percent": percent, "thousandths": thousandths},
+        style=Markup(style),
+        script=Markup(script),
+        policy=f"{policy}; script-src '{_sha256(script)}'",
+        hook=site.hook,
+        d_sae=site.activity["active"].shape[1],
+        has_page={int(feature) for feature in site.chosen_K},
+        scored=site.scored is not None,
     )
-    environment.filters |= {"number": number, "percent": percent, "thousandths": thousandths}
-    environment.globals |= {
-        "style": Markup(style),
-        "script": Markup(script),
-        "policy": f"default-src 'none'; base-uri 'none'; form-action 'none'; "
-        f"style-src '{_sha256(style)}'; script-src '{_sha256(script)}'",
-        "hook": site.hook,
-        "d_sae": site.d_sae,
-        "sources": site.sources,
-        "has_page": {int(feature) for feature in site.chosen_K},
-        "scored": site.scored is not None,
-    }
-    views = Views(site, config)
-    features = views.all()
-    page = environment.get_template("feature.html")
-    for i, feature in enumerate(features):
-        before, after = features[i - 1] if i else None, features[i + 1] if i + 1 < len(features) else None
-        _write(folder / f"{feature['number']}.html", page.render(feature=feature, before=before, after=after))
-    _write(folder / "index.html", environment.get_template("features.html").render(features=features))
+    features = Views(site, config).all()
+    page = templates.get_template("feature.html")
+    for before, feature, after in zip([None, *features], features, [*features[1:], None], strict=False):
+        write_text(folder / f"{feature['number']}.html", page.render(feature=feature, before=before, after=after))
+    write_text(folder / "index.html", templates.get_template("features.html").render(features=features))
 
 
 def _sha256(text: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
-
-
-def _write(path: Path, html: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(html, encoding="utf-8")

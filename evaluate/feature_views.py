@@ -1,6 +1,6 @@
 """What the page of a feature shows, and how: figures as text, tokens with nothing hidden in them.
 
-Shape suffixes: F d_sae, K features that have a page, N their tokens or excerpts, W words, G sources, B bins.
+Shape suffixes: F d_sae, K features that have a page, N excerpts of one, W words.
 """
 
 import math
@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import Markup, escape
 
+from evaluate.activity import BINS, LEFT_OUT, Activity, Excerpts
 from evaluate.charts import bars
 from evaluate.config import FeaturesConfig
-from evaluate.features import BINS, LEFT_OUT, Activity, Excerpts
 from evaluate.unembedding import Tokens
 
 LEVELS = 9  # of shading
@@ -36,10 +36,8 @@ class Site(NamedTuple):
     """All that the pages of one SAE are made from."""
 
     hook: str
-    d_sae: int
     chosen_K: np.ndarray
     activity: Activity
-    sources: list[str]  # of a source with strata, these
     text: Callable[[int], str]  # of a token
     promoted: tuple[Tokens, Tokens] | None  # and suppressed
     no_promoted: str  # why there are none
@@ -47,9 +45,9 @@ class Site(NamedTuple):
     scored: Scored | None
 
     def by_source(self) -> dict[str, list[int]]:
-        """Indices into `sources` of what each line of the table counts: a source with its strata, then each."""
+        """Indices of the groups that each line of the table counts: a source with its strata, then each stratum."""
         lines: dict[str, list[int]] = {}
-        for number, name in enumerate(self.sources):
+        for number, name in enumerate(self.activity.groups):
             lines.setdefault(name.partition("/")[0], []).append(number)
             if "/" in name:
                 lines[name] = [number]
@@ -113,18 +111,18 @@ class Views:
 
     def _feature(self, k: int) -> dict[str, Any]:
         site, activity = self.site, self.site.activity
-        feature, rows = int(site.chosen_K[k]), max(1, int(activity.rows_G.sum()))
-        top = float(activity.max_GK[:, k].max())
-        strongest = self._strongest(activity.strongest.of(k), top)
+        feature = int(site.chosen_K[k])
+        groups = list(range(len(activity.groups)))
+        whole = self._source("", groups, feature)
         view = {
             "number": feature,
-            "density": float(activity.active_GK[:, k].sum()) / rows,
-            "max": top,
-            "by_source": [self._source(name, groups, k) for name, groups in site.by_source().items()],
-            "fires_on": self._fires_on(k),
-            "strongest": strongest,
-            "quarters": self._quarters(activity.sampled.of(k), top) if self.config.samples else [],
-            "histogram": self._histogram(k),
+            "density": whole["density"],
+            "max": whole["max"],
+            "by_source": [self._source(name, groups, feature) for name, groups in site.by_source().items()],
+            "fires_on": self._fires_on(feature),
+            "strongest": self._strongest(activity.excerpts("strongest", feature), whole["max"]),
+            "quarters": self._quarters(activity.excerpts("sampled", feature), whole["max"]),
+            "histogram": self._histogram(feature),
             "promoted": self._chips(k, 0),
             "suppressed": self._chips(k, 1),
             "no_promoted": site.no_promoted,
@@ -140,30 +138,26 @@ class Views:
             view["words"] = list(zip(site.scored.words, means, widths, strict=True))
         return view
 
-    def _source(self, name: str, groups: list[int], k: int) -> dict[str, Any]:
+    def _source(self, name: str, groups: list[int], feature: int) -> dict[str, Any]:
         activity = self.site.activity
-        rows, active = int(activity.rows_G[groups].sum()), int(activity.active_GK[groups, k].sum())
-        total = float(activity.sum_GK[groups, k].sum())
+        rows, active = int(activity["rows"][groups].sum()), int(activity["active"][groups, feature].sum())
+        total = float(activity["sum"][groups, feature].sum())
         return {
             "name": name,
             "rows": rows,
             "density": active / max(1, rows),
             "mean": total / max(1, rows),
             "mean_active": total / active if active else None,
-            "max": float(activity.max_GK[groups, k].max()),
+            "max": float(activity["max"][groups, feature].max()),
         }
 
-    def _fires_on(self, k: int) -> list[dict[str, Any]]:
-        tokens = self.site.activity.tokens
-        here = slice(*np.searchsorted(tokens.feature_N, [k, k + 1]))
-        token_N, count_N, sum_N = tokens.token_N[here], tokens.count_N[here], tokens.sum_N[here]
+    def _fires_on(self, feature: int) -> list[dict[str, Any]]:
+        found = self.site.activity
+        names = ("token", "token_active", "token_sum")
         return [
-            {
-                "text": self.chip(int(token_N[i])),
-                "share": count_N[i] / count_N.sum(),
-                "mean": sum_N[i] / count_N[i],
-            }
-            for i in np.argsort(-count_N, kind="stable")[:CHIPS]
+            {"text": self.chip(int(token)), "share": active / found["token_total"][feature], "mean": total / active}
+            for token, active, total in zip(*(found[name][feature, :CHIPS] for name in names), strict=True)
+            if active
         ]
 
     def _chips(self, k: int, side: int) -> list[dict[str, Any]]:
@@ -173,8 +167,8 @@ class Views:
         pairs = zip(tokens.token_KN[k].tolist(), tokens.logit_KN[k].tolist(), strict=True)
         return [{"text": self.chip(token), "logit": logit} for token, logit in pairs]
 
-    def _histogram(self, k: int) -> Markup:
-        counts, top = self.site.activity.histogram_KB[k].tolist(), float(self.site.activity.top_K[k])
+    def _histogram(self, feature: int) -> Markup:
+        counts, top = self.site.activity["histogram"][feature].tolist(), float(self.site.activity["top"][feature])
         used = max((i + 1 for i, count in enumerate(counts) if count), default=0)
         edges = [top * i / BINS for i in range(used + 1)]
         return bars("Held-out tokens by activation", counts[:used], edges, "activation") if used else Markup("")
@@ -182,7 +176,7 @@ class Views:
     def _strongest(self, excerpts: Excerpts, top: float) -> list[dict[str, Any]]:
         seen: set[tuple[int, ...]] = set()
         shown = []
-        for n in range(len(excerpts.key_N)):
+        for n in range(len(excerpts.context_N)):
             at = int(excerpts.position_N[n] - excerpts.start_N[n])
             text = tuple(excerpts.token_NT[n, max(0, at + 1 - ALIKE) : at + 1].tolist())
             if text not in seen and len(shown) < self.config.contexts:
@@ -215,7 +209,7 @@ class Views:
             "tokens": Markup("").join(tokens),
             "glimpse": Markup("").join(tokens[max(0, at - 9) : at + 3]),
             "value": values[at],
-            "source": self.site.sources[int(excerpts.source_N[n])],
+            "source": self.site.activity.groups[self.site.activity["group"][excerpts.context_N[n]]],
             "context": int(excerpts.context_N[n]),
             "position": int(excerpts.position_N[n]),
             "start": int(excerpts.start_N[n]),

@@ -9,62 +9,29 @@ word's share p of the feature's per-word means, divided by log of the number of 
 All sums are masks times activations: one product of (words + 2, rows) by (rows, d_sae) a batch, accumulated in
 float64. The paper's code reads the text once for every 48 features, 1,366 passes of the model.
 
-Shape suffixes: B rows of a batch, C contexts, S positions, D d_in, F d_sae, W words, G = words + 2.
+Shape suffixes: B rows of a batch, C contexts, S positions, F d_sae, W words, G = words + 2.
 """
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from evaluate.config import ReasonScoreConfig
-from evaluate.downstream import left_out
-from evaluate.fidelity import Fidelity
-from evaluate.subject import Subject
+from evaluate.figures import Section, figures_of
+from evaluate.subject import Encoded, Subject, feed
 from evaluate.words import Groups, find_words, overrepresented, word_groups
-from harvest.files import UserError, replacing
+from harvest.activation_rows import RowBatch, model_rows, stored_rows
+from harvest.contexts import Contexts
+from harvest.files import replacing
 from train.checkpoint import SavedSae
-from train.exclusion import kept_rows
 
 LISTED = 200  # features in metrics.json
 CONTEXTS_AT_ONCE = 8  # of a forward pass of the model
 TEXT_CONTEXTS = 1000  # that suggested words are counted in
-
-DEFINITIONS = {
-    "contexts": "contexts of the chosen sources that were read, held-out ones first [contexts]",
-    "contexts_of_training": "of these, contexts that the SAE was trained on [contexts]",
-    "rows_inside, rows_outside": "rows counted in the window of any word, and all others [rows]",
-    "threshold": "the settings' quantile of all features' scores",
-    "selected_features": "features above it [features]",
-    "curve": "rank and score, for the chart",
-    "score": "ReasonScore: mean_inside_i / sum_j mean_inside_j * entropy_i^alpha - mean_outside_i / sum_j "
-    "mean_outside_j (arXiv 2503.18878) [no unit]",
-    "rank": "place by score; 1 is the highest",
-    "selected": "whether the score is above the settings' quantile of all features' scores (linear interpolation)",
-    "entropy": "entropy of the words' shares of the feature's word_means, divided by log(words found) [0 to 1]",
-    "mean_inside": "mean activation on rows in the window of any word, times the decoder row's norm [units of the "
-    "stored activations]",
-    "mean_outside": "the same on all other rows; rows that training leaves out and ignored tokens count in neither",
-    "word_means": "the same on rows in the windows of one word",
-    "matches": "how often a word stands in the text read",
-    "rows_from": "store: stored activations; model: one forward pass",
-    "model_passes": "forward passes of the text, for all features (the paper's code: 1,366)",
-    "suggested_words": "words that are typical of the chosen sources against the others: z-score of log-odds with a "
-    "Dirichlet prior (Monroe et al. 2008), and their number in a million words",
-}
-
-
-class Rows(NamedTuple):
-    """A batch of rows and where each stands."""
-
-    acts_BD: Tensor  # bfloat16, as stored
-    inside_WB: np.ndarray  # bool: in the window of each word
-    counted_B: np.ndarray  # bool: neither ignored nor left out
-    matches_W: np.ndarray  # int64: matches of each word that were not counted with a batch before
 
 
 class Sums(NamedTuple):
@@ -72,7 +39,6 @@ class Sums(NamedTuple):
 
     of_acts_GF: np.ndarray  # float64, in the SAE's own units
     rows_G: np.ndarray  # int64
-    matches_W: np.ndarray  # int64
 
 
 class ReasonScore(NamedTuple):
@@ -85,23 +51,67 @@ class ReasonScore(NamedTuple):
     word_means_WF: np.ndarray
 
 
-@torch.inference_mode()
-def accumulate(saved: SavedSae, batches: Iterator[Rows], words: int) -> Sums:
-    """One pass over rows, in memory that does not grow with them."""
-    device = saved.sae.W_dec.device
-    sums_GF = torch.zeros(words + 2, saved.sae.d_sae, dtype=torch.float64, device=device)
-    rows_G, matches_W = np.zeros(words + 2, np.int64), np.zeros(words, np.int64)
-    for batch in batches:
-        counted_B = torch.from_numpy(batch.counted_B).to(batch.acts_BD.device)
-        inside_WB = batch.inside_WB[:, batch.counted_B]
-        any_1B = inside_WB.any(0, keepdims=True)
-        mask_GB = np.concatenate([inside_WB, any_1B, ~any_1B])
-        acts_BD = batch.acts_BD[counted_B].to(device).float()
-        f_BF = saved.sae.encode(acts_BD * saved.statistics.scale)
-        sums_GF += torch.from_numpy(mask_GB).to(device, torch.float32) @ f_BF
-        rows_G += mask_GB.sum(1)
-        matches_W += batch.matches_W
-    return Sums(sums_GF.cpu().numpy(), rows_G, matches_W)
+class WordSums:
+    """Reads rows, in memory that does not grow with them; its result is `Sums`."""
+
+    def __init__(
+        self,
+        saved: SavedSae,
+        words: int,
+        place: Callable[[RowBatch], tuple[np.ndarray, np.ndarray]],
+        piece_rows: int,
+    ) -> None:
+        """`place` gives for a batch: in the window of each word, bool (W, B), and counted at all, bool (B,).
+
+        `piece_rows` are those of one product: float32 sums over a store's chunk, float64 from there on.
+        """
+        self.place, self.piece_rows = place, piece_rows
+        size = (words + 2, saved.sae.d_sae)
+        self.sums_GF = torch.zeros(size, dtype=torch.float64, device=saved.sae.W_dec.device)
+        self.rows_G = np.zeros(words + 2, np.int64)
+
+    def add(self, batch: Encoded) -> None:
+        """Count the rows of a batch."""
+        all_WB, every_B = self.place(batch.rows)
+        for start in range(0, batch.rows.size, self.piece_rows):
+            here = slice(start, start + self.piece_rows)
+            counted_B = every_B[here]
+            inside_WB = all_WB[:, here][:, counted_B]
+            any_1B = inside_WB.any(0, keepdims=True)
+            mask_GB = np.concatenate([inside_WB, any_1B, ~any_1B])
+            f_BF = batch.f_BF[here][torch.from_numpy(counted_B).to(batch.f_BF.device)]
+            self.sums_GF += torch.from_numpy(mask_GB).to(f_BF) @ f_BF
+            self.rows_G += mask_GB.sum(1)
+
+    def result(self) -> Sums:
+        """The sums of all rows that were added."""
+        return Sums(self.sums_GF.cpu().numpy(), self.rows_G)
+
+
+class Placed:
+    """Finds a vocabulary in the contexts of rows, and counts its matches there once."""
+
+    def __init__(
+        self, contexts: Contexts, words: Groups, config: ReasonScoreConfig, sources: list[int], wanted: dict[str, int]
+    ) -> None:
+        """`wanted` is how many contexts of each split count, from the first on; `sources` are indices."""
+        self.contexts, self.words, self.config, self.sources, self.wanted = contexts, words, config, sources, wanted
+        self.matches_W = np.zeros(len(words), np.int64)
+        self.seen = {split: np.zeros(count, bool) for split, count in wanted.items()}
+
+    def __call__(self, rows: RowBatch) -> tuple[np.ndarray, np.ndarray]:
+        """In the window of each word, bool (W, B), and counted, bool (B,)."""
+        first, last = int(rows.context.min()), int(rows.context.max())
+        found = find_words(
+            self.contexts.read(rows.split, "tokens", first, last - first + 1), self.words, self.config.window
+        )
+        wanted_B = np.isin(rows.source, self.sources) & (rows.context < self.wanted[rows.split])
+        here = np.unique(rows.context[wanted_B])
+        new = here[~self.seen[rows.split][here]]
+        self.matches_W += found.matches_WC[:, new - first].sum(1)
+        self.seen[rows.split][new] = True
+        counted_B = wanted_B & rows.kept & ~np.isin(rows.token, self.config.ignored_token_ids)
+        return found.inside_WCS[:, rows.context - first, rows.position], counted_B
 
 
 def reason_score(sums: Sums, unit_F: np.ndarray, alpha: float) -> ReasonScore:
@@ -121,176 +131,122 @@ def reason_score(sums: Sums, unit_F: np.ndarray, alpha: float) -> ReasonScore:
     return ReasonScore(score_F, entropy_F, inside_F, outside_F, word_means_WF)
 
 
-def analyse(subject: Subject, _heldout: Fidelity) -> dict[str, Any] | None:
-    """Scores of all features in `reason_score-<hook>.npz`, the best of them as figures.
+class Scoring:
+    """ReasonScore of one SAE: `sums` read the held-out rows; the training rows that the settings ask for follow."""
 
-    None where the setting is null.
-    """
-    config = subject.config.reason_score
-    if config is None:
-        return None
-    groups = word_groups(config.words, subject.tokenizer())
-    chosen = _chosen_sources(config, subject.contexts.sources)
-    wanted = _wanted_contexts(config, subject)
-    from_store = all(
-        set(range(-(-count // subject.store.geometry.shard_contexts))) <= subject.store.complete_shards(split)
-        for split, count in wanted.items()
-    )
-    read = _stored_rows if from_store else _computed_rows
-    tokens = sum(wanted.values()) * subject.store.geometry.context_size
-    with subject.progress("reason score", tokens, "tokens") as progress:
+    def __init__(self, subject: Subject, config: ReasonScoreConfig) -> None:
+        self.subject, self.config = subject, config
+        sources, contexts = subject.contexts.sources, subject.contexts
+        self.chosen = [n for n, name in enumerate(sources) if not config.sources or name in config.sources]
+        heldout, train = (contexts.count(split) for split in ("holdout", "train"))
+        count = heldout if config.contexts is None else min(config.contexts, heldout + train)
+        if config.contexts and count < config.contexts:
+            asked = f"({config.contexts:,} asked for)"
+            print(f"evaluate.reason_score: {count:,} contexts, all that there are {asked}", flush=True)
+        self.wanted = {"holdout": min(count, heldout), "train": max(0, count - heldout)}
+        words = word_groups(config.words, subject.tokenizer())
+        self.words = list(words)
+        self.placed = Placed(contexts, words, config, self.chosen, self.wanted)
+        self.sums = WordSums(subject.saved, len(words), self.placed, subject.store.geometry.chunk_rows)
 
-        def counted() -> Iterator[Rows]:
-            for split, count in wanted.items():
-                for batch in read(subject, config, groups, chosen, split, count):
-                    yield batch
-                    progress.advance(len(batch.acts_BD))
+    def _read_training(self) -> bool:
+        """Read the training rows that are wanted; whether the model had to give them, as the store lacks some."""
+        subject, count = self.subject, self.wanted["train"]
+        if not count:
+            return False
+        contexts, g = subject.contexts, subject.store.geometry
+        shards = range(-(-count // g.shard_contexts))
+        is_stored = set(shards) <= subject.store.complete_shards("train")
+        if is_stored:
+            rows = stored_rows(
+                subject.store, "train", subject.rules, subject.config.batch_rows, contexts=contexts, shards=shards
+            )
+        else:
+            numbers = np.flatnonzero(np.isin(contexts.read("train", "source", 0, count), self.chosen))
+            rows = model_rows(subject.model(), contexts, "train", subject.rules, numbers, CONTEXTS_AT_ONCE)
+        feed(subject.saved, subject.counted(rows, "reason score", count * g.context_size), [self.sums])
+        return not is_stored
 
-        sums = accumulate(subject.saved, counted(), len(groups))
-    counts = {
-        split: int(np.isin(subject.contexts.read(split, "source", 0, count), chosen).sum()) if count else 0
-        for split, count in wanted.items()
-    }
-    section: dict[str, Any] = {
-        "contexts": sum(counts.values()),
-        "contexts_of_training": counts["train"],
-        "sources": [subject.contexts.sources[number] for number in chosen],
-        "rows_from": "store" if from_store else "model",
-        "model_passes": 0 if from_store else 1,
-        "alpha": config.alpha,
-        "window": list(config.window),
-        "words": [
-            {"word": word, "matches": int(matches), "rows": int(rows)}
-            for word, matches, rows in zip(groups, sums.matches_W, sums.rows_G, strict=False)
-        ],
-        "rows_inside": int(sums.rows_G[-2]),
-        "rows_outside": int(sums.rows_G[-1]),
-        "absent_words": [word for word, rows in zip(groups, sums.rows_G, strict=False) if not rows],
-        "suggested_words": _suggested(subject, chosen),
-    }
-    if section["absent_words"]:
-        print(
-            f"evaluate.reason_score.words: not in the text read, so left out: {', '.join(section['absent_words'])}",
-            file=sys.stderr,
-        )
-    if not sums.rows_G[-2]:
-        section["message"] = (
-            f"none of the words {', '.join(groups)} stands in the text read, so there is no score; "
-            "set evaluate.reason_score.words to words that do (suggested_words)"
-        )
-        return section
-    return section | _scored(subject, config, list(groups), sums)
+    def section(self) -> Section:
+        """Scores of all features go to `reason_score-<hook>.npz`; the best of them are listed."""
+        by_model = self._read_training()
+        sums, contexts = self.sums.result(), self.subject.contexts
+        counts = {
+            split: int(np.isin(contexts.read(split, "source", 0, count), self.chosen).sum()) if count else 0
+            for split, count in self.wanted.items()
+        }
+        absent = [word for word, rows in zip(self.words, sums.rows_G, strict=False) if not rows]
+        figures: dict[str, Any] = {
+            "contexts": sum(counts.values()),
+            "contexts_of_training": counts["train"],
+            "rows_inside": int(sums.rows_G[-2]),
+            "rows_outside": int(sums.rows_G[-1]),
+            "model_passes": int(by_model),
+        }
+        lists: dict[str, Any] = {
+            "sources": [contexts.sources[number] for number in self.chosen],
+            "rows_from": "model" if by_model else "store",
+            "alpha": self.config.alpha,
+            "window": list(self.config.window),
+            "words": [
+                {"word": word, "matches": int(matches), "rows": int(rows)}
+                for word, matches, rows in zip(self.words, self.placed.matches_W, sums.rows_G, strict=False)
+            ],
+            "absent_words": absent,
+            "suggested_words": self._suggested(),
+        }
+        if absent:
+            print(
+                f"evaluate.reason_score.words: not in the text read, so left out: {', '.join(absent)}", file=sys.stderr
+            )
+        if figures["rows_inside"]:
+            self._score(sums, figures, lists)
+        else:
+            lists["message"] = (
+                f"none of the words {', '.join(self.words)} occurs in the text read, so there is no score; "
+                "set evaluate.reason_score.words to words that do (suggested_words)"
+            )
+        return Section(figures_of("reason_score", figures), lists)
 
-
-def _scored(subject: Subject, config: ReasonScoreConfig, words: list[str], sums: Sums) -> dict[str, Any]:
-    present = np.flatnonzero(sums.rows_G[:-2])
-    keep_G = [*present, -2, -1]
-    norm_F = subject.saved.sae.W_dec.double().norm(dim=1).cpu().numpy()
-    found = reason_score(
-        Sums(sums.of_acts_GF[keep_G], sums.rows_G[keep_G], sums.matches_W),
-        norm_F / subject.saved.statistics.scale,
-        config.alpha,
-    )
-    names = [words[i] for i in present]
-    with replacing(subject.file("reason_score", ".npz")) as partial, partial.open("wb") as file:
-        arrays = {name[: name.rindex("_")]: values for name, values in found._asdict().items()}
-        np.savez(file, words=np.array(names), **arrays)
-    order = np.argsort(-found.score_F, kind="stable")
-    threshold = float(np.quantile(found.score_F, config.quantile))
-    ranks = np.unique(np.geomspace(1, len(order), 120).astype(int))
-    return {
-        "quantile": config.quantile,
-        "threshold": threshold,
-        "selected_features": int((found.score_F > threshold).sum()),
-        "curve": [[int(rank), float(found.score_F[order[rank - 1]])] for rank in ranks],
-        "top": [
+    def _score(self, sums: Sums, figures: dict[str, Any], lists: dict[str, Any]) -> None:
+        saved, config = self.subject.saved, self.config
+        keep_G = [*(present := np.flatnonzero(sums.rows_G[:-2])), -2, -1]
+        unit_F = saved.sae.W_dec.double().norm(dim=1).cpu().numpy() / saved.statistics.scale
+        found = reason_score(Sums(sums.of_acts_GF[keep_G], sums.rows_G[keep_G]), unit_F, config.alpha)
+        names = [self.words[i] for i in present]
+        with replacing(self.subject.file("reason_score", ".npz")) as partial, partial.open("wb") as file:
+            arrays = {name[: name.rindex("_")]: values for name, values in found._asdict().items()}
+            np.savez(file, words=np.array(names), **arrays)
+        score_F = found.score_F
+        order = np.argsort(-score_F, kind="stable")
+        figures["threshold"] = threshold = float(np.quantile(score_F, config.quantile))
+        figures["selected_features"] = int((score_F > threshold).sum())
+        ranks = np.unique(np.geomspace(1, len(order), 120).astype(int))
+        lists["quantile"] = config.quantile
+        lists["curve"] = [[int(rank), float(score_F[order[rank - 1]])] for rank in ranks]
+        lists["top"] = [
             {
                 "rank": rank,
                 "feature": int(i),
-                "score": float(found.score_F[i]),
-                "selected": bool(found.score_F[i] > threshold),
+                "score": float(score_F[i]),
+                "selected": bool(score_F[i] > threshold),
                 "entropy": float(found.entropy_F[i]),
                 "mean_inside": float(found.mean_inside_F[i]),
                 "mean_outside": float(found.mean_outside_F[i]),
                 "word_means": dict(zip(names, found.word_means_WF[:, i].tolist(), strict=True)),
             }
             for rank, i in enumerate(order[:LISTED], 1)
-        ],
-    }
+        ]
 
-
-def _chosen_sources(config: ReasonScoreConfig, known: list[str]) -> list[int]:
-    return [number for number, name in enumerate(known) if not config.sources or name in config.sources]
-
-
-def _wanted_contexts(config: ReasonScoreConfig, subject: Subject) -> dict[str, int]:
-    """Contexts of each split, from the first on."""
-    heldout, train = (subject.contexts.count(split) for split in ("holdout", "train"))
-    count = heldout if config.contexts is None else min(config.contexts, heldout + train)
-    if config.contexts and count < config.contexts:
-        print(
-            f"evaluate.reason_score: {count:,} contexts, all that there are ({config.contexts:,} asked for)", flush=True
-        )
-    return {"holdout": min(count, heldout), "train": max(0, count - heldout)}
-
-
-def _stored_rows(
-    subject: Subject, config: ReasonScoreConfig, groups: Groups, chosen: list[int], split: str, count: int
-) -> Iterator[Rows]:
-    """Rows of the first `count` contexts in stored order, a chunk at a time."""
-    store, g = subject.store, subject.store.geometry
-    for shard in range(-(-count // g.shard_contexts)):
-        first = shard * g.shard_contexts
-        tokens_CS = subject.contexts.read(split, "tokens", first, g.shard_contexts)
-        source_C = subject.contexts.read(split, "source", first, g.shard_contexts)
-        wanted_C = np.isin(source_C, chosen) & (first + np.arange(g.shard_contexts) < count)
-        found = find_words(tokens_CS[wanted_C], groups, config.window)
-        inside_WCS = np.zeros((len(groups), *tokens_CS.shape), bool)
-        inside_WCS[:, wanted_C] = found.inside_WCS
-        context = store.read_provenance(split, "context", shard).astype(np.int64) - first
-        position = store.read_provenance(split, "position", shard)
-        token = store.read_provenance(split, "token_id", shard)
-        if context.min() < 0 or context.max() >= len(tokens_CS) or (tokens_CS[context, position] != token).any():
-            raise UserError(f"{store.path}: its {split} shard {shard} was not made from {subject.contexts.path}")
-        counted = kept_rows(
-            store, split, subject.saved.hook, shard, subject.exclude, subject.saved.statistics.norm_limit
-        )
-        counted &= wanted_C[context] & ~np.isin(token, config.ignored_token_ids)
-        matches_W = found.matches_W
-        for chunk in range(g.chunks_per_shard):
-            rows = slice(chunk * g.chunk_rows, (chunk + 1) * g.chunk_rows)
-            acts = store.read_chunk(split, subject.saved.hook, shard * g.chunks_per_shard + chunk)
-            inside_WB = inside_WCS[:, context[rows], position[rows]]
-            yield Rows(torch.from_numpy(acts).view(torch.bfloat16), inside_WB, counted[rows], matches_W)
-            matches_W = np.zeros_like(matches_W)
-
-
-def _computed_rows(
-    subject: Subject, config: ReasonScoreConfig, groups: Groups, chosen: list[int], split: str, count: int
-) -> Iterator[Rows]:
-    """The same rows, in order of contexts, from the model."""
-    model, hook = subject.model(), subject.saved.hook
-    for first in range(0, count, CONTEXTS_AT_ONCE):
-        size = min(CONTEXTS_AT_ONCE, count - first)
-        wanted_C = np.isin(subject.contexts.read(split, "source", first, size), chosen)
-        tokens_CS = subject.contexts.read(split, "tokens", first, size)[wanted_C]
-        if not len(tokens_CS):
-            continue
-        found = find_words(tokens_CS, groups, config.window)
-        ids_CS = torch.from_numpy(tokens_CS.astype(np.int64)).to(subject.device)
-        acts_CSD = model.activations(ids_CS)[hook].bfloat16()
-        left_CS = left_out(acts_CSD.float().norm(dim=2), ids_CS, subject.exclude, subject.saved.statistics.norm_limit)
-        counted_CS = ~left_CS.cpu().numpy() & ~np.isin(tokens_CS, config.ignored_token_ids)
-        inside_WB = found.inside_WCS.reshape(len(groups), -1)
-        yield Rows(acts_CSD.flatten(0, 1), inside_WB, counted_CS.reshape(-1), found.matches_W)
-
-
-def _suggested(subject: Subject, chosen: list[int]) -> list[dict[str, Any]]:
-    """Words typical of the chosen sources' held-out text; none where all sources are chosen."""
-    if len(chosen) == len(subject.contexts.sources):
-        return []
-    count = min(TEXT_CONTEXTS, len(subject.context_source))
-    texts = subject.tokenizer().whole.decode_batch(subject.contexts.read("holdout", "tokens", 0, count).tolist())
-    is_chosen = np.isin(subject.context_source[:count], chosen)
-    here, elsewhere = ([text for text, c in zip(texts, is_chosen, strict=True) if c == side] for side in (True, False))
-    return overrepresented(here, elsewhere)
+    def _suggested(self) -> list[dict[str, Any]]:
+        """Words typical of the chosen sources' held-out text; none where all sources are chosen."""
+        contexts = self.subject.contexts
+        if len(self.chosen) == len(contexts.sources):
+            return []
+        count = min(TEXT_CONTEXTS, contexts.count("holdout"))
+        tokens = contexts.read("holdout", "tokens", 0, count).tolist()
+        is_chosen = np.isin(contexts.read("holdout", "source", 0, count), self.chosen)
+        sides: dict[bool, list[str]] = {True: [], False: []}
+        for text, chosen in zip(self.subject.tokenizer().whole.decode_batch(tokens), is_chosen, strict=True):
+            sides[bool(chosen)].append(text)
+        return overrepresented(sides[True], sides[False])

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from evaluate.charts import bars, cells, lines
 from evaluate.diff import CELLS, FLOOR
+from evaluate.figures import Evaluation, Figure, Measured, text
 from evaluate.visible import visible
 from harvest.files import replacing
 from harvest.progress import duration
@@ -17,15 +18,6 @@ from harvest.progress import duration
 # SAELens 5.5.2 logged it.
 PAPER = {"l0": 86.0, "explained_variance_legacy": 0.685}
 
-FIDELITY_COLUMNS = {
-    "rows": "rows",
-    "l0": "L0",
-    "explained_variance": "explained variance",
-    "explained_variance_legacy": "legacy",
-    "mse": "MSE",
-    "cosine": "cosine",
-    "norm_ratio": "norm ratio",
-}
 TEXT_COLUMNS = {  # of a source in the sample's summary
     "rows": "rows",
     "train_documents": "used: training",
@@ -35,58 +27,48 @@ TEXT_COLUMNS = {  # of a source in the sample's summary
     "rows_not_needed": "not needed",
     "rows_not_reached": "not reached",
 }
-DOWNSTREAM_ROWS = {
-    "contexts": "contexts",
-    "ce_clean": "activations as they are",
-    "ce_sae": "rebuilt by the SAE",
-    "ce_mean_ablated": "mean-ablated",
-    "ce_zero_ablated": "zero-ablated",
-    "ce_loss_score": "ce_loss_score",
-    "kl_sae": "KL(clean ‖ SAE)",
-    "ce_sae_all_rows": "rebuilt by the SAE, all rows",
-    "ce_zero_ablated_all_rows": "zero-ablated, all rows",
-    "ce_loss_score_all_rows": "ce_loss_score, all rows",
-    "kl_sae_all_rows": "KL(clean ‖ SAE), all rows",
-}
 
 
 def write_report(
-    path: Path, metrics: dict[str, Any], curves: dict[str, Path], manifests: dict[str, dict[str, Any]]
+    path: Path, evaluation: Evaluation, curves: dict[str, Path], manifests: dict[str, dict[str, Any]]
 ) -> None:
     """Write the report of all SAEs of a run. `curves` are their metrics.jsonl by hook."""
-    environment = Environment(
-        loader=PackageLoader("evaluate"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    environment.filters |= {"figure": figure, "duration": duration, "visible": visible}
-    html = environment.get_template("report.html").render(
-        run=path.parent.name,
-        metrics=metrics,
+    own = [sae for sae in evaluation.saes if not sae.name]
+    filters = {"text": text, "shown": shown, "duration": duration, "visible": visible}
+    template = environment(filters).get_template("report.html")
+    html = template.render(
+        evaluation=evaluation,
+        own=own,
+        also=[sae for sae in evaluation.saes if sae.name],
         paper=PAPER,
-        fidelity_columns=FIDELITY_COLUMNS,
-        downstream_rows=DOWNSTREAM_ROWS,
-        charts={hook: _charts(metrics["saes"][hook], _lines(file)) for hook, file in curves.items()},
-        diff_charts={hook: _diff_charts(sae.get("diff", {})) for hook, sae in metrics["saes"].items()},
+        charts={sae.hook: _charts(sae, _lines(curves[sae.hook])) for sae in own},
+        diff_charts={sae.hook: _diff_charts(sae.lists.get("diff", {})) for sae in own},
         manifests=manifests,
-        text=_text(manifests.get("sample")),
+        text_rows=_text(manifests.get("sample")),
         waits=_waits(manifests),
         settings={name: _flat(manifest["settings"]) for name, manifest in manifests.items()},
         numerics={name: _flat(manifest["numerics"]) for name, manifest in manifests.items()},
     )
+    write_text(path, html)
+
+
+def environment(filters: dict[str, Any], **variables: Any) -> Environment:
+    """Templates of this package: all that they insert is escaped, and an unknown name is an error."""
+    out = Environment(loader=PackageLoader("evaluate"), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    out.filters |= filters
+    out.globals |= variables
+    return out
+
+
+def write_text(path: Path, html: str) -> None:
+    """Write a page whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(html, encoding="utf-8")
 
 
-def figure(value: Any, name: str = "") -> str:
-    """A figure of a table, by its name."""
-    if value is None:
-        return "–"
-    if name in ("rows", "contexts"):
-        return f"{value:,}"
-    if name in ("explained_variance", "explained_variance_legacy", "cosine", "norm_ratio") or "score" in name:
-        return f"{value:.3f}"
-    if name in ("l0", "mse"):
-        return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
-    return f"{value:.3f}"
+def shown(figure: Figure | None) -> str:
+    """A figure as a cell of a table; a dash where it was not measured."""
+    return text(figure.value, figure.name) if figure else text(None)
 
 
 def _text(sample: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -127,29 +109,26 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _charts(figures: dict[str, Any], log: list[dict[str, Any]]) -> dict[str, Any]:
-    train = [line for line in log if line["kind"] == "train"]
-    validation = [line for line in log if line["kind"] == "validation"]
-
+def _charts(sae: Measured, log: list[dict[str, Any]]) -> dict[str, Any]:
     def series(name: str) -> dict[str, list[tuple[float, float]]]:
-        out = {"training": [(line["step"], line[name]) for line in train]}
-        return out | {"held-out": [(line["step"], line[name]) for line in validation if name in line]}
+        kinds = {"training": "train", "held-out": "validation"}
+        return {
+            title: [(line["step"], line[name]) for line in log if line["kind"] == kind and name in line]
+            for title, kind in kinds.items()
+        }
 
-    histogram = figures["features"]["log10_density_histogram"]
+    histogram = sae.lists["features"]["log10_density_histogram"]
     charts = {
         "Explained variance": lines("Explained variance by step", series("explained_variance")),
         "L0": lines("L0 by step", series("l0")),
         "Loss (λ warms up)": lines("Loss by step", series("loss")),
         "Feature density": bars(
-            "Features by density",
-            histogram["counts"],
-            histogram["edges"],
-            "log10 of the part of rows it fires in",
+            "Features by density", histogram["counts"], histogram["edges"], "log10 of the part of rows it fires in"
         ),
     }
-    if "curve" in figures.get("reason_score", {}):
-        curve = [(log10(rank), score) for rank, score in figures["reason_score"]["curve"]]
-        charts["ReasonScore"] = lines("Features by ReasonScore", {"score": curve}, "log10 of the rank", clip=False)
+    if curve := sae.lists.get("reason_score", {}).get("curve"):
+        points = [(log10(rank), score) for rank, score in curve]
+        charts["ReasonScore"] = lines("Features by ReasonScore", {"score": points}, "log10 of the rank", clip=False)
     return charts
 
 

@@ -1,57 +1,37 @@
 """The evaluate stage: every SAE of a training run on held-out text, into metrics.json and report.html."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-from evaluate import diff, downstream, feature_pages, fidelity, intervals, reason_score, steering
+import numpy as np
+
+from evaluate import diff, downstream, steering
+from evaluate.activity import ActivitySums, write_activity
 from evaluate.config import EvaluateConfig
-from evaluate.fidelity import Fidelity
-from evaluate.groups import context_groups
+from evaluate.feature_pages import pages
+from evaluate.fidelity import NAMES, Fidelity, FidelitySums, density_figures
+from evaluate.figures import KEPT, Evaluation, Measured, Section, definitions, figures_of, write_figures
+from evaluate.groups import context_groups, finest
 from evaluate.published import load_published
+from evaluate.reason_score import Scoring
 from evaluate.report import write_report
-from evaluate.subject import NoText, Subject
+from evaluate.subject import Reader, Subject, feed
 from evaluate.unembedding import load_unembedding
+from harvest.activation_rows import stored_rows
 from harvest.activation_store import ActivationStore, slug
 from harvest.config import ModelConfig
 from harvest.contexts import Contexts
 from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
-from harvest.files import UserError, write_sealed
+from harvest.files import UserError
 from harvest.language_model import load_model
 from harvest.store_place import files_of
 from harvest.tokenizer import load_tokenizer, load_whole_tokenizer
 from train.checkpoint import SavedSae, load_sae
 from train.config import ExcludeConfig
 
-# In this order, each gives its section of metrics.json, or None where its setting is null.
-ANALYSES: dict[str, Callable[[Subject, Fidelity], dict[str, Any] | None]] = {
-    "fidelity": lambda _subject, heldout: heldout.figures,
-    "features": fidelity.features,
-    "statistics": lambda subject, _heldout: subject.saved.statistics._asdict(),
-    "downstream": downstream.analyse,
-    "reason_score": reason_score.analyse,
-    "feature_pages": feature_pages.analyse,
-    "steering": steering.analyse,
-    "diff": diff.analyse,
-}
-OF_ROWS = ("fidelity", "features", "statistics")  # those that need neither model nor text
-OF_OTHERS = (*OF_ROWS, "downstream")  # of the SAEs in evaluate.also
-DEFINITIONS = {
-    "statistics": {
-        "scale": "input scale s = sqrt(d_in) / mean norm of the kept rows of the first window of training "
-        "[1 / unit of the stored activations]",
-        "median_norm": "median norm of all rows of that window [unit of the stored activations]",
-        "norm_limit": "training leaves out rows of a larger norm; null: none [unit of the stored activations]",
-    },
-    "fidelity": fidelity.DEFINITIONS,
-    "features": fidelity.DENSITY_DEFINITIONS,
-    "downstream": downstream.DEFINITIONS,
-    "reason_score": reason_score.DEFINITIONS,
-    "feature_pages": feature_pages.DEFINITIONS,
-    "steering": steering.DEFINITIONS,
-    "diff": diff.DEFINITIONS,
-}
+OF_TEXT = ("downstream", "reason_score", "feature_pages", "steering", "diff")  # they need the model or its text
 
 
 class Upstream(NamedTuple):
@@ -74,7 +54,7 @@ def run(
 ) -> dict[str, Any]:
     """Write `directory/metrics.json` and `report.html` and return the main figures.
 
-    Without a model and its text, only the analyses `OF_ROWS` are made. `also_commits` are the hub commits of
+    Without a model and its text, the analyses `OF_TEXT` are left out. `also_commits` are the hub commits of
     `config.also`, None for local ones.
 
     Raises UserError for an SAE that does not fit the store or the model, and for held-out text that is
@@ -86,60 +66,107 @@ def run(
     begin(numerics(device, dtype, threads=threads if device.type == "cpu" else None))
     store = ActivationStore.open(files_of(upstream.harvest))
     store.check_complete(("holdout",))
-    contexts = Contexts(upstream.sample / "contexts") if upstream.sample else NoText()
-    text = contexts.read("holdout", "source", 0, contexts.count("holdout")), context_groups(contexts, "holdout")
-    left_out = [name for name in ANALYSES if name not in OF_ROWS] if model_config is None else []
+    contexts = Contexts(upstream.sample / "contexts") if upstream.sample else None
+    left_out = list(OF_TEXT) if model_config is None else []
     if left_out:
         print(f"evaluate: left out, as ingested rows have no model and no text: {', '.join(left_out)}", flush=True)
-    exclude = ExcludeConfig(**upstream.manifests["train"]["settings"]["exclude"])
-    given: Any = model_config  # None only where the analyses that load something of it are left out
+    given, text = cast(ModelConfig, model_config), cast(Contexts, contexts)  # None only where nothing reads them
     hooks, offline = store.geometry.hooks, config.runtime.offline
-    once = (
+    shared = (
+        context_groups(text, "holdout") if contexts else {},
         cache(partial(load_model, given, model_commit, hooks, dtype, device, offline=offline, with_head=True)),
         cache(partial(load_tokenizer, given, model_commit, offline)),
         cache(partial(load_unembedding, given, model_commit, offline)),
         cache(partial(load_whole_tokenizer, given, model_commit, offline)),
     )
-
-    def analysed(saved: SavedSae, analyses: Collection[str], name: str | None = None) -> dict[str, Any]:
-        saved = saved._replace(sae=saved.sae.to(device))
-        subject = Subject(saved, store, exclude, contexts, *text, *once, config, device, directory, name)
-        heldout = fidelity.measure(subject)
-        sections = {name: ANALYSES[name](subject, heldout) for name in analyses if name not in left_out}
-        return {name: section for name, section in sections.items() if section is not None}
-
-    own = {hook: _load(upstream.train / slug(hook), hook, config, store) for hook in store.geometry.hooks}
+    exclude = ExcludeConfig(**upstream.manifests["train"]["settings"]["exclude"])
+    own = {hook: _load(upstream.train / slug(hook), hook, config, store) for hook in hooks}
     statistics = {hook: saved.statistics for hook, saved in own.items()}
-    others = [  # all of them before the first is measured, so that what does not fit is said at once
-        (published.name, load_published(published, commit, store, statistics, config.runtime.offline))
+    # All of them before the first is measured, so that what does not fit is said at once.
+    saes = [("", saved) for saved in own.values()] + [
+        (published.name, load_published(published, commit, store, statistics, offline))
         for published, commit in zip(config.also, also_commits, strict=True)
     ]
-    saes = {hook: analysed(saved, ANALYSES) for hook, saved in own.items()}
-    also = {
-        name: {"hook": saved.hook, "about": saved.about, **analysed(saved, OF_OTHERS, name)} for name, saved in others
-    }
-    definitions = {
-        **DEFINITIONS,
-        "interval": intervals.DEFINITION,
-        "group": "all held-out contexts, those of a source, or, as source/value, those of one of its strata",
-        "outliers_excluded": "rows that training leaves out (train.exclude) are not counted",
-        "all_rows": "every held-out row is counted",
-    }
+    measured = []
+    for name, saved in saes:
+        saved = saved._replace(sae=saved.sae.to(device))
+        measured.append(
+            measure(Subject(saved, store, exclude, text, *shared, config, device, directory, name), left_out)
+        )
     inputs = {name: manifest["fingerprint"] for name, manifest in upstream.manifests.items()}
-    metrics = {
-        "schema": 1,
-        "fingerprint": directory.name,
-        "inputs": inputs,
-        "which_sae": config.sae,
-        "left_out": left_out,
-        "saes": saes,
-        "definitions": definitions,
+    steering_texts = {name: {"text": text} for name, text in steering.DEFINITIONS.items()}
+    evaluation = Evaluation(
+        directory.name, inputs, config.sae, left_out, tuple(measured), definitions() | {"steering": steering_texts}
+    )
+    write_figures(directory, evaluation)
+    curves = {hook: upstream.train / slug(hook) / "metrics.jsonl" for hook in hooks}
+    write_report(directory / "report.html", evaluation, curves, upstream.manifests)
+    return {sae.name or sae.hook: _main_figures(sae) for sae in measured}
+
+
+def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
+    """All analyses of an SAE. The held-out rows are read and encoded once; of third-party SAEs there are fewer.
+
+    Raises UserError when training's exclusions leave none of the rows.
+    """
+    config, saved, g = subject.config, subject.saved, subject.store.geometry
+    is_whole = not subject.name and not left_out
+    sums = FidelitySums(saved, subject.groups, subject.device)
+    scoring = Scoring(subject, config.reason_score) if config.reason_score and is_whole else None
+    activity = None
+    if config.features and is_whole:
+        count = subject.contexts.count("holdout")
+        tokens_CS = subject.contexts.read("holdout", "tokens", 0, count)
+        groups = finest(subject.groups, count)
+        activity = ActivitySums(saved.sae.d_sae, tokens_CS, groups, g.shard_contexts, config.features)
+    readers: list[Reader] = [reader for reader in (sums, scoring and scoring.sums, activity) if reader]
+    rows = stored_rows(subject.store, "holdout", subject.rules, config.batch_rows, contexts=subject.contexts)
+    feed(saved, subject.counted(rows, "held-out rows", g.holdout_shards * g.shard_rows), readers)
+    heldout = sums.result()
+    if not heldout.figures[KEPT]["all"]["rows"]:
+        raise UserError(
+            f"train.exclude: {subject.exclude.model_dump()}: leaves none of the held-out rows of {subject.store.path}"
+        )
+    sections = _of_rows(subject, heldout)
+    if not left_out and (found := downstream.analyse(subject, heldout.mean_D)):
+        figures = [
+            figure
+            for g, values in found.items()
+            for figure in figures_of("downstream", values, source=g, names=downstream.NAMES)
+        ]
+        sections["downstream"] = Section(figures, {})
+    if scoring:
+        sections["reason_score"] = scoring.section()
+    if activity:
+        found = activity.result()
+        write_activity(subject.file("activity", ".safetensors"), found)
+        sections["feature_pages"] = pages(subject, found)
+    if is_whole:
+        steered = steering.analyse(subject, heldout)
+        sections["steering"] = Section([], steered) if steered else None
+        sections["diff"] = diff.analyse(subject, heldout.by_group)
+    made = {name: section for name, section in sections.items() if section}
+    figures = tuple(figure for section in made.values() for figure in section.figures)
+    lists = {name: section.lists for name, section in made.items() if section.lists}
+    return Measured(subject.name, saved.hook, saved.about if subject.name else {}, figures, lists)
+
+
+def _of_rows(subject: Subject, heldout: Fidelity) -> dict[str, Section | None]:
+    """Sections that need the rows alone; densities of all features go to `density-<hook>.npy`."""
+    np.save(subject.file("density", ".npy"), heldout.density_F)
+    fidelity = [
+        figure
+        for rows, by_group in heldout.figures.items()
+        for group, values in by_group.items()
+        for figure in figures_of("fidelity", values, rows, group, NAMES)
+    ]
+    density, histogram = density_figures(heldout.density_F)
+    statistics = subject.saved.statistics._asdict()
+    return {
+        "fidelity": Section(fidelity, {}),
+        "features": Section(figures_of("features", density), {"log10_density_histogram": histogram}),
+        "statistics": Section(figures_of("statistics", statistics), {}),
     }
-    metrics |= {"also": also} if also else {}
-    write_sealed(directory / "metrics.json", metrics)
-    curves = {hook: upstream.train / slug(hook) / "metrics.jsonl" for hook in saes}
-    write_report(directory / "report.html", metrics, curves, upstream.manifests)
-    return {name: _main_figures(figures) for name, figures in (saes | also).items()}
 
 
 def _load(folder: Path, hook: str, config: EvaluateConfig, store: ActivationStore) -> SavedSae:
@@ -159,10 +186,9 @@ def _load(folder: Path, hook: str, config: EvaluateConfig, store: ActivationStor
     return saved
 
 
-def _main_figures(figures: dict[str, Any]) -> dict[str, Any]:
+def _main_figures(sae: Measured) -> dict[str, Any]:
     """Those of the report's first lines, without outliers; metrics.json has all."""
-    kept = figures["fidelity"]["outliers_excluded"]["all"]
-    out = {"L0": kept.get("l0"), "explained variance": kept.get("explained_variance")}
-    if "downstream" in figures:
-        out["loss recovered (ce_loss_score)"] = figures["downstream"]["all"].get("ce_loss_score")
-    return out | {"dead features": f"{figures['features']['dead_fraction']:.2%}"}
+    out: dict[str, Any] = {"L0": sae.value("l0"), "explained variance": sae.value("explained_variance")}
+    if sae.figure("ce_loss_score"):
+        out["loss recovered (ce_loss_score)"] = sae.value("ce_loss_score")
+    return out | {"dead features": f"{sae.value('dead_fraction'):.2%}"}

@@ -80,7 +80,7 @@ def analyse(subject: Subject, heldout: Fidelity) -> dict[str, Any] | None:
             why = "no feature has a ReasonScore above 0" if subject.config.reason_score else "there is no ReasonScore"
             print(f"evaluate.steering: left out, as {why}; evaluate.steering.feature_ids chooses some", flush=True)
         return None
-    maxima = max_activations(subject.store, subject.saved, subject.exclude, wanted)
+    maxima = heldout.max_F[list(wanted)].tolist()
     prompts = config.prompts or built_in_prompts()[: config.built_in_prompts]
     strengths = {strength for strength in config.strengths if strength}
     score = subject.config.reason_score
@@ -170,17 +170,14 @@ def max_activations(
     Raises UserError for a feature that fires on none of them.
     """
     g, sae = store.geometry, saved.sae
-    columns = torch.tensor(list(features), device=sae.W_enc.device)
-    weights_DK, bias_K = sae.W_enc[:, columns], sae.b_enc[columns]
-    best_K = torch.zeros(len(columns), device=columns.device)
+    best_K = torch.zeros(len(features), device=sae.W_enc.device)
     for shard in range(g.holdout_shards):
         kept = kept_rows(store, "holdout", saved.hook, shard, exclude, saved.statistics.norm_limit)
         for i in range(g.chunks_per_shard):
             acts = torch.from_numpy(store.read_chunk("holdout", saved.hook, shard * g.chunks_per_shard + i))
             rows = acts[torch.from_numpy(kept[i * len(acts) : (i + 1) * len(acts)])].view(torch.bfloat16)
             if len(rows):
-                f_BK = rows.to(weights_DK) * saved.statistics.scale @ weights_DK + bias_K
-                best_K = torch.maximum(best_K, f_BK.amax(0))
+                best_K = torch.maximum(best_K, sae.columns(rows.to(best_K.device), features).amax(0))
     for feature, best in zip(features, best_K.tolist(), strict=True):
         if best <= 0:
             raise UserError(
@@ -192,9 +189,8 @@ def max_activations(
 
 def steering_vectors(saved: SavedSae, features: Sequence[int], maxima: Sequence[float]) -> Tensor:
     """What strength 1 adds to an unscaled activation, float32 (K, D)."""
-    columns = torch.tensor(list(features), device=saved.sae.W_dec.device)
-    maxima_K1 = torch.tensor(list(maxima), device=columns.device).unsqueeze(1)
-    return maxima_K1 * saved.sae.W_dec[columns] / saved.statistics.scale
+    directions_KD = saved.sae.direction(features)
+    return torch.tensor(list(maxima), device=directions_KD.device).unsqueeze(1) * directions_KD
 
 
 def steer(

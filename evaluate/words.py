@@ -1,4 +1,4 @@
-"""Words in tokens: where those of a vocabulary stand, and which are typical of some text.
+"""Words in tokens: where those of a vocabulary occur, and which are typical of some text.
 
 Shape suffixes: C contexts, S positions of a context, W words.
 """
@@ -19,10 +19,10 @@ PRIOR_WORDS = 1000  # weight of the prior of `overrepresented`
 
 
 class Found(NamedTuple):
-    """Where words stand in some contexts."""
+    """Where words occur in some contexts."""
 
     inside_WCS: np.ndarray  # bool: the token belongs to a match of the word, or to its window
-    matches_W: np.ndarray  # int64: how often the word stands there
+    matches_WC: np.ndarray  # int64: how often the word occurs in each context
 
 
 def word_groups(words: Sequence[str], tokenizer: SegmentTokenizer) -> Groups:
@@ -42,7 +42,7 @@ def find_words(tokens_CS: np.ndarray, groups: Groups, window: tuple[int, int]) -
     """Matches of each word and their windows of tokens before and after, cut at the ends of a context."""
     contexts, size = tokens_CS.shape
     inside_WCS = np.zeros((len(groups), contexts, size), bool)
-    matches_W = np.zeros(len(groups), np.int64)
+    matches_WC = np.zeros((len(groups), contexts), np.int64)
     before, after = window
     for w, sequences in enumerate(groups.values()):
         end_CS = np.zeros((contexts, size), bool)  # "wait" may be the last tokens of " wait": one match, not two
@@ -59,8 +59,8 @@ def find_words(tokens_CS: np.ndarray, groups: Groups, window: tuple[int, int]) -
                 at = start + offset
                 real = (at >= 0) & (at < size)
                 inside_WCS[w, context[real], at[real]] = True
-        matches_W[w] = end_CS.sum()
-    return Found(inside_WCS, matches_W)
+        matches_WC[w] = end_CS.sum(1)
+    return Found(inside_WCS, matches_WC)
 
 
 def overrepresented(here: Sequence[str], elsewhere: Sequence[str], count: int = 30) -> list[dict[str, Any]]:

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.compare import FIGURES, Evaluated, compare, short_name, write_comparison
-from evaluate.report import figure
+from evaluate.compare import FIGURES, Evaluated, compare, short_name, titles, write_comparison
+from evaluate.figures import text
 from harvest.files import UserError
 from harvest.stage_directory import FINGERPRINT, Run
 from pipeline.config import load
-from pipeline.metrics import FILE, read_metrics
+from pipeline.metrics import read_evaluation
 from pipeline.stages import find_runs
 from pipeline.tables import table
 
@@ -23,7 +23,7 @@ def compare_runs(names: Sequence[str], overrides: list[str], root: Path, to: Pat
     found = [run.path.resolve() for name in names for run in _runs(name, overrides, root)]
     evaluated = [_read(Run(path)) for path in dict.fromkeys(found)]
     rows = compare(evaluated)
-    write_comparison(to, evaluated, rows)
+    write_comparison(to, rows)
     return _table(rows)
 
 
@@ -54,15 +54,13 @@ def _runs(name: str, overrides: list[str], root: Path) -> list[Run]:
 def _read(run: Run) -> Evaluated:
     if (stage := run.manifest.get("stage")) != "evaluate":
         raise UserError(f"{run.path}: a {stage} directory; compare takes those of evaluate")
-    metrics = read_metrics(run)
-    if not isinstance(metrics.get("saes"), dict):
-        raise UserError(f"{run.path / FILE}: holds no figures of SAEs")
+    evaluation = read_evaluation(run)
     settings = _flat(run.settings, "evaluate")
-    for stage, fingerprint in metrics.get("inputs", {}).items():
+    for stage, fingerprint in evaluation.inputs.items():
         before = Run(run.path.parents[1] / stage / str(fingerprint))
         if before.is_complete:  # it may have been pruned
             settings |= _flat(before.settings, stage)
-    return Evaluated(run.path.name, metrics, settings)
+    return Evaluated(run.path.name, evaluation, settings)
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Any]:
@@ -73,10 +71,10 @@ def _flat(value: Any, prefix: str) -> dict[str, Any]:
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
     differing = sorted({name for row in rows for name in row["settings"]})
-    cells = [["run", "hook", *map(short_name, differing), *(title for title, _ in FIGURES.values())]]
+    cells = [["run", "hook", *map(short_name, differing), *(titles()[name] for name in FIGURES)]]
     for row in rows:
         settings = [_short(row["settings"].get(name, "")) for name in differing]
-        figures = [figure(row["figures"][name], name) for name in FIGURES]
+        figures = [text(row["figures"][name], name) for name in FIGURES]
         cells.append([_short(row["sae"] or row["run"]), _short(row["hook"]), *settings, *figures])
     return table(cells, right=range(2, len(cells[0])))
 

@@ -6,6 +6,7 @@
 """
 
 import hashlib
+import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,17 +19,17 @@ from harvest.files import UserError
 from harvest.hub import resolved_commit
 from harvest.source_files import is_local, looks_local
 from harvest.sources import hub_errors
-from pipeline.metrics import definition, read_metrics, value
+from pipeline.metrics import read_evaluation
 from pipeline.running import trained
 from pipeline.stages import Runs, swept
 
-# Figures of the card: where each is found, and how it is written.
+# Figures of the card, and how each is written.
 FIGURES = {
-    ("fidelity", "outliers_excluded", "all", "l0"): "{:.1f}",
-    ("fidelity", "outliers_excluded", "all", "explained_variance"): "{:.3f}",
-    ("fidelity", "outliers_excluded", "all", "explained_variance_legacy"): "{:.3f}",
-    ("downstream", "all", "ce_loss_score"): "{:.3f}",
-    ("features", "dead_fraction"): "{:.2%}",
+    "l0": "{:.1f}",
+    "explained_variance": "{:.3f}",
+    "explained_variance_legacy": "{:.3f}",
+    "ce_loss_score": "{:.3f}",
+    "dead_fraction": "{:.2%}",
 }
 # What `make setup` fetches (configs/assets.txt), and its licences.
 SHIPPED = {"assets/smollm2-135m": "apache-2.0", "assets/champ": "mit", "assets/chitchat": "mit"}
@@ -64,7 +65,8 @@ def export(sweep: Sequence[Runs], to: Path | None, model_name: str | None, force
     model = model_name or _public_name(sweep[0].config.model.name)
     terms = [source_terms(source.path) for source in sweep[0].config.sample.sources]
     from train.checkpoint import load_sae
-    from train.export import new_export, write_saelens_folder
+    from train.export import new_export
+    from train.saelens import write_saelens_folder
 
     folder = to or sweep[0].root / "export" / export_name(sweep)
     listed = [{"folder": sae.folder, "hook": sae.hook, **_origin(sae.runs)} for sae in saes]
@@ -72,8 +74,8 @@ def export(sweep: Sequence[Runs], to: Path | None, model_name: str | None, force
         rows = []
         for sae in saes:
             saved = load_sae(sae.source)
-            write_saelens_folder(partial / sae.folder, saved, _metadata(sae, model))
-            rows.append(_card_row(sae, saved.sae.d_in, saved.sae.d_sae))
+            write_saelens_folder(partial / sae.folder, saved.sae, _metadata(sae, model))
+            rows.append(_card_row(sae, saved.sae))
         (partial / "README.md").write_text(_card(saes, rows, model, terms), encoding="utf-8")
     return folder
 
@@ -196,17 +198,18 @@ def _code(value: Any) -> str:
     return "`" + " ".join(str(value).replace("`", "'").replace("|", "¦").split()) + "`"
 
 
-def _card_row(sae: Exported, d_in: int, d_sae: int) -> dict[str, Any]:
+def _card_row(sae: Exported, trained: Any) -> dict[str, Any]:
     run = sae.runs.of("evaluate")
-    metrics = read_metrics(run) if run.is_complete else {}
-    values = {place: value(metrics, sae.hook, place) for place in FIGURES}
+    measured = read_evaluation(run).own(sae.hook) if run.is_complete else None
+    figures = {name: measured.figure(name) if measured else None for name in FIGURES}
     return {
         "folder": sae.folder,
         "hook": sae.hook,
-        "d_in": d_in,
-        "d_sae": d_sae,
-        "l1_coefficient": sae.runs.config.train.sae.l1_coefficient,
-        "figures": ["–" if v is None else FIGURES[place].format(v) for place, v in values.items()],
-        "evaluated": any(v is not None for v in values.values()),
-        "definitions": {place[-1]: definition(metrics, place) for place in sorted(FIGURES)},
+        "d_in": trained.d_in,
+        "d_sae": trained.d_sae,
+        "formula": inspect.getdoc(type(trained)),
+        "sparsity": ", ".join(f"{k} {v:g}" for k, v in sae.runs.config.train.sae.hyperparameters().items()),
+        "figures": [form.format(f.value) if (f := figures[name]) else "–" for name, form in FIGURES.items()],
+        "evaluated": measured is not None,
+        "definitions": {name: figure.definition if figure else "" for name, figure in sorted(figures.items())},
     }

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from harvest.device import device_name, resolve_device, resolve_dtype, set_threads
-from harvest.files import is_out_of_memory
+from harvest.files import UserError, is_out_of_memory
 from pipeline.config import PipelineConfig
 from pipeline.sizes import Sizes
 from train.config import TrainConfig
-from train.sae import initial_sae
+from train.kinds import new_sae
 from train.trainer import Trainer
 
 DISK_BYTES = 128 << 20
@@ -85,14 +85,15 @@ def _step(train: TrainConfig, s: Sizes, device: torch.device) -> tuple[float | N
     d_in, batch, kernel = s.geometry.d_in, train.batch_size, "dense" if train.kernel == "dense" else "sparse"
     part = max(64, min(s.d_sae, int(STEP_FLOP[device.type] / (10 * batch * d_in))))
     try:
-        sae = initial_sae(d_in, part, 0, device)
+        narrow = train.sae.model_copy(update={"d_sae": part, "expansion_factor": None})
+        settings = train.model_copy(update={"kernel": kernel, "lr": 0.0, "sae": narrow})
+        sae = new_sae(settings, d_in, 1.0, device)
         sae.b_enc.fill_(-ACTIVE_DEVIATIONS * float(sae.W_enc.norm(dim=0).mean()))
-        settings = train.model_copy(update={"kernel": kernel, "lr": 0.0})
-        trainer = Trainer(sae, 1.0, settings, 1000, batch, resolve_dtype(train.compute_dtype, device))
+        trainer = Trainer(sae, settings, 1000, batch, resolve_dtype(train.compute_dtype, device))
         rows = torch.randn(batch, d_in, device=device).bfloat16()
         return _fastest(lambda: trainer.step(rows), device) * s.d_sae / part, part
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError, UserError) as error:  # a TopK of more features than the part has
+        if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise
         return None, part
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from evaluate.figures import FILE
 from harvest.files import UserError
 from harvest.sources import hub_errors
 from harvest.stage_directory import Run
 from pipeline.export import export_name, source_terms
-from pipeline.metrics import FILE, read_metrics
+from pipeline.metrics import read_evaluation
 from pipeline.stages import Runs
 from pipeline.tables import table
 
@@ -64,7 +65,7 @@ def _measured(run: Run) -> list[str]:
 
     Raises UserError where one is missing or changed, or that of another run.
     """
-    read_metrics(run)
+    read_evaluation(run)
     if changed := run.changed():
         raise UserError(f"{run.said(changed)}; restore it, or {run.way_out}")
     if listed := run.manifest.get("files"):

@@ -1,5 +1,6 @@
 """What follows from the settings and the shape of the model alone: how large everything is that they make."""
 
+import math
 from typing import Any, NamedTuple
 
 from harvest.activation_store import Geometry
@@ -7,6 +8,7 @@ from harvest.disk import shard_bytes
 from harvest.language_model import find_hooks
 from pipeline.architecture import Architecture
 from pipeline.config import PipelineConfig
+from train.kinds import sae_class
 from train.training import total_steps
 
 
@@ -72,7 +74,7 @@ def sizes(config: PipelineConfig, shape: Architecture) -> Sizes:
         stored=config.harvest.stored,
     )
     d_sae = max(single.sae.width(d_in) for single in train.expanded())
-    sae = 2 * d_in * d_sae + d_in + d_sae
+    sae = sum(math.prod(shape) for shape in sae_class(train.sae.kind).shapes(d_in, d_sae).values())
     return Sizes(
         geometry,
         layers,

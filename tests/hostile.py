@@ -6,14 +6,12 @@ import numpy as np
 import torch
 from conftest import only
 
+from evaluate.activity import read_activity
 from evaluate.config import FeaturesConfig
+from evaluate.feature_pages import nearest_features
 from evaluate.feature_views import Scored, Site
-from evaluate.features import activity, heldout_activity, nearest_features
 from evaluate.unembedding import Tokens
-from harvest.activation_store import ActivationStore
-from harvest.contexts import Contexts
 from train.checkpoint import load_sae
-from train.config import ExcludeConfig
 
 HOOK = "model.layers.1"
 CONFIG = FeaturesConfig(contexts=4, tokens=16)
@@ -39,26 +37,19 @@ def text(token: int) -> str:
 
 def site(finished: Path, features: int = 12) -> Site:
     """The first features of the finished run; every second token hostile, in the contexts and among the promoted."""
-    store = ActivationStore.open(only(finished, "runs/harvest/*/store"))
     saved = load_sae(only(finished, f"runs/train/*/{HOOK}"))
-    contexts = Contexts(only(finished, "runs/sample/*/contexts"))
-    source = contexts.read("holdout", "source", 0, contexts.count("holdout"))
+    found = read_activity(only(finished, f"runs/evaluate/*/activity-{HOOK}.safetensors"))
+    for name in ("tokens", "token"):
+        found[name][...] = np.where(found[name] % 2, found[name], found[name] % len(TOKENS))
     chosen = np.arange(features)
-    shards = heldout_activity(store, saved, ExcludeConfig(positions=(0,)), source, chosen)
-    shards = (
-        shard._replace(token_CS=np.where(shard.token_CS % 2, shard.token_CS, shard.token_CS % len(TOKENS)))
-        for shard in shards
-    )
     listed = torch.arange(10).repeat(features, 1)
     tokens = Tokens(listed, torch.linspace(3, 1, 10).repeat(features, 1))
     rng = np.random.default_rng(0)
     scored = Scored(rng.normal(size=128), rng.random((2, 128)), ["wait", "<b>let me</b>"])
     return Site(
         HOOK,
-        128,
         chosen,
-        activity(shards, features, 2, CONFIG),
-        contexts.sources,
+        found,
         text,
         (tokens, Tokens(listed + 50, -tokens.logit_KN)),
         "",

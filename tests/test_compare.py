@@ -7,7 +7,8 @@ import pytest
 from conftest import Ran, only, unlisted
 from typer.testing import CliRunner
 
-from evaluate.compare import Evaluated, compare, frontier_lines
+from evaluate.compare import FIGURES, Evaluated, compare, frontier_lines
+from evaluate.figures import Evaluation, Measured, figures_of, read_figures
 from harvest.files import read_json, write_sealed
 from pipeline.cli import app
 
@@ -23,9 +24,9 @@ def run(command: str, *arguments: str) -> Ran:
 
 
 def evaluated(name: str, l0: float | None, **settings) -> Evaluated:
-    figures = {} if l0 is None else {"l0": l0, "explained_variance": 0.7}
-    sae = {"fidelity": {"outliers_excluded": {"all": figures}}, "features": {"dead_fraction": 0.1}}
-    return Evaluated(name, {"saes": {"h": sae}, "definitions": {}}, settings)
+    figures = [] if l0 is None else figures_of("fidelity", {"l0": l0, "explained_variance": 0.7}, "outliers_excluded")
+    sae = Measured("", "h", {}, (*figures, *figures_of("features", {"dead_fraction": 0.1})), {})
+    return Evaluated(name, Evaluation(name, {}, "last", [], (sae,), {}), settings)
 
 
 def test_rows_are_sorted_and_name_what_differs():
@@ -54,8 +55,13 @@ def test_a_line_joins_what_differs_in_one_setting():
         "seed 0": 3,
         "seed 1": 3,
     }
-    two_hooks = [run._replace(metrics={"saes": dict.fromkeys("ab", run.metrics["saes"]["h"])}) for run in swept]
-    two_hooks[0].metrics["also"] = {"paper": {"hook": "a", **two_hooks[0].metrics["saes"]["a"]}}
+
+    def measured(run, *saes):
+        sae = run.figures.saes[0]
+        others = tuple(sae._replace(name=name, hook=hook) for name, hook in saes)
+        return run._replace(figures=run.figures._replace(saes=others))
+
+    two_hooks = [measured(swept[0], ("", "a"), ("", "b"), ("paper", "a")), measured(swept[1], ("", "a"), ("", "b"))]
     lines = frontier_lines(compare(two_hooks), "explained_variance")
     assert {name: len(points) for name, points in lines.items()} == {"a": 2, "b": 2, "paper": 1}
 
@@ -73,9 +79,9 @@ def test_a_sweep_of_a_settings_file(run_folder):
     rows = json.loads(Path("runs/compare/compare.json").read_text())["rows"]
     assert [row["settings"] for row in rows] == [{"train.sae.l1_coefficient": v} for v in (2.0, 0.5)]
     for row in rows:
-        metrics = json.loads(Path(f"runs/evaluate/{row['run']}/metrics.json").read_text())["saes"]["model.layers.1"]
-        assert row["figures"]["l0"] == metrics["fidelity"]["outliers_excluded"]["all"]["l0"]
-        assert row["figures"]["ce_loss_score"] == metrics["downstream"]["all"]["ce_loss_score"]
+        sae = read_figures(Path(f"runs/evaluate/{row['run']}")).own("model.layers.1")
+        assert row["figures"] == {name: sae.value(name) for name in FIGURES}
+        assert None not in row["figures"].values()
     html = Path("runs/compare/compare.html").read_text()
     assert html.count("<svg") == 2
     assert html.count("<circle") == 4
@@ -92,7 +98,8 @@ def test_a_sweep_of_a_settings_file(run_folder):
 def test_figures_that_are_missing(run_folder):
     metrics = only(run_folder, "runs/evaluate/*/metrics.json")
     found = read_json(metrics)
-    del found["saes"]["model.layers.1"]["downstream"]
+    sae = found["saes"][0]
+    sae["figures"] = [figure for figure in sae["figures"] if figure["section"] != "downstream"]
     write_sealed(metrics, found)
     unlisted(metrics.parent)
     shutil.rmtree("runs/train")  # pruned

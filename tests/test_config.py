@@ -65,7 +65,7 @@ def test_a_mistyped_setting_names_file_line_and_a_near_one(tmp_path):
         ("train.batch_size=99999999999999999999999", "less than 2147483648"),
         ('evaluate.steering.prompts=["\\ud800"]', "half of a surrogate pair"),
         ("harvest.hooks=model.layers.1", "input should be a list, as [model.layers.1]"),
-        ("train.sae=3", "this is a section, with d_sae, expansion_factor, l1_coefficient"),
+        ("train.sae=3", "this is a section, with kind, d_sae, expansion_factor, l1_coefficient, k"),
         ("harvest.runtime.disk_limit=lots", "not of the form that it has: Of `make stream` only"),
         ("evaluate.reason_score.words=[wait,", "a value with spaces takes quotes within SET"),  # what make passes on
         ("sample.template=vicuna", "input should be 'model', 'chatml', 'deepseek-r1' or 'deepseek-r1-paper'"),

@@ -12,6 +12,7 @@ from conftest import pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from evaluate.diff import CELLS, Rates, compare, renamed_tokens
+from evaluate.figures import read_figures
 from harvest.files import UserError
 
 HOOK = "model.layers.1"
@@ -32,9 +33,13 @@ def evaluated(*settings: str) -> tuple[dict, dict[str, np.ndarray], str]:
     ran = pipeline("evaluate", *JUST_DIFF, *settings)
     assert ran.status == 0, ran.out
     folder = Path(pipeline("path", "evaluate", *JUST_DIFF, *settings).out.strip())
-    metrics = json.loads((folder / "metrics.json").read_text())
+    sae = read_figures(folder).own(HOOK)
+    found = {
+        kind: lists | {name: f.value for name, f in sae.table("diff")[kind, "all"].items()}
+        for kind, lists in sae.lists["diff"].items()
+    }
     with np.load(folder / f"diff-{HOOK}.npz") as rates:
-        return metrics["saes"][HOOK]["diff"], dict(rates), (folder / "report.html").read_text()
+        return found, dict(rates), (folder / "report.html").read_text()
 
 
 def test_the_same_model_gives_identical_rates_and_a_perturbed_one_others(run_folder):
@@ -70,10 +75,10 @@ def test_sources_split_the_density(run_folder):
 def test_what_appears_on_one_side_only():
     a = Rates("a", 1000, np.array([0.5, 0.1, 0.0, 0.0, 1e-7, 0.2]))
     b = Rates("b", 1000, np.array([0.0, 0.1, 0.02, 0.0, 0.5, 1.0]))
-    found = compare(a, b, 1e-3, 1e-5)
+    figures, found = compare(a, b, 1e-3, 1e-5)
     assert found["only_a_features"] == [{"feature": 0, "rate": 0.5, "rate_there": 0.0}]
     assert [row["feature"] for row in found["only_b_features"]] == [4, 2]
-    assert (found["only_a"], found["only_b"], found["fire_on_both"]) == (1, 2, 3)
+    assert (figures["only_a"], figures["only_b"], figures["fire_on_both"]) == (1, 2, 3)
     assert sum(count for _, _, count in found["cells"]) == 5
     assert {0, CELLS - 1} < {place for x, y, _ in found["cells"] for place in (x, y)} <= set(range(CELLS))
 
@@ -114,11 +119,11 @@ def test_the_report_shows_steering_with_hostile_text_escaped(run_folder):
     ran = pipeline("evaluate", *settings)
     assert ran.status == 0, ran.out
     folder = Path(pipeline("path", "evaluate", *settings).out.strip())
-    metrics = json.loads((folder / "metrics.json").read_text())
-    steering = metrics["saes"][HOOK]["steering"]
+    evaluation = read_figures(folder)
+    steering = evaluation.own(HOOK).lists["steering"]
     assert len(steering["features"]) == 2
     assert [line["strength"] for line in steering["features"][0]["by_strength"]] == [0, 2]
     for name in steering["features"][0]["by_strength"][0]:
-        assert name.removesuffix("_change") in metrics["definitions"]["steering"]
+        assert name.removesuffix("_change") in evaluation.definitions["steering"]
     html = (folder / "report.html").read_text()
     assert r"wait &lt;b&gt;\u202e" in html and "\u202e" not in html

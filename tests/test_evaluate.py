@@ -1,4 +1,4 @@
-import json
+import itertools
 import os
 import re
 import shutil
@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import contents, only, pipeline, unlisted
+from made_rows import batches, measured
 
-from evaluate.charts import ticks
-from evaluate.downstream import downstream
-from evaluate.fidelity import HeldoutBatch, density_figures, fidelity
+from evaluate.downstream import NAMES, downstream
+from evaluate.fidelity import density_figures
+from evaluate.figures import EVERY, KEPT, read_figures
 from evaluate.groups import by_source
 from evaluate.intervals import with_intervals
 from harvest.config import ModelConfig
@@ -20,7 +21,7 @@ from harvest.language_model import load_model
 from train.checkpoint import SavedSae, load_sae, save_sae
 from train.config import ExcludeConfig
 from train.exclusion import InputStatistics
-from train.sae import SAE, initial_sae
+from train.standard import Standard
 
 HOOK = "model.layers.1"
 
@@ -28,42 +29,58 @@ HOOK = "model.layers.1"
 def identity(d: int, norm_limit: float | None = None) -> SavedSae:
     """An SAE that rebuilds every row: a feature for each sign of each dimension."""
     eye = torch.eye(d)
-    sae = SAE(torch.cat([eye, -eye], 1), torch.zeros(2 * d), torch.cat([eye, -eye], 0), torch.zeros(d))
+    both = torch.cat([eye, -eye])
+    weights = {"W_enc": both.t().contiguous(), "b_enc": torch.zeros(2 * d), "W_dec": both, "b_dec": torch.zeros(d)}
+    sae = Standard(weights, 2.0)
     return SavedSae(sae, HOOK, InputStatistics(2.0, 1.0, norm_limit), {})
 
 
 def test_figures_are_what_they_are_defined_as():
+    """Rows of unlike sources whose means are far from zero, in batches of unlike length, one of them an outlier."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(300, 8, generator=generator).bfloat16()
-    rows[7] *= 100
-    kept = np.arange(300) != 7
     context = np.arange(300) % 6
-    context_source = np.array([1, 0, 0, 1, 0, 0], np.uint8)
-    source = context_source[context]
-    saved = SavedSae(initial_sae(8, 20, 0), HOOK, InputStatistics(0.7, 1.0, 50.0), {})
-    sliced = (slice(0, 120), slice(120, 240), slice(240, 300))
-    batches = [HeldoutBatch(rows[s], kept[s], context[s]) for s in sliced]
-    found = fidelity(saved, iter(batches), by_source(context_source, ["a", "b"]), torch.device("cpu"))
+    source_C = np.array([1, 0, 0, 1, 0, 0], np.uint8)
+    source = source_C[context]
+    rows = torch.randn(300, 8, generator=generator) + torch.from_numpy(source)[:, None] * 3 + 1
+    rows[7] *= 100
+    rows = rows.bfloat16()
+    kept = np.arange(300) != 7
+    saved = SavedSae(Standard.initial(8, 20, scale=0.7), HOOK, InputStatistics(0.7, 1.0, 50.0), {})
+    saved.sae.b_dec.fill_(0.3)
+    ends = (0, 120, 240, 300)
+    found = measured(saved, batches(rows, context, kept, ends[1:3]), by_source(source_C, ["a", "b"]))
 
-    x = rows.double()
-    f = torch.relu(x * 0.7 @ saved.sae.W_enc.double())
-    error = (f @ saved.sae.W_dec.double() / 0.7 - x).square().sum(1)
-    for counted, mask in (("outliers_excluded", torch.from_numpy(kept)), ("all_rows", torch.ones(300, dtype=bool))):
-        for group, chosen in (("all", mask), ("b", mask & torch.from_numpy(source == 1))):
+    x, W_dec = rows.double().numpy(), saved.sae.W_dec.double().numpy()
+    f = np.maximum(x * 0.7 @ saved.sae.W_enc.double().numpy(), 0)
+    x_hat = (f @ W_dec + 0.3) / 0.7
+    error = np.square(x_hat - x).sum(1)
+    norm, norm_hat = np.linalg.norm(x, axis=1), np.linalg.norm(x_hat, axis=1)
+    for counted, mask in ((KEPT, kept), (EVERY, np.ones(300, bool))):
+        for group, chosen in (("all", mask), ("a", mask & (source == 0)), ("b", mask & (source == 1))):
+            spread = np.square(x[chosen] - x[chosen].mean(0)).sum()
+            batch = [np.arange(start, end)[chosen[start:end]] for start, end in itertools.pairwise(ends)]
+            expected = {
+                "rows": chosen.sum(),
+                "l0": (f[chosen] > 0).sum(1).mean(),
+                "explained_variance": 1 - error[chosen].sum() / spread,
+                "explained_variance_legacy": np.concatenate(
+                    [1 - error[i] / np.square(x[i] - x[i].mean(0)).sum(1) for i in batch]
+                ).mean(),
+                "mse": error[chosen].mean(),
+                "cosine": ((x * x_hat).sum(1) / norm / norm_hat)[chosen].mean(),
+                "norm_ratio": (norm_hat / norm)[chosen].mean(),
+            }
             figures = found.figures[counted][group]
-            spread = (x[chosen] - x[chosen].mean(0)).square().sum()
-            assert figures["rows"] == chosen.sum()
-            assert figures["explained_variance"] == pytest.approx(float(1 - error[chosen].sum() / spread), abs=1e-6)
-            assert figures["mse"] == pytest.approx(float(error[chosen].mean()), rel=1e-6)
-            assert figures["l0"] == pytest.approx(float((f[chosen] > 0).sum(1).double().mean()))
-            legacy = []
-            for s in sliced:
-                batch, inside = x[s][chosen[s]], error[s][chosen[s]]
-                legacy.append(1 - inside / (batch - batch.mean(0)).square().sum(1))
-            assert figures["explained_variance_legacy"] == pytest.approx(float(torch.cat(legacy).mean()), abs=1e-6)
-    density = (f[torch.from_numpy(kept)] > 0).double().mean(0).numpy()
-    assert np.allclose(found.density_F, density)
-    assert torch.allclose(found.mean_D, x[torch.from_numpy(kept)].mean(0))
+            assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+            numbers = np.unique(context[chosen])
+            draws = np.random.default_rng(0).multinomial(len(numbers), np.full(len(numbers), 1 / len(numbers)), 1000)
+            l0 = np.array([(f[chosen & (context == c)] > 0).sum() for c in numbers])
+            counts = np.array([(chosen & (context == c)).sum() for c in numbers])
+            assert figures["l0_interval"] == pytest.approx(np.quantile(draws @ l0 / (draws @ counts), (0.025, 0.975)))
+    assert np.allclose(found.density_F, (f[kept] > 0).mean(0))
+    assert np.allclose(found.max_F, f[kept].max(0), rtol=1e-5)
+    assert np.allclose(found.by_group["b"][1], (f[kept & (source == 1)] > 0).mean(0))
+    assert np.allclose(found.mean_D, x[kept].mean(0))
 
 
 def test_a_perfect_sae_loses_nothing(finished, monkeypatch):
@@ -96,7 +113,7 @@ def test_rows_that_training_leaves_out_pass_through(finished, monkeypatch):
         ModelConfig(name="assets/tiny-llama"), None, [HOOK], torch.float32, torch.device("cpu"), with_head=True
     )
     tokens = np.random.default_rng(0).integers(0, 300, (4, 16)).astype(np.uint32)
-    sae = SavedSae(initial_sae(32, 8, 0), HOOK, InputStatistics(1.0, 1.0, None), {})
+    sae = SavedSae(Standard.initial(32, 8), HOOK, InputStatistics(1.0, 1.0, None), {})
     every_row = [
         ExcludeConfig(positions=tuple(range(16)), norm_above_median=None),
         ExcludeConfig(token_ids=tuple(range(300)), norm_above_median=None),
@@ -111,31 +128,82 @@ def test_rows_that_training_leaves_out_pass_through(finished, monkeypatch):
 
 
 def test_densities():
-    figures = density_figures(np.array([0, 0, 0.5, 0.01, 1.0]))
-    assert (figures["dead_features"], figures["dense_features"], figures["dead_fraction"]) == (2, 2, 0.4)
-    histogram = figures["log10_density_histogram"]
+    figures, histogram = density_figures(np.array([0, 0, 0.5, 0.011, 0.1, 1.0]))
+    assert figures == {"d_sae": 6, "dead_features": 2, "dead_fraction": 2 / 6, "dense_features": 2}
     assert (len(histogram["counts"]), histogram["edges"][0], histogram["edges"][-1]) == (56, -7, 0)
-    assert (sum(histogram["counts"]), histogram["counts"][0]) == (3, 0)
-    rare = density_figures(np.array([0, 1e-9, 0.5]))["log10_density_histogram"]["counts"]
-    assert (sum(rare), rare[0]) == (2, 1)
+    # Eight bins a power of ten: 0.011 is just above 1e-2, 0.5 is 10^-0.3.
+    assert {i: n for i, n in enumerate(histogram["counts"]) if n} == {40: 1, 48: 1, 53: 1, 55: 1}
+    _, rare = density_figures(np.array([0, 1e-9, 0.5]))
+    assert (sum(rare["counts"]), rare["counts"][0]) == (2, 1)
 
 
-def test_metrics_are_named_and_defined(finished):
-    metrics = json.loads(only(finished, "runs/evaluate/*/metrics.json").read_text())
-    sae = metrics["saes"][HOOK]
-    for counted in ("outliers_excluded", "all_rows"):
-        assert set(sae["fidelity"][counted]) == {"all", "chat", "reasoning"}
-        for figures in sae["fidelity"][counted].values():
-            assert {n for n in figures if not n.endswith("_interval")} == metrics["definitions"]["fidelity"].keys()
-            for name in ("l0", "mse", "explained_variance"):
-                low, high = figures[f"{name}_interval"]
-                assert low < figures[name] < high
-    assert set(sae["downstream"]) == {"all", "chat", "reasoning"}
-    figures = {n for n in sae["downstream"]["all"] if not n.endswith("_interval")}
-    assert figures == metrics["definitions"]["downstream"].keys()
-    low, high = sae["downstream"]["all"]["ce_clean_interval"]
-    assert low < sae["downstream"]["all"]["ce_clean"] < high
-    assert sae["features"]["d_sae"] == 128
+def test_cross_entropies_are_those_of_the_model_with_rows_exchanged(finished, monkeypatch):
+    """Each variant by a plain hook on the whole model; the first position passes through."""
+    monkeypatch.chdir(finished)
+    model = load_model(
+        ModelConfig(name="assets/tiny-llama"), None, [HOOK], torch.float32, torch.device("cpu"), with_head=True
+    )
+    tokens = np.random.default_rng(0).integers(0, 300, (6, 16)).astype(np.uint32)
+    saved = SavedSae(Standard.initial(32, 24, scale=5.0), HOOK, InputStatistics(5.0, 1.0, None), {})
+    mean_D = torch.linspace(-0.5, 1, 32, dtype=torch.float64)
+    groups = by_source(np.array([0, 1, 1, 1, 1, 1], np.uint8), ["a", "b"])
+    exclude = ExcludeConfig(positions=(0,), norm_above_median=None)
+    found = downstream(model, saved, exclude, mean_D, tokens, groups, 4)
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    passed = torch.arange(16)[:, None] == 0
+
+    def rebuilt(x):
+        f = torch.relu(x.bfloat16().float() * 5 @ saved.sae.W_enc + saved.sae.b_enc)
+        return (f @ saved.sae.W_dec + saved.sae.b_dec) / 5
+
+    def log_probabilities(change):
+        handle = model.modules[HOOK].register_forward_hook(lambda _module, _inputs, output: change(output))
+        with torch.no_grad():
+            logits = model.model(ids).logits
+        handle.remove()
+        return logits.double().log_softmax(-1).numpy()
+
+    variants = {
+        "clean": lambda x: x,
+        "sae": lambda x: torch.where(passed, x, rebuilt(x)),
+        "mean_ablated": lambda x: torch.where(passed, x, mean_D.float()),
+        "zero_ablated": lambda x: x * passed,
+        "sae_all_rows": rebuilt,
+        "zero_ablated_all_rows": torch.zeros_like,
+    }
+    log_p = {name: log_probabilities(change) for name, change in variants.items()}
+    for group, chosen in (("all", slice(None)), ("a", slice(1)), ("b", slice(1, None))):
+        next_p = {
+            name: np.take_along_axis(p[chosen, :-1], tokens[chosen, 1:, None].astype(np.int64), 2)
+            for name, p in log_p.items()
+        }
+        expected = {f"ce_{name}": -p.mean() for name, p in next_p.items()} | {"contexts": len(tokens[chosen])}
+        for rows in ("", "_all_rows"):
+            clean, zero, sae = (expected[f"ce_{n}"] for n in ("clean", f"zero_ablated{rows}", f"sae{rows}"))
+            expected[f"ce_loss_score{rows}"] = (zero - sae) / (zero - clean)
+            p, q = log_p["clean"][chosen], log_p[f"sae{rows}"][chosen]
+            expected[f"kl_sae{rows}"] = (np.exp(p) * (p - q)).sum(-1).mean()
+        assert expected.keys() == set(NAMES)
+        assert {name: found[group][name] for name in NAMES} == pytest.approx(expected, rel=1e-3)
+        assert len({round(value, 6) for value in expected.values()}) == len(expected)
+
+
+def test_figures_are_named_defined_and_read_back(finished):
+    evaluation = read_figures(only(finished, "runs/evaluate/*"))
+    sae = evaluation.own(HOOK)
+    assert sae and not evaluation.own("model.layers.9")
+    groups = ["all", "chat", "reasoning"]
+    assert list(sae.table("fidelity")) == [(rows, group) for rows in (KEPT, EVERY) for group in groups]
+    assert list(sae.table("downstream")) == [("", group) for group in groups]
+    assert list(sae.table("downstream")["", "all"]) == list(NAMES)
+    for figure in sae.figures:
+        assert figure.unit and figure.definition, figure
+        if figure.interval and figure.name in ("l0", "mse", "explained_variance", "ce_clean"):
+            assert figure.interval[0] < figure.value < figure.interval[1]
+    assert (sae.figure("l0").rows, sae.figure("l0").unit) == (KEPT, "features")
+    assert sae.value("rows", "fidelity", EVERY) == 512 == 2 * sae.value("rows", "fidelity", EVERY, "chat")
+    assert sae.value("d_sae") == 128
+    assert sae.value("nothing") is None
 
 
 def test_the_report_opens_offline_and_escapes(run_folder):
@@ -162,7 +230,7 @@ def empty_split(run: Path) -> None:
 
 def other_width(run: Path) -> None:
     folder = only(run, f"runs/train/*/{HOOK}")
-    save_sae(folder, initial_sae(16, 8, 0), HOOK, load_sae(folder).statistics, {})
+    save_sae(folder, Standard.initial(16, 8), HOOK, load_sae(folder).statistics, {})
     unlisted(folder.parent)
 
 
@@ -246,12 +314,6 @@ def test_no_held_out_row_left_is_an_error(run_folder):
     assert ran.status == 1
     assert "train.exclude: {" in ran.out
     assert "leaves none of the held-out rows" in ran.out
-
-
-def test_ticks_are_round():
-    assert ticks(0, 720) == [0, 200, 400, 600]
-    assert ticks(0, 0) == [0]
-    assert [round(t, 3) for t in ticks(0.1, 0.62)] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 
 
 @pytest.mark.parametrize("hook", ["model.layers.0", "model.layers.0.mlp"])

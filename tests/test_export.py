@@ -12,6 +12,7 @@ from conftest import TINY, contents, only, pipeline, unlisted
 from sae_lens.load_model import load_model
 from transformer_lens.loading_from_pretrained import make_model_alias_map
 
+from evaluate.figures import read_figures
 from harvest import language_model
 from harvest.activation_store import ActivationStore
 from harvest.config import ModelConfig
@@ -44,17 +45,17 @@ def test_saelens_opens_it_and_agrees_on_real_rows(real_folder):
     ours = load_sae(only(real_folder, f"runs/train/*/{real.HOOK}"))
     store = ActivationStore.open(only(real_folder, "runs/harvest/*/store"))
     chunks = [torch.from_numpy(store.read_chunk("holdout", real.HOOK, chunk)) for chunk in range(10)]
-    x, scale = torch.cat(chunks).view(torch.bfloat16).float()[:10_000], ours.statistics.scale
+    x = torch.cat(chunks).view(torch.bfloat16).float()[:10_000]
     assert x.shape == (10_000, 576)
     usual = x.norm(dim=1) <= ours.statistics.norm_limit
-    f = ours.sae.encode(x * scale)
-    x_hat = ours.sae.decode(f) / scale
+    f = ours.sae.encode(x)
+    x_hat = ours.sae.decode(f)
     assert 0.01 < (f > 0).float().mean() < 0.5
     for rows in (usual, slice(None)):
         with torch.no_grad():
             assert relative(theirs.encode(x[rows]), f[rows]) < 1e-5
             assert relative(theirs(x[rows]), x_hat[rows]) < 1e-5
-    theirs.load_state_dict(ours.sae._asdict())  # the scale is not folded in: other features by far
+    theirs.load_state_dict(ours.sae.parameters)  # the scale is not folded in: other features by far
     with torch.no_grad():
         assert relative(theirs.encode(x[usual]), f[usual]) > 0.5
         assert relative(theirs(x[usual]), x_hat[usual]) > 1e-3  # through the biases alone, as ReLU(s·x) = s·ReLU(x)
@@ -76,10 +77,11 @@ def test_the_model_card_is_filled(exported):
     front = yaml.safe_load(card.split("---")[1])
     assert front["base_model"] == "tiny/llama"
     assert "datasets" not in front  # local files are no data sets of the hub
-    metrics = json.loads(only(exported.parent.parent, "evaluate/*/metrics.json").read_text())["saes"][HOOK]
+    measured = read_figures(only(exported.parent.parent, "evaluate/*")).own(HOOK)
     row = next(line for line in card.splitlines() if line.startswith(f"| `{FOLDER}`"))
-    assert f"{metrics['fidelity']['outliers_excluded']['all']['explained_variance']:.3f}" in row
-    assert f"{metrics['downstream']['all']['ce_loss_score']:.3f}" in row
+    forms = {"l0": ".1f", "explained_variance": ".3f", "explained_variance_legacy": ".3f", "ce_loss_score": ".3f"}
+    written = [format(measured.value(name), form) for name, form in forms.items()]
+    assert row.split("|")[-6:-1] == [f" {text} " for text in [*written, f"{measured.value('dead_fraction'):.2%}"]]
     assert "10 times the median" in card
     assert "assets/" not in card  # paths tell of the machine
 

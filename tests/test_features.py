@@ -1,8 +1,7 @@
-"""One pass over shuffled shards against a plain look at whole contexts; pages from the finished run."""
+"""Feature pages and what they are made of."""
 
 import base64
 import hashlib
-import json
 import re
 import shutil
 from html.parser import HTMLParser
@@ -17,90 +16,15 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaCon
 
 from evaluate import unembedding
 from evaluate.config import FeaturesConfig
-from evaluate.feature_pages import read_scores, write_pages
+from evaluate.feature_pages import choose_features, nearest_features, read_scores, write_pages
 from evaluate.feature_views import Views, number, visible
-from evaluate.features import LEFT_OUT, SAMPLED, activity, choose_features, heldout_activity, nearest_features
+from evaluate.figures import read_figures
 from evaluate.unembedding import load_unembedding, promoted
-from harvest.activation_store import ActivationStore
 from harvest.config import ModelConfig
-from harvest.contexts import Contexts
 from harvest.files import UserError
 from harvest.tokenizer import load_tokenizer
-from train.checkpoint import load_sae
-from train.config import ExcludeConfig
 
 HOOK = "model.layers.1"
-
-
-@pytest.fixture(scope="module")
-def looked_at(finished):
-    """(chosen features, their activity, activations (contexts, S, K) and tokens looked at plainly, sources)."""
-    store = ActivationStore.open(only(finished, "runs/harvest/*/store"))
-    saved = load_sae(only(finished, f"runs/train/*/{HOOK}"))
-    contexts = Contexts(only(finished, "runs/sample/*/contexts"))
-    source = contexts.read("holdout", "source", 0, contexts.count("holdout"))
-    chosen = np.array([5, 0, 77, 30])
-    exclude = ExcludeConfig(positions=(0,), norm_above_median=None)
-    config = FeaturesConfig(contexts=2, tokens=8)
-    shards = heldout_activity(store, saved, exclude, source, chosen)
-    found = activity(shards, len(chosen), 2, config)
-
-    tokens = contexts.read("holdout", "tokens", 0, len(source))
-    acts = np.zeros((*tokens.shape, len(chosen)), np.float32)
-    for shard in range(store.geometry.holdout_shards):
-        rows = np.concatenate([store.read_chunk("holdout", HOOK, 4 * shard + i) for i in range(4)])
-        x = torch.from_numpy(rows).view(torch.bfloat16).float() * saved.statistics.scale
-        where = [store.read_provenance("holdout", name, shard) for name in ("context", "position")]
-        acts[where[0], where[1]] = saved.sae.encode(x)[:, chosen].numpy()
-    acts[:, 0] = LEFT_OUT
-    return chosen, found, acts, tokens, source
-
-
-def test_sums_are_those_of_the_whole_contexts(looked_at):
-    chosen, found, acts, _, source = looked_at
-    for g in (0, 1):
-        inside = acts[source == g, 1:]
-        assert found.rows_G[g] == inside[..., 0].size
-        assert np.array_equal(found.active_GK[g], (inside > 0).sum((0, 1)))
-        assert np.allclose(found.sum_GK[g], inside.sum((0, 1)), rtol=1e-5)
-        assert np.allclose(found.max_GK[g], inside.max((0, 1)), rtol=1e-5)
-    for k in range(len(chosen)):
-        active = acts[..., k][acts[..., k] > 0]
-        counts, _ = np.histogram(active, bins=64, range=(0, found.top_K[k]))
-        assert np.abs(np.cumsum(counts - found.histogram_KB[k])).max() <= 1  # a value at an edge may go either way
-        assert found.top_K[k] / 2 < active.max() <= found.top_K[k] * (1 + 1e-5)
-
-
-def test_excerpts_are_the_peaks_in_their_contexts(looked_at):
-    chosen, found, acts, tokens, source = looked_at
-    for k in range(len(chosen)):
-        strongest = found.strongest.of(k)
-        peaks = acts[..., k].max(1)
-        assert np.allclose(strongest.value_N, np.sort(peaks[peaks > 0])[::-1][: 2 * 3], rtol=1e-5)
-        for excerpts in (strongest, found.sampled.of(k)):
-            for n in range(len(excerpts.key_N)):
-                context, start = excerpts.context_N[n], excerpts.start_N[n]
-                window = slice(start, start + 8)
-                assert np.array_equal(excerpts.token_NT[n], tokens[context, window])
-                assert np.allclose(excerpts.acts_NT[n], acts[context, window, k], rtol=1e-4, atol=1e-5)
-                assert excerpts.source_N[n] == source[context]
-                assert excerpts.value_N[n] > 0
-        active = int((acts[..., k] > 0).sum())
-        places = set(zip(found.sampled.of(k).context_N, found.sampled.of(k).position_N, strict=True))
-        assert len(places) == min(SAMPLED, active)
-
-
-def test_tokens_are_counted(looked_at):
-    chosen, found, acts, tokens, _ = looked_at
-    counts = found.tokens
-    assert np.all(np.diff(counts.feature_N) >= 0)
-    for k in range(len(chosen)):
-        fired_on = tokens[acts[..., k] > 0]
-        here = counts.feature_N == k
-        ids, number_of = np.unique(fired_on, return_counts=True)
-        assert np.array_equal(counts.token_N[here], ids)
-        assert np.array_equal(counts.count_N[here], number_of)
-        assert counts.sum_N[here].sum() == pytest.approx(acts[..., k].clip(0).sum(), rel=1e-4)
 
 
 def test_features_are_chosen_by_score_and_by_chance():
@@ -210,7 +134,7 @@ class Page(HTMLParser):
 
 def test_every_page_is_there_linked_and_locked(finished):
     run = only(finished, "runs/evaluate/*")
-    section = json.loads((run / "metrics.json").read_text())["saes"][HOOK]["feature_pages"]
+    section = read_figures(run).own(HOOK).lists["feature_pages"]
     assert section["index"] == f"features/{HOOK}/index.html"
     assert f'href="{section["index"]}"' in (run / "report.html").read_text()
     folder = run / "features" / HOOK

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from conftest import ROOT, contents, only, pipeline
 
+from evaluate.figures import read_figures
 from harvest.activation_store import ActivationStore
 
 INGEST = ROOT / "configs" / "ingest.yaml"
@@ -141,13 +142,12 @@ def test_from_files_to_figures():
     assert ran.status == 0, ran.out
     assert "sample    not needed" in ran.out
     assert "left out, as ingested rows have no model and no text: " in ran.out
-    metrics = json.loads(only(Path(), "runs/evaluate/*/metrics.json").read_text())
-    kept, every = (metrics["saes"]["h"]["fidelity"][name]["all"] for name in ("outliers_excluded", "all_rows"))
-    assert every["rows"] == 128
+    found = read_figures(only(Path(), "runs/evaluate/*"))
+    assert found.own("h").value("rows", "fidelity", "all_rows") == 128
     held = ActivationStore.open(only(Path(), "runs/harvest/*/store"))
     zero = sum(int((held.read_provenance("holdout", "token_id", s) == 0).sum()) for s in range(2))
-    assert kept["rows"] == 128 - zero
-    assert "downstream" in metrics["left_out"]
+    assert found.own("h").value("rows", "fidelity") == 128 - zero
+    assert "downstream" in found.left_out
     report = only(Path(), "runs/evaluate/*/report.html").read_text()
     assert "Left out, as there is no model and no text" in report
     sae = json.loads(only(Path(), "runs/train/*/h/sae.json").read_text())

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from train.adam import Adam, Update, plain_update
 from train.nonzeros import PLAIN, ByFeature, ByRow, by_feature
-from train.sae import SAE, initial_sae
+from train.sae import Sae
 from train.sparse_step import active_features, sparse_step
+from train.standard import Standard
 
 triton = pytest.importorskip("triton", reason="triton is not installed: it has no build for this platform")
 from train import kernels  # noqa: E402
@@ -26,6 +27,7 @@ from train.kernels import TRITON  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 B, D, F = 6, 85, 23
+L1 = {"l1": 5.0}
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
@@ -37,10 +39,10 @@ def test_kernels_in_the_interpreter() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def batch(firing: str = "some") -> tuple[SAE, Tensor]:
+def batch(firing: str = "some") -> tuple[Sae, Tensor]:
     """Row 0 fires nothing, row 5 everything but feature 3, which never fires; or nothing fires at all."""
     generator = torch.Generator().manual_seed(0)
-    sae, x_BD = initial_sae(D, F, seed=1), torch.randn(B, D, generator=generator)
+    sae, x_BD = Standard.initial(D, F, seed=1), torch.randn(B, D, generator=generator)
     sae.b_enc.fill_(-0.05)
     sae.b_dec.normal_(generator=generator)
     sae.W_enc[0] = 0.1
@@ -52,8 +54,8 @@ def batch(firing: str = "some") -> tuple[SAE, Tensor]:
     return sae.to(DEVICE), x_BD.to(DEVICE)
 
 
-def entries(sae: SAE, x_BD: Tensor) -> tuple[ByRow, ByFeature]:
-    active = active_features(sae, x_BD, torch.float32, PLAIN)
+def entries(sae: Sae, x_BD: Tensor) -> tuple[ByRow, ByFeature]:
+    active = active_features(sae.W_enc, sae.b_enc, x_BD, torch.float32, PLAIN)
     return active, by_feature(active, F)
 
 
@@ -125,38 +127,37 @@ class TestKernels:
     @pytest.mark.parametrize("firing", ["some", "none"])
     def test_the_step_on_kernels_equals_the_plain_step(self, firing: str) -> None:
         sae, x_BD = batch(firing)
-        ours, plain = (sparse_step(sae, x_BD, 5.0, torch.float32, ops) for ops in (TRITON, PLAIN))
-        torch.testing.assert_close(ours.loss, plain.loss, rtol=1e-5, atol=0)
+        ours, plain = (sparse_step(sae, x_BD, L1, torch.float32, operations=ops) for ops in (TRITON, PLAIN))
+        torch.testing.assert_close(ours.terms, plain.terms, rtol=1e-5, atol=0)
         assert torch.equal(ours.fired_F, plain.fired_F)
-        for a, b in zip(ours.gradients, plain.gradients, strict=True):
-            assert (a - b).norm() <= 1e-5 * b.norm()
+        for name, gradient in plain.gradients.items():
+            assert (ours.gradients[name] - gradient).norm() <= 1e-5 * gradient.norm()
 
     def test_the_update_equals_torchs(self) -> None:
         generator = torch.Generator().manual_seed(0)
 
         def state() -> Adam:
-            return Adam(batch()[0], torch.bfloat16)
+            return Adam(batch()[0].parameters, torch.bfloat16)
 
         ours, plain = state(), state()
         for step, divisor in enumerate([1.0, 3.0, float("nan"), float("inf"), 1.0], start=1):
-            gradients = SAE(*(torch.randn(w.shape, generator=generator).to(DEVICE) for w in ours.sae))
+            gradients = {n: torch.randn(w.shape, generator=generator).to(DEVICE) for n, w in ours.parameters.items()}
             numbers = Update(1e-2, (0.9, 0.99), step, torch.tensor(divisor, device=DEVICE))
             for apply, adam in ((kernels.adam_update, ours), (plain_update, plain)):
-                copies = SAE(*(g.clone() for g in gradients))
-                apply(adam.sae, copies, adam.exp_avg, adam.exp_avg_sq, adam.operands, numbers)
-            for tensors in ("sae", "exp_avg", "exp_avg_sq"):
-                for a, b in zip(getattr(ours, tensors), getattr(plain, tensors), strict=True):
-                    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+                copies = {name: gradient.clone() for name, gradient in gradients.items()}
+                apply(adam.parameters, copies, adam.exp_avg, adam.exp_avg_sq, adam.operands, numbers)
+            for tensors in ("parameters", "exp_avg", "exp_avg_sq"):
+                torch.testing.assert_close(getattr(ours, tensors), getattr(plain, tensors), rtol=1e-5, atol=1e-7)
             # The interpreter cuts bits off where a GPU rounds.
-            torch.testing.assert_close(ours.operands.W_dec.float(), ours.sae.W_dec, rtol=2**-7, atol=0)
-            assert ours.operands.b_dec is ours.sae.b_dec
-        assert not torch.equal(ours.sae.W_dec, state().sae.W_dec)
+            torch.testing.assert_close(ours.operands["W_dec"].float(), ours.parameters["W_dec"], rtol=2**-7, atol=0)
+            assert ours.operands["b_dec"] is ours.parameters["b_dec"]
+        assert not torch.equal(ours.parameters["W_dec"], state().parameters["W_dec"])
 
     @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter runs one program at a time: no order to depend on")
     def test_same_input_gives_the_same_bytes(self) -> None:
         generator = torch.Generator().manual_seed(0)
-        sae, x_BD = initial_sae(256, 4096, seed=0, device=DEVICE), torch.randn(1024, 256, generator=generator)
-        first, *others = (sparse_step(sae, x_BD.to(DEVICE), 5.0, torch.bfloat16) for _ in range(4))
+        sae, x_BD = Standard.initial(256, 4096, device=DEVICE), torch.randn(1024, 256, generator=generator)
+        first, *others = (sparse_step(sae, x_BD.to(DEVICE), L1, torch.bfloat16) for _ in range(4))
         for other in others:
-            assert torch.equal(first.loss, other.loss)
-            assert all(torch.equal(a, b) for a, b in zip(first.gradients, other.gradients, strict=True))
+            assert all(torch.equal(first.terms[name], term) for name, term in other.terms.items())
+            assert all(torch.equal(first.gradients[name], gradient) for name, gradient in other.gradients.items())

@@ -20,14 +20,15 @@ from torch import Tensor
 from harvest.files import UserError
 from train.config import SaeConfig, TrainConfig
 from train.parallel import SINGLE, FeatureRanks
-from train.sae import SAE, initial_sae
+from train.sae import Sae
+from train.standard import Standard
 from train.trainer import Trainer, Validation
 
 D_IN, D_SAE, BATCH, SAVED_AT = 32, 100, 64, 5
 STEPS = {"dense": 200, "sparse": 200, "auto": 40}
 SWITCH = 0.6  # auto goes sparse below this part of d_sae: half of it is active at the start, so after a few steps
 SECONDS = 120  # for all the processes' work, which takes some 10
-FIGURES = ("loss", "mse", "l1", "l0", "explained_variance", "explained_variance_legacy")
+FIGURES = ("l0", "explained_variance", "explained_variance_legacy")
 
 
 class Outcome(NamedTuple):
@@ -41,7 +42,7 @@ class Outcome(NamedTuple):
     contiguous: bool
     restored: dict[str, Tensor]  # right after the restore, if any; whole, on rank 0
     tensors: dict[str, Tensor]  # at the end
-    sae: SAE | None
+    sae: Sae | None
     kernel: dict
 
 
@@ -70,28 +71,29 @@ def trained(ranks: FeatureRanks, kernel: str, steps: int | None = None, start: S
         kernel=kernel,
         sparse_below=SWITCH,
     )
-    sae = initial_sae(D_IN, D_SAE, seed=0)
+    sae = Standard.initial(D_IN, D_SAE, scale=2.0, l1_coefficient=1.0)
     sae.b_enc[95:] = -1e3  # the last rank's: they never fire
     sae.b_dec.fill_(0.5)  # to be counted once
-    trainer = Trainer(sae, 2.0, config, 200, 1000, torch.float32, ranks)
+    trainer = Trainer(sae, config, 200, 1000, torch.float32, ranks)
     if start:
         trainer.restore(start.tensors, start.step, start.kernel)
     restored = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
     figures, kernels = [], []
     while trainer.step_number < (steps or STEPS[kernel]):
         stepped = trainer.step(batch(trainer.step_number))
-        values = {name: float(getattr(stepped.result, name)) for name in FIGURES}
-        figures.append(values | {"grad_norm": float(stepped.grad_norm)})
+        tensors = {name: getattr(stepped.result, name) for name in FIGURES} | stepped.result.terms
+        tensors |= {"loss": stepped.loss, "grad_norm": stepped.grad_norm}
+        figures.append({name: float(value) for name, value in tensors.items()})
         kernels.append(stepped.kernel)
     b_dec = trainer.sae.b_dec
-    moments = [trainer.adam.exp_avg.b_dec, trainer.adam.exp_avg_sq.b_dec]
+    moments = [trainer.adam.exp_avg["b_dec"], trainer.adam.exp_avg_sq["b_dec"]]
     return Outcome(
         figures,
         kernels,
         trainer.validate(torch.cat([batch(-step) for step in range(1, 4)])[:150]),
         trainer.dead_features(),
         [b_dec, *moments],
-        all(weight.is_contiguous() for weight in trainer.sae),
+        all(weight.is_contiguous() for weight in trainer.sae.parameters.values()),
         restored,
         trainer.tensors(),
         trainer.whole_sae(),
@@ -214,10 +216,10 @@ class TestAgainstOneProcess:
         for name, tensor in one.tensors.items():
             assert ours.tensors[name].shape == tensor.shape, name
             assert ours.tensors[name].dtype == tensor.dtype, name
-        for name in SAE._fields:
+        for name in Standard.dims:
             assert (ours.tensors[name] - one.tensors[name]).norm() <= 1e-2 * one.tensors[name].norm(), name
         assert ours.sae is not None
-        assert_same(ours.sae._asdict(), {name: ours.tensors[name] for name in SAE._fields})
+        assert_same(ours.sae.parameters, {name: ours.tensors[name] for name in Standard.dims})
 
 
 @pytest.mark.parametrize("kernel", STEPS)
@@ -277,21 +279,21 @@ def test_every_feature_has_one_rank(size: int) -> None:
 
 
 def test_a_shard_is_contiguous_and_a_copy() -> None:
-    whole = initial_sae(D_IN, D_SAE, seed=0)
+    whole = Standard.initial(D_IN, D_SAE)
     for rank in range(3):
         ranks = FeatureRanks(rank, 3)
         mine, features = ranks.shard(whole), ranks.features(D_SAE)
         assert torch.equal(mine.W_enc, whole.W_enc[:, features.start : features.stop])
         assert torch.equal(mine.W_dec, whole.W_dec[features.start : features.stop])
         assert torch.equal(mine.b_dec, whole.b_dec)
-        for a, b in zip(mine, whole, strict=True):
+        for a, b in zip(mine.parameters.values(), whole.parameters.values(), strict=True):
             assert a.is_contiguous() and a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
     assert SINGLE.shard(whole).W_enc is whole.W_enc
 
 
 def test_more_ranks_than_features_is_an_error() -> None:
     with pytest.raises(UserError, match="4 features for 5 ranks"):
-        FeatureRanks(0, 5).shard(initial_sae(8, 4, seed=0))
+        FeatureRanks(0, 5).shard(Standard.initial(8, 4))
 
 
 def test_more_ranks_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

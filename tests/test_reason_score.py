@@ -8,10 +8,13 @@ import pytest
 import real
 import torch
 from conftest import TINY, only, pipeline
+from made_rows import batches
 from tokenizers import Tokenizer
 
-from evaluate.reason_score import Rows, Sums, accumulate, reason_score
+from evaluate.figures import read_figures
+from evaluate.reason_score import Sums, WordSums, reason_score
 from evaluate.spellings import spellings
+from evaluate.subject import feed
 from evaluate.words import find_words, overrepresented, word_groups
 from harvest.activation_store import ActivationStore
 from harvest.config import ModelConfig
@@ -134,13 +137,15 @@ def test_rows_of_the_store_and_of_the_model_give_one_score(run_folder):
             only(run_folder, "runs/harvest/*/store/train/shards/00000.json").unlink()
         ran = pipeline("evaluate", "evaluate.downstream=null", "evaluate.reason_score.contexts=40")
         assert ran.status == 0, ran.out
-        metrics = json.loads(only(run_folder, "runs/evaluate/*/metrics.json").read_text())
-        found[rows_from] = metrics["saes"][HOOK]["reason_score"]
+        sae = read_figures(only(run_folder, "runs/evaluate/*")).own(HOOK)
+        found[rows_from] = sae.lists["reason_score"]
         assert found[rows_from]["rows_from"] == rows_from
-        assert found[rows_from]["model_passes"] == (rows_from == "model")
+        assert sae.value("model_passes") == (rows_from == "model")
+        assert sae.value("contexts_of_training") == 3
+        found[rows_from]["rows_outside"] = sae.value("rows_outside")
     store, model = found["store"], found["model"]
     assert model["words"] == store["words"]
-    assert model["rows_outside"] == store["rows_outside"]
+    assert model["rows_outside"] == store["rows_outside"] > 0
     best = {row["feature"]: row["score"] for row in model["top"]}
     for row in store["top"]:
         assert best[row["feature"]] == pytest.approx(row["score"], rel=0.01, abs=1e-5)  # bfloat16 rows, other batches
@@ -152,17 +157,17 @@ def test_sums_over_batches_are_masked_sums(finished):
     inside = np.zeros((2, 100), bool)
     inside[0, :10] = inside[1, 5:20] = True
     counted = np.arange(100) != 7
-    batches = [Rows(rows[s], inside[:, s], counted[s], np.array([1, 2])) for s in (slice(0, 60), slice(60, 100))]
-    sums = accumulate(saved, iter(batches), 2)
-    f = saved.sae.encode(rows.float() * saved.statistics.scale).double().numpy()
+    sums = WordSums(saved, 2, lambda rows: (inside[:, rows.position], counted[rows.position]), piece_rows=32)
+    feed(saved, batches(rows, np.zeros(100, int), ends=[60]), [sums])
+    found = sums.result()
+    f = saved.sae.encode(rows).double().numpy()
     for g, mask in enumerate((inside[0], inside[1], inside.any(0), ~inside.any(0))):
-        assert np.allclose(sums.of_acts_GF[g], f[mask & counted].sum(0), rtol=1e-6)
-        assert sums.rows_G[g] == (mask & counted).sum()
-    assert sums.matches_W.tolist() == [2, 4]
+        assert np.allclose(found.of_acts_GF[g], f[mask & counted].sum(0), rtol=1e-6)
+        assert found.rows_G[g] == (mask & counted).sum()
 
 
 def test_entropy_rewards_features_that_fire_at_all_words():
-    sums = Sums(np.array([[2.0, 4, 0], [2, 0, 0], [4, 4, 0], [1, 1, 0]]), np.array([1, 1, 2, 1]), np.zeros(2))
+    sums = Sums(np.array([[2.0, 4, 0], [2, 0, 0], [4, 4, 0], [1, 1, 0]]), np.array([1, 1, 2, 1]))
     found = reason_score(sums, np.ones(3), 0.7)
     assert found.entropy_F.tolist() == [1, 0, 0]
     assert found.score_F.tolist() == [0, -0.5, 0]
@@ -186,7 +191,7 @@ def test_words_of_several_tokens_are_matched_as_sequences(finished):
         for mask in found.inside_WCS[:, 0]
     ]
     assert words == [" let me", " perhaps"]
-    assert found.matches_W.tolist() == [1, 1]
+    assert found.matches_WC.tolist() == [[1, 0], [1, 0]]
     assert not found.inside_WCS[:, 1].any()
 
 
@@ -194,7 +199,7 @@ def test_windows_end_with_the_context():
     tokens = np.array([[7, 1, 1, 1, 7], [1, 1, 7, 1, 1]])
     found = find_words(tokens, {"seven": [(7,)]}, (1, 2))
     assert found.inside_WCS[0].astype(int).tolist() == [[1, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
-    assert find_words(tokens, {"long": [(7,) * 6]}, (1, 2)).matches_W.tolist() == [0]
+    assert find_words(tokens, {"long": [(7,) * 6]}, (1, 2)).matches_WC.tolist() == [[0, 0]]
 
 
 def test_typical_words():
@@ -211,7 +216,7 @@ def test_absent_words_are_named(run_folder):
     assert ran.status == 0, ran.out
     assert "left out: zebra" in ran.out
     folder = only(run_folder, "runs/evaluate/*")
-    found = json.loads((folder / "metrics.json").read_text())["saes"][HOOK]["reason_score"]
+    found = read_figures(folder).own(HOOK).lists["reason_score"]
     assert found["absent_words"] == ["zebra"]
     assert list(found["top"][0]["word_means"]) == ["wait"]
     assert "zebra" in (folder / "report.html").read_text()
@@ -222,8 +227,8 @@ def test_no_word_at_all_is_said(run_folder):
     ran = pipeline("evaluate", "evaluate.downstream=null", "evaluate.reason_score.words=[zebra]")
     assert ran.status == 0, ran.out
     folder = only(run_folder, "runs/evaluate/*")
-    found = json.loads((folder / "metrics.json").read_text())["saes"][HOOK]["reason_score"]
-    assert "none of the words zebra stands in the text" in found["message"]
+    found = read_figures(folder).own(HOOK).lists["reason_score"]
+    assert "none of the words zebra occurs in the text" in found["message"]
     assert found["message"] in (folder / "report.html").read_text()
     assert not list(folder.glob("reason_score*"))
 

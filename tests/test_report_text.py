@@ -9,6 +9,7 @@ from typing import Any
 import oddities
 from conftest import only, pipeline
 
+from evaluate.figures import read_figures
 from evaluate.report import write_report
 
 COLUMNS = ["rows", "train_documents", "holdout_documents", "rows_dropped", "rows_filtered"]
@@ -25,8 +26,8 @@ def written(folder: Path, sample: dict[str, Any] | None, path: Path) -> str:
         manifests = {"sample": sample} | manifests
     else:
         manifests["harvest"]["settings"]["ingest"] = {"path": "rows"}
-    metrics = json.loads(only(folder, "runs/evaluate/*/metrics.json").read_text())
-    write_report(path, metrics, {HOOK: only(folder, f"runs/train/*/{HOOK}/metrics.jsonl")}, manifests)
+    evaluation = read_figures(only(folder, "runs/evaluate/*"))
+    write_report(path, evaluation, {HOOK: only(folder, f"runs/train/*/{HOOK}/metrics.jsonl")}, manifests)
     return path.read_text()
 
 

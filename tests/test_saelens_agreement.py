@@ -8,9 +8,10 @@ import pytest
 import real
 import torch
 from conftest import only, pipeline
+from made_rows import batches
+from made_rows import measured as measured_alone
 
 from evaluate.downstream import downstream
-from evaluate.fidelity import HeldoutBatch, fidelity
 from harvest.config import ModelConfig
 from harvest.contexts import Contexts
 from harvest.language_model import load_model
@@ -59,8 +60,7 @@ def measured(real_run, tmp_path_factory):
     model.modules[real.HOOK].register_forward_hook(lambda _module, _inputs, output: output.bfloat16().float())
     rows = model.activations(ids)[real.HOOK].bfloat16()
     context = np.repeat(np.arange(CONTEXTS), tokens.shape[1])
-    batch = HeldoutBatch(rows.flatten(0, 1), np.ones(len(context), bool), context)
-    ours = fidelity(saved, iter([batch]), {}, torch.device("cpu"))
+    ours = measured_alone(saved, batches(rows.flatten(0, 1), context), {})
     figures = dict(ours.figures["all_rows"]["all"])
     figures |= downstream(model, saved, ExcludeConfig(), ours.mean_D, tokens, {}, CONTEXTS)["all"]
 
@@ -77,7 +77,7 @@ def measured(real_run, tmp_path_factory):
 
     of_rows = ("compute_l2_norms", "compute_sparsity_metrics", "compute_variance_metrics")
     as_exported = theirs_measured(*of_rows, "compute_kl", "compute_ce_loss")
-    theirs.load_state_dict(saved.sae._asdict())
+    theirs.load_state_dict(saved.sae.parameters)
     return figures, as_exported, theirs_measured(*of_rows)
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from train.schedules import decayed_lr, warmed_l1
+from train.schedules import decayed_lr, warmed
 
 
 def test_lr_at_its_corners():
@@ -12,7 +12,7 @@ def test_lr_at_its_corners():
 
 
 def test_l1_at_its_corners():
-    assert [warmed_l1(5.0, step, 100, 0.05) for step in (0, 1, 4, 5, 99)] == [0.0, 1.0, 4.0, 5.0, 5.0]
-    assert warmed_l1(5.0, 0, 100, 0) == 5.0
-    assert warmed_l1(5.0, 0, 1, 0.05) == 5.0
-    assert warmed_l1(5.0, 9, 10, 1) == pytest.approx(4.5)
+    assert [warmed(step, 100, 0.05) for step in (0, 1, 4, 5, 99)] == [0.0, 0.2, 0.8, 1.0, 1.0]
+    assert warmed(0, 100, 0) == 1
+    assert warmed(0, 1, 0.05) == 1
+    assert warmed(9, 10, 1) == pytest.approx(0.9)

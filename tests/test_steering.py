@@ -21,7 +21,7 @@ from harvest.tokenizer import load_whole_tokenizer
 from train.checkpoint import SavedSae, load_sae, save_sae
 from train.config import ExcludeConfig
 from train.exclusion import InputStatistics, kept_rows
-from train.sae import initial_sae
+from train.standard import Standard
 
 HOOK = "model.layers.1"
 TINY = ModelConfig(name="assets/tiny-llama")
@@ -37,7 +37,7 @@ def tiny_model(finished, monkeypatch) -> tuple[HookedModel, object]:
 
 def writing(model: HookedModel, token: int) -> SavedSae:
     """An SAE whose feature 3 points where the LM head reads one token."""
-    sae = initial_sae(32, 8, 0)
+    sae = Standard.initial(32, 8, scale=0.5)
     sae.W_dec[3] = model.model.lm_head.weight[token] / model.model.lm_head.weight[token].norm()
     return SavedSae(sae, HOOK, InputStatistics(0.5, 1.0, None), {})
 
@@ -113,14 +113,13 @@ def test_the_vector_is_in_units_of_the_activation(tiny_model, finished):
         kept = kept_rows(store, "holdout", HOOK, chunk // g.chunks_per_shard, exclude, saved.statistics.norm_limit)
         start = chunk % g.chunks_per_shard * len(acts)
         rows.append(acts[torch.from_numpy(kept[start : start + len(acts)])])
-    scaled = torch.cat(rows) * saved.statistics.scale
-    largest = saved.sae.encode(scaled).amax(0)
+    largest = saved.sae.encode(torch.cat(rows)).amax(0)
     feature = int(largest.argmax())
     (maximum,) = max_activations(store, saved, exclude, [feature])
     assert maximum == pytest.approx(float(largest[feature]), rel=1e-5)
     (vector_D,) = steering_vectors(saved, [feature], [maximum])
     rebuilt = saved.sae.decode(torch.nn.functional.one_hot(torch.tensor([feature]), saved.sae.d_sae) * maximum)
-    assert torch.allclose(vector_D * saved.statistics.scale, rebuilt[0] - saved.sae.b_dec, atol=1e-5)
+    assert torch.allclose(vector_D, rebuilt[0] - saved.sae.b_dec / saved.sae.scale, rtol=1e-4, atol=1e-5)
 
 
 def test_words_are_whole_and_spelled_as_the_vocabulary_says():
@@ -187,7 +186,7 @@ def test_bad_input_is_named(finished, monkeypatch, arguments, says):
 
 def test_an_sae_of_another_width_is_refused(run_folder):
     folder = only(run_folder, f"runs/train/*/{HOOK}")
-    save_sae(folder, initial_sae(16, 8, 0), HOOK, load_sae(folder).statistics, {})
+    save_sae(folder, Standard.initial(16, 8), HOOK, load_sae(folder).statistics, {})
     unlisted(folder.parent)
     ran = pipeline("steer", "--feature", "1", "--prompt", "a", "--max-activation", "1")
     assert ran.status == 1

@@ -1,10 +1,9 @@
-import json
-
 import numpy as np
 import pytest
 import torch
 from conftest import only, pipeline
 
+from evaluate.figures import read_figures
 from harvest.files import UserError
 from harvest.stored_forms import BLOCK, FILL, dequantize, quantized
 
@@ -68,9 +67,8 @@ def test_every_stage_works_on_it(finished, fresh_folder, form):
     weights = "runs/train/*/*/sae_weights.safetensors"
     same = only(fresh_folder, weights).read_bytes() == only(finished, weights).read_bytes()
     assert same == (form == "bf16-zstd")
-    new, old = (
-        json.loads(only(folder, "runs/evaluate/*/metrics.json").read_text())["saes"]["model.layers.1"]["fidelity"]
+    figure = [
+        read_figures(only(folder, "runs/evaluate/*")).own("model.layers.1").value("explained_variance", rows="all_rows")
         for folder in (fresh_folder, finished)
-    )
-    figure = [f["all_rows"]["all"]["explained_variance"] for f in (new, old)]
+    ]
     assert figure[0] == pytest.approx(figure[1], abs=0.02)

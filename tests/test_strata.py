@@ -1,6 +1,5 @@
 """Figures of strata: two of one source, of unlike size and mean, beside a source without any."""
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -9,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 from conftest import only, pipeline
+from made_rows import batches, measured
 from transformers import AutoModelForCausalLM
 
-from evaluate.fidelity import BLOCKS, HeldoutBatch, fidelity
+from evaluate.fidelity import BLOCKS
+from evaluate.figures import EVERY, read_figures
 from evaluate.groups import Groups, by_source, context_groups, finest
 from harvest.activation_store import ActivationStore
 from harvest.contexts import Contexts
 from train.checkpoint import SavedSae, load_sae
 from train.exclusion import InputStatistics
-from train.sae import initial_sae
+from train.standard import Standard
 
 HOOK = "model.layers.1"
 STRATA = [{"source": "reasoning", "value": "math"}, {"source": "reasoning", "value": "<b>code"}]
@@ -77,10 +78,19 @@ def heldout(folder):
     return torch.from_numpy(rows).view(torch.bfloat16).double().numpy(), context, source_C
 
 
+def by_group(evaluated, section, rows):
+    """Values and intervals of a section's figures by group, then name."""
+    found = {}
+    for (counted, group), figures in read_figures(evaluated[0]).own(HOOK).table(section).items():
+        if counted == rows:
+            values = {name: figure.value for name, figure in figures.items()}
+            found[group] = values | {f"{name}_interval": f.interval for name, f in figures.items()}
+    return found
+
+
 def test_fidelity_of_strata_is_that_of_their_rows(evaluated):
-    metrics = json.loads((evaluated[0] / "metrics.json").read_text())
-    found = metrics["saes"][HOOK]["fidelity"]["all_rows"]
-    assert list(found) == sorted(["all", *NAMES])  # written with sorted keys
+    found = by_group(evaluated, "fidelity", EVERY)
+    assert list(found) == ["all", *NAMES]
     x, context, source_C = heldout(evaluated[1])
     saved = load_sae(only(evaluated[1], f"runs/train/*/{HOOK}"))
     sae, scale = saved.sae, saved.statistics.scale
@@ -103,8 +113,7 @@ def test_fidelity_of_strata_is_that_of_their_rows(evaluated):
 
 def test_cross_entropy_of_strata_is_the_mean_over_their_contexts(evaluated):
     """The model whole, as transformers runs it."""
-    metrics = json.loads((evaluated[0] / "metrics.json").read_text())
-    found = metrics["saes"][HOOK]["downstream"]
+    found = by_group(evaluated, "downstream", "")
     contexts = Contexts(only(evaluated[1], "runs/sample/*/contexts"))
     source_C = contexts.read("holdout", "source", 0, 24)
     tokens = torch.from_numpy(contexts.read("holdout", "tokens", 0, 24).astype(np.int64))
@@ -124,9 +133,8 @@ def test_cross_entropy_of_strata_is_the_mean_over_their_contexts(evaluated):
 
 def test_the_report_shows_strata_under_their_source(evaluated):
     html = (evaluated[0] / "report.html").read_text()
-    metrics = json.loads((evaluated[0] / "metrics.json").read_text())
     rows = re.findall(r"<tr><td[^>]*>([^<]*), all rows</td><td>([\d,]+)</td>", html)
-    expected = metrics["saes"][HOOK]["fidelity"]["all_rows"]
+    expected = by_group(evaluated, "fidelity", EVERY)
     names = ["all", *NAMES]
     escaped = [name.replace("<b>", "&lt;b&gt;") for name in names]
     assert rows == [(shown, f"{expected[name]['rows']:,}") for shown, name in zip(escaped, names, strict=True)]
@@ -137,11 +145,11 @@ def test_the_report_shows_strata_under_their_source(evaluated):
 
 def test_a_features_page_counts_by_stratum(evaluated):
     x, context, source_C = heldout(evaluated[1])
-    metrics = json.loads((evaluated[0] / "metrics.json").read_text())["saes"][HOOK]
-    feature = metrics["feature_pages"]["numbers"][0]
+    sae = read_figures(evaluated[0]).own(HOOK)
+    feature = sae.lists["feature_pages"]["numbers"][0]
     saved = load_sae(only(evaluated[1], f"runs/train/*/{HOOK}"))
     before = x * saved.statistics.scale @ saved.sae.W_enc[:, feature].double().numpy() + float(saved.sae.b_enc[feature])
-    limit = metrics["statistics"]["norm_limit"]
+    limit = sae.value("norm_limit")
     kept = np.linalg.norm(x, axis=1) <= limit
     html = (evaluated[0] / "features" / HOOK / f"{feature}.html").read_text()
     lines = re.findall(r"<tr><td>([^<]*)</td><td>([\d.e-]+)%</td>", html)
@@ -158,13 +166,12 @@ def test_intervals_of_a_small_stratum_come_from_all_of_its_contexts():
     source_C = (np.arange(count) % BLOCKS >= 10).astype(np.uint8)  # the first source fills ten blocks of a common count
     rng = np.random.default_rng(0)
     rows = torch.from_numpy(rng.normal(size=(count, 4)) * (1 + source_C[:, None])).bfloat16()
-    saved = SavedSae(initial_sae(4, 8, 0), HOOK, InputStatistics(1.0, 1.0, None), {})
-    batch = HeldoutBatch(rows, np.ones(count, bool), np.arange(count))
+    saved = SavedSae(Standard.initial(4, 8), HOOK, InputStatistics(1.0, 1.0, None), {})
     small = source_C == 0
-    found = fidelity(saved, iter([batch]), by_source(source_C, ["a", "b"]), torch.device("cpu"))
-    alone = HeldoutBatch(rows[torch.from_numpy(small)], np.ones(small.sum(), bool), np.arange(small.sum()))
+    found = measured(saved, batches(rows, np.arange(count)), by_source(source_C, ["a", "b"]))
+    alone = batches(rows[torch.from_numpy(small)], np.arange(small.sum()))
     ones = by_source(np.zeros(small.sum(), np.uint8), ["a"])
-    expected = fidelity(saved, iter([alone]), ones, torch.device("cpu")).figures["all_rows"]["a"]
+    expected = measured(saved, alone, ones).figures["all_rows"]["a"]
     figures = found.figures["all_rows"]["a"]
     assert figures["mse_interval"] == pytest.approx(expected["mse_interval"])
     assert figures["rows"] == small.sum() == 30

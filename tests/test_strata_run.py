@@ -14,6 +14,7 @@ import tiny
 import zarr
 from conftest import TINY, contents, only, pipeline
 
+from evaluate.figures import read_figures
 from evaluate.groups import context_groups
 from harvest.activation_store import ActivationStore
 from harvest.contexts import CHECKSUMS, NO_STRATUM, Contexts
@@ -97,7 +98,7 @@ def test_every_stratum_has_an_equal_part_of_whole_contexts(stratified):
 
 
 def test_figures_by_source_and_stratum_are_those_of_the_stores_rows(stratified):
-    metrics = json.loads(only(stratified, "runs/evaluate/*/metrics.json").read_text())["saes"][HOOK]
+    sae = read_figures(only(stratified, "runs/evaluate/*")).own(HOOK)
     store = ActivationStore.open(only(stratified, "runs/harvest/*/store"))
     chunks = range(store.geometry.holdout_shards * store.geometry.chunks_per_shard)
     bits = np.concatenate([store.read_chunk("holdout", HOOK, chunk) for chunk in chunks])
@@ -121,7 +122,11 @@ def test_figures_by_source_and_stratum_are_those_of_the_stores_rows(stratified):
     }
     kept = np.linalg.norm(x, axis=1) <= saved.statistics.norm_limit
     for counted, rows in (("all_rows", kept | True), ("outliers_excluded", kept)):
-        found = metrics["fidelity"][counted]
+        found = {
+            group: {name: figure.value for name, figure in figures.items()}
+            for (of, group), figures in sae.table("fidelity").items()
+            if of == counted
+        }
         assert found.keys() == groups.keys()
         for name, chosen in groups.items():
             of, rebuilt = x[rows & chosen], x_hat[rows & chosen]
@@ -131,8 +136,7 @@ def test_figures_by_source_and_stratum_are_those_of_the_stores_rows(stratified):
             assert found[name]["explained_variance"] == pytest.approx(explained, abs=1e-4)
     means = [x[groups[name]].mean(0) for name in ("kinds/digits", "kinds/letters")]
     assert np.linalg.norm(means[0] - means[1]) > 0.2 * np.linalg.norm(means[0])  # strata that differ
-    assert set(metrics["downstream"]) <= groups.keys()
-    assert "kinds/digits" in metrics["downstream"]
+    assert {"kinds/digits"} <= {group for _, group in sae.table("downstream")} <= groups.keys()
 
 
 def test_the_report_names_strata_below_their_source(stratified):

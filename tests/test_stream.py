@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import contents, only, pipeline, start
 
+from evaluate.figures import read_figures
 from harvest import stream as streams
 from harvest.activation_store import ActivationStore
 from harvest.disk import limit_in_shards, shard_bytes
@@ -149,8 +150,8 @@ def test_an_evaluation_after_a_stream_reads_the_model_where_rows_are_gone(run_fo
     ran = pipeline("evaluate", ONE_EPOCH, *contexts)
     assert ran.status == 0, ran.out
     directory = run_folder / pipeline("path", "evaluate", ONE_EPOCH, *contexts).out.strip()
-    (figures,) = json.loads((directory / "metrics.json").read_text())["saes"].values()
-    assert figures["reason_score"]["rows_from"] == "model" and figures["reason_score"]["contexts_of_training"] > 0
+    (sae,) = read_figures(directory).saes
+    assert sae.lists["reason_score"]["rows_from"] == "model" and sae.value("contexts_of_training") > 0
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3, 5, 6])

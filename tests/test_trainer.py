@@ -3,7 +3,7 @@ import torch
 
 from train.adam import Adam, Update
 from train.config import SaeConfig, TrainConfig
-from train.sae import SAE, initial_sae
+from train.standard import Standard
 from train.trainer import Trainer
 
 
@@ -15,8 +15,9 @@ def planted_rows(dictionary: torch.Tensor, rows: int, generator: torch.Generator
 
 
 def trainer(d_in: int, d_sae: int, steps: int, **settings) -> Trainer:
-    values = {"lr": 3e-3, "batch_size": 256, "epochs": 1, "sae": SaeConfig(d_sae=d_sae, l1_coefficient=0.3)}
-    return Trainer(initial_sae(d_in, d_sae, 0), 1.0, TrainConfig(**values | settings), steps, 1000, torch.float32)
+    values = {"lr": 3e-3, "batch_size": 256, "epochs": 1, "sae": SaeConfig(d_sae=d_sae)}
+    sae = Standard.initial(d_in, d_sae, l1_coefficient=0.3)
+    return Trainer(sae, TrainConfig(**values | settings), steps, 1000, torch.float32)
 
 
 def test_a_planted_dictionary_is_found():
@@ -32,23 +33,23 @@ def test_a_planted_dictionary_is_found():
 
 
 def test_start():
-    sae = initial_sae(16, 40, 3)
+    sae = Standard.initial(16, 40, 3)
     assert torch.equal(sae.W_enc, sae.W_dec.T)
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.full((40,), 0.1))
-    assert all(weight.is_contiguous() for weight in sae)
+    assert all(weight.is_contiguous() for weight in sae.parameters.values())
     assert not sae.b_enc.any()
     assert not sae.b_dec.any()
-    assert torch.equal(sae.W_dec, initial_sae(16, 40, 3).W_dec)
+    assert torch.equal(sae.W_dec, Standard.initial(16, 40, 3).W_dec)
 
 
 def test_adam_updates_the_elements_that_it_should():
     """Against Adam written out; fused Adam goes wrong in silence when layouts differ."""
     training = trainer(8, 12, 10, clip_norm=1e9, lr_decay_fraction=0)
-    before = SAE(*(weight.clone() for weight in training.sae))
+    before = {name: weight.clone() for name, weight in training.sae.parameters.items()}
     stepped = training.step(torch.randn(256, 8, generator=torch.Generator().manual_seed(1)))
-    for old, new, gradient in zip(before, training.sae, stepped.result.gradients, strict=True):
-        expected = old - 3e-3 * gradient / (gradient.abs() + 1e-8)
-        assert torch.allclose(new, expected, atol=1e-6)
+    for name, gradient in stepped.result.gradients.items():
+        expected = before[name] - 3e-3 * gradient / (gradient.abs() + 1e-8)
+        assert torch.allclose(training.sae.parameters[name], expected, atol=1e-6)
 
 
 def test_gradients_are_clipped_together():
@@ -57,8 +58,8 @@ def test_gradients_are_clipped_together():
     norm = float(clipped.step(rows).grad_norm)
     whole.step(rows)
     assert norm > 0.5
-    for mine, theirs in zip(clipped.adam.exp_avg, whole.adam.exp_avg, strict=True):
-        torch.testing.assert_close(mine, theirs * (0.5 / norm), rtol=1e-5, atol=0)
+    for name, theirs in whole.adam.exp_avg.items():
+        torch.testing.assert_close(clipped.adam.exp_avg[name], theirs * (0.5 / norm), rtol=1e-5, atol=0)
 
 
 def test_a_bad_batch_changes_nothing_and_is_remembered():
@@ -84,22 +85,22 @@ def test_a_bad_batch_changes_nothing_and_is_remembered():
 @pytest.mark.parametrize(("d_in", "d_sae"), [(8, 12), (33, 70)])
 def test_the_update_is_torchs_adam(d_in: int, d_sae: int):
     """Ours against torch.optim.Adam and clip_grad_norm_, over steps that are clipped and steps that are not."""
-    mine, reference = (initial_sae(d_in, d_sae, 0) for _ in range(2))
+    mine, reference = (Standard.initial(d_in, d_sae).parameters for _ in range(2))
     ours = Adam(mine, torch.bfloat16)
-    theirs = torch.optim.Adam(list(reference), lr=1e-3, betas=(0.9, 0.99))
+    theirs = torch.optim.Adam(reference.values(), lr=1e-3, betas=(0.9, 0.99))
     for step in range(6):
         generator = torch.Generator().manual_seed(step)
-        gradients = SAE(*(torch.randn(w.shape, generator=generator) * 0.1**step for w in mine))
-        for weight, gradient in zip(reference, gradients, strict=True):
-            weight.grad = gradient.clone()
-        norm = torch.nn.utils.clip_grad_norm_(list(reference), 1.0)
+        gradients = {name: torch.randn(w.shape, generator=generator) * 0.1**step for name, w in mine.items()}
+        for name, gradient in gradients.items():
+            reference[name].grad = gradient.clone()
+        norm = torch.nn.utils.clip_grad_norm_(reference.values(), 1.0)
         theirs.step()
         ours.update(gradients, Update(1e-3, (0.9, 0.99), step + 1, norm.clamp_min(1.0)))
-    for a, b in zip(mine, reference, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
-    assert torch.equal(ours.operands.W_dec, mine.W_dec.bfloat16())
-    assert torch.equal(ours.operands.W_enc, mine.W_enc.bfloat16())
-    assert ours.operands.b_enc is mine.b_enc
+    for name, weight in mine.items():
+        torch.testing.assert_close(weight, reference[name], rtol=1e-5, atol=1e-7)
+    assert torch.equal(ours.operands["W_dec"], mine["W_dec"].bfloat16())
+    assert torch.equal(ours.operands["W_enc"], mine["W_enc"].bfloat16())
+    assert ours.operands["b_enc"] is mine["b_enc"]
 
 
 def test_dead_features_are_counted_over_the_last_rows():

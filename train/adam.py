@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from train.sae import SAE
+from train.step import Tensors
 
 
 class Update(NamedTuple):
@@ -25,41 +25,50 @@ class Update(NamedTuple):
 
 
 class Adam:
-    """The moments of an SAE's weights, and `operands`: the weights as the products take them."""
+    """The moments of some parameters, and `operands`: the parameters as the products take them, matrices in
+    compute_dtype."""
 
-    def __init__(self, sae: SAE, compute_dtype: torch.dtype) -> None:
-        self.sae = self.operands = sae
-        self.exp_avg = SAE(*map(torch.zeros_like, sae))
-        self.exp_avg_sq = SAE(*map(torch.zeros_like, sae))
-        if compute_dtype != torch.float32:
-            self.operands = sae._replace(W_enc=sae.W_enc.to(compute_dtype), W_dec=sae.W_dec.to(compute_dtype))
+    def __init__(self, parameters: dict[str, Tensor], compute_dtype: torch.dtype) -> None:
+        """`parameters`: float32, of any shapes, changed in place."""
+        self.parameters = parameters
+        self.exp_avg = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
+        self.operands = {
+            n: weight.to(compute_dtype) if weight.dim() > 1 else weight for n, weight in parameters.items()
+        }
 
-    def update(self, gradients: SAE, numbers: Update) -> None:
-        """Change weights, moments and operands in place; gradients may be overwritten."""
+    def update(self, gradients: Tensors, numbers: Update) -> None:
+        """Change parameters, moments and operands in place; gradients, shapes as theirs, may be overwritten."""
         apply = plain_update
         if numbers.divisor.is_cuda:
             from train.kernels import adam_update as apply
-        apply(self.sae, gradients, self.exp_avg, self.exp_avg_sq, self.operands, numbers)
+        apply(self.parameters, gradients, self.exp_avg, self.exp_avg_sq, self.operands, numbers)
 
     def weights_changed(self) -> None:
-        """Make the operands anew, after the weights were written from outside."""
-        copy_operands(self.sae, self.operands)
+        """Make the operands anew, after the parameters were written from outside."""
+        copy_operands(self.parameters, self.operands)
 
 
-def plain_update(sae: SAE, gradients: SAE, exp_avg: SAE, exp_avg_sq: SAE, operands: SAE, numbers: Update) -> None:
-    """The update in torch, whose fused Adam takes a loss scale to divide by and a flag to leave all as it is."""
-    steps = [torch.tensor(float(numbers.step - 1), device=weight.device) for weight in sae]
+def plain_update(
+    parameters: Tensors, gradients: Tensors, exp_avg: Tensors, exp_avg_sq: Tensors, operands: Tensors, numbers: Update
+) -> None:
+    """The update in torch, whose fused Adam takes a loss scale to divide by and a flag to leave all as it is.
+
+    All tensors of one name have one shape.
+    """
+    steps = [torch.tensor(float(numbers.step - 1), device=weight.device) for weight in parameters.values()]
     adam(
-        list(sae), list(gradients), list(exp_avg), list(exp_avg_sq), [], steps,
+        list(parameters.values()), [gradients[name] for name in parameters], list(exp_avg.values()),
+        list(exp_avg_sq.values()), [], steps,
         fused=True, grad_scale=numbers.divisor, found_inf=torch.isfinite(numbers.divisor).logical_not().float(),
         lr=numbers.lr, beta1=numbers.betas[0], beta2=numbers.betas[1], eps=numbers.eps,
         amsgrad=False, weight_decay=0.0, maximize=False,
     )  # fmt: skip
-    copy_operands(sae, operands)
+    copy_operands(parameters, operands)
 
 
-def copy_operands(sae: SAE, operands: SAE) -> None:
-    """Write the weights into those operands that are tensors of their own."""
-    for weight, operand in zip(sae, operands, strict=True):
-        if operand is not weight:
-            operand.copy_(weight)
+def copy_operands(parameters: Tensors, operands: Tensors) -> None:
+    """Write the parameters, of any shapes, into those operands that are tensors of their own."""
+    for name, weight in parameters.items():
+        if operands[name] is not weight:
+            operands[name].copy_(weight)

@@ -20,7 +20,8 @@ from torch import Tensor
 from harvest.files import UserError, file_crc32c, read_json, replacing, write_sealed
 from train.dataloader import Position
 from train.exclusion import InputStatistics
-from train.sae import SAE
+from train.kinds import sae_class
+from train.sae import Sae
 
 MARKER, TENSORS = "checkpoint.json", "tensors.safetensors"
 WEIGHTS, ABOUT = "sae_weights.safetensors", "sae.json"
@@ -45,7 +46,7 @@ class Checkpoint(NamedTuple):
 class SavedSae(NamedTuple):
     """An SAE of a folder and what sae.json says of it."""
 
-    sae: SAE
+    sae: Sae
     hook: str
     statistics: InputStatistics
     about: dict[str, Any]
@@ -130,10 +131,10 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"[0-9]*/{MARKER}"))
 
 
-def save_sae(folder: Path, sae: SAE, hook: str, statistics: InputStatistics, about: dict[str, Any]) -> None:
+def save_sae(folder: Path, sae: Sae, hook: str, statistics: InputStatistics, about: dict[str, Any]) -> None:
     """Write an SAE's weights, then sae.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    _save_tensors(folder / WEIGHTS, {name: weight.cpu() for name, weight in sae._asdict().items()})
+    _save_tensors(folder / WEIGHTS, {name: weight.cpu() for name, weight in sae.parameters.items()})
     shape = {"d_in": sae.d_in, "d_sae": sae.d_sae, "hook_name": hook, CHECKSUM: file_crc32c(folder / WEIGHTS)}
     write_sealed(folder / ABOUT, about | shape | statistics._asdict())
 
@@ -187,17 +188,21 @@ def load_sae(folder: Path) -> SavedSae:
     """
     about = read_json(folder / ABOUT)
     _check_run(folder / ABOUT, about)
-    path = folder / WEIGHTS
+    path, kind = folder / WEIGHTS, str(about.get("architecture", "standard"))
+    try:
+        of_kind = sae_class(kind)
+    except KeyError:
+        raise UserError(f"{folder / ABOUT}: architecture: {kind!r}: no kind of SAE that is known here") from None
     try:
         tensors = _load_tensors(path, about)
-        sae = SAE(**{name: tensors[name] for name in SAE._fields})
+        parameters = {name: tensors[name] for name in of_kind.dims}
         statistics = InputStatistics(**{name: about[name] for name in InputStatistics._fields})
         d_in, d_sae, hook = about["d_in"], about["d_sae"], about["hook_name"]
+        sae = of_kind(parameters, statistics.scale, **{name: about[name] for name in of_kind.rule})
     except (safetensors.SafetensorError, OSError, KeyError) as error:
         raise UserError(f"{path}: damaged, or not an SAE of ours ({error})") from None
-    shapes = {"W_enc": (d_in, d_sae), "b_enc": (d_sae,), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
-    for name, shape in shapes.items():
-        tensor = tensors[name]
+    for name, shape in of_kind.shapes(d_in, d_sae).items():
+        tensor = parameters[name]
         if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
             raise UserError(f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}; float32 {shape} expected")
     return SavedSae(sae, hook, statistics, about)

@@ -1,7 +1,7 @@
 """Settings of the train stage."""
 
 import itertools
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -10,21 +10,59 @@ from harvest.config import ComputeDtype, Device, Seed, Settings, check_different
 TRAIN_VERSION = 3
 
 
-class SaeConfig(Settings):
-    """Shape and sparsity of an SAE."""
+class Kind(NamedTuple):
+    """A kind of SAE that can be trained."""
 
+    place: str  # of its class
+    hyperparameters: tuple[str, ...]  # settings of train.sae that are its own; those of other kinds are refused
+
+
+KINDS = {
+    "standard": Kind("train.standard:Standard", ("l1_coefficient",)),
+    "topk": Kind("train.topk:TopK", ("k",)),
+}
+
+
+def _default_l1(chosen: dict[str, Any]) -> float | None:
+    kind = KINDS.get(chosen.get("kind", ""))
+    return 5.0 if kind and "l1_coefficient" in kind.hyperparameters else None
+
+
+class SaeConfig(Settings):
+    """Kind, shape and sparsity of an SAE."""
+
+    kind: str = Field(default="standard", json_schema_extra={"added": True})
+    """standard (ReLU and an L1 penalty) or topk. Each has settings of its own here."""
     d_sae: int | None = Field(default=None, ge=1, lt=2**31)
     """Number of features. Exactly one of d_sae and expansion_factor."""
     expansion_factor: int | None = Field(default=None, ge=1, lt=2**20)
     """d_sae as a multiple of d_in."""
-    l1_coefficient: float = Field(default=5.0, ge=0)
-    """λ: weight of the sparsity penalty. Comparable only at the input scale √d_in that we train at."""
+    l1_coefficient: float | None = Field(default_factory=_default_l1, ge=0)
+    """standard: λ, weight of the sparsity penalty. Comparable only at the input scale √d_in that we train at."""
+    k: int | None = Field(default=None, ge=1, json_schema_extra={"added": True})
+    """topk: features that are active in a row."""
 
     @model_validator(mode="after")
     def _check(self) -> "SaeConfig":
         if (self.d_sae is None) == (self.expansion_factor is None):
             raise ValueError("set exactly one of d_sae and expansion_factor (null takes one away)")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind: {self.kind!r}: known kinds are {', '.join(KINDS)}")
+        for kind, about in KINDS.items():
+            for name in about.hyperparameters:
+                value, own = getattr(self, name), name in KINDS[self.kind].hyperparameters
+                if own and value is None:
+                    raise ValueError(f"kind {self.kind} needs {name}")
+                if not own and value is not None:
+                    raise ValueError(
+                        f"{name} = {value:g} is a setting of kind {kind}, and kind is {self.kind}; "
+                        f"{name}=null takes it away"
+                    )
         return self
+
+    def hyperparameters(self) -> dict[str, Any]:
+        """The settings that the kind takes, by name."""
+        return {name: getattr(self, name) for name in KINDS[self.kind].hyperparameters}
 
     def width(self, d_in: int) -> int:
         """d_sae for rows of this width."""
@@ -143,6 +181,8 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        if self.sweep and self.sweep.l1_coefficient and self.sae.l1_coefficient is None:
+            raise ValueError(f"sweep.l1_coefficient: kind {self.sae.kind} has no l1_coefficient")
         if self.sweep and self.sweep.d_sae and self.sae.d_sae is None:
             raise ValueError("sweep.d_sae needs sae.d_sae instead of sae.expansion_factor")
         if (self.training_tokens is None) == (self.epochs is None):

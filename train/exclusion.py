@@ -5,6 +5,7 @@ rows can hold 96% of all squared norm. Everything is stored; what is left out is
 provenance of the rows, and never needs another harvest.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,24 @@ class InputStatistics(NamedTuple):
     norm_limit: float | None  # rows above it are left out
 
 
+class Exclusion(NamedTuple):
+    """The one definition of the rows that training leaves out."""
+
+    config: ExcludeConfig
+    norm_limit: float | None = None
+
+    def __call__(self, rows: Callable[[str], np.ndarray]) -> np.ndarray:
+        """Bool (B,): the rows that are kept. `rows` gives "token_id", "position" and "norm" of all, each (B,)."""
+        kept: np.ndarray | bool = True
+        if self.config.token_ids:
+            kept &= ~np.isin(rows("token_id"), self.config.token_ids)
+        if self.config.positions:
+            kept &= ~np.isin(rows("position"), self.config.positions)
+        if self.norm_limit is not None:
+            kept &= rows("norm") <= self.norm_limit
+        return kept if isinstance(kept, np.ndarray) else np.ones(rows("token_id").shape, bool)
+
+
 def kept_rows(
     store: ActivationStore,
     split: str,
@@ -47,14 +66,11 @@ def kept_rows(
                 f"train.exclude.{name}s: {list(wanted)}: these activations were ingested without {name}s; set it to "
                 f"[], or ingest them with {WAY_TO_KNOW[name]}"
             )
-    keep = np.ones(store.geometry.shard_rows, bool)
-    if exclude.token_ids:
-        keep &= ~np.isin(store.read_provenance(split, "token_id", shard), exclude.token_ids)
-    if exclude.positions:
-        keep &= ~np.isin(store.read_provenance(split, "position", shard), exclude.positions)
-    if norm_limit is not None:
-        keep &= store.read_norms(split, hook, shard) <= norm_limit
-    return keep
+
+    def rows(name: str) -> np.ndarray:
+        return store.read_norms(split, hook, shard) if name == "norm" else store.read_provenance(split, name, shard)
+
+    return Exclusion(exclude, norm_limit)(rows)
 
 
 def input_statistics(store: ActivationStore, hook: str, exclude: ExcludeConfig, window_shards: int) -> InputStatistics:

@@ -1,12 +1,4 @@
-"""A trained SAE as a folder that SAELens opens: `SAE.load_from_disk(folder)`.
-
-SAELens' standard SAE reads rows as the model gives them, so the input scale s is folded into the weights:
-
-    W_enc·s, b_enc, W_dec/s, b_dec/s        f(x) = ReLU(s x W_enc + b_enc),  x̂ = (f W_dec + b_dec) / s
-
-Two fields of cfg.json matter in silence: `apply_b_dec_to_input` is true where it is absent, which would
-subtract b_dec from the input, and metadata is dropped unless `metadata.sae_lens_version` is 6 or later.
-"""
+"""The folder that an export fills: what is in it, and that it is still what was exported."""
 
 import shutil
 from collections.abc import Iterator
@@ -14,53 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
+from harvest.files import UserError, file_crc32c, fsync_path, partial_name, read_json, write_sealed
 
-from harvest.files import (
-    UserError,
-    file_crc32c,
-    fsync_path,
-    partial_name,
-    read_json,
-    replacing,
-    write_json,
-    write_sealed,
-)
-from train.checkpoint import WEIGHTS, SavedSae
-from train.sae import SAE
-
-CONFIG, MARKER, CARD = "cfg.json", "export.json", "README.md"
-SAELENS_VERSION = "6.0.0"  # the form of cfg.json
-
-
-def folded(saved: SavedSae) -> SAE:
-    """The same SAE for rows as the model gives them; float32 (shapes as in `SAE`)."""
-    sae, scale = saved.sae, saved.statistics.scale
-    return SAE(sae.W_enc * scale, sae.b_enc, sae.W_dec / scale, sae.b_dec / scale)
-
-
-def saelens_config(saved: SavedSae, metadata: dict[str, Any]) -> dict[str, Any]:
-    """cfg.json of SAELens 6 for a folded SAE; `metadata` names model, hook and data."""
-    return {
-        "architecture": "standard",
-        "d_in": saved.sae.d_in,
-        "d_sae": saved.sae.d_sae,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": False,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
-    }
-
-
-def write_saelens_folder(folder: Path, saved: SavedSae, metadata: dict[str, Any]) -> None:
-    """Write sae_weights.safetensors and cfg.json of one SAE into a new folder."""
-    folder.mkdir(parents=True)
-    weights = {name: weight.contiguous().cpu() for name, weight in folded(saved)._asdict().items()}
-    with replacing(folder / WEIGHTS) as partial:
-        safetensors.torch.save_file(weights, partial)
-    write_json(folder / CONFIG, saelens_config(saved, metadata))
+MARKER, CARD = "export.json", "README.md"
 
 
 @contextmanager

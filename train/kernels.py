@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from train.nonzeros import ByFeature, ByRow, Operations
-from train.sae import SAE
+from train.step import Tensors
 
 AdamNumbers = tuple[float, tuple[float, float], int, Tensor, float]  # `train.adam.Update`, which imports this module
 
@@ -87,16 +87,23 @@ def encoder_sums(by: ByFeature, df_N: Tensor, x_BD: Tensor) -> Tensor:
     return sum_DF
 
 
-def adam_update(sae: SAE, gradients: SAE, exp_avg: SAE, exp_avg_sq: SAE, operands: SAE, numbers: AdamNumbers) -> None:
-    """`train.adam.plain_update` with one reading of every tensor; gradients stay as they are."""
+def adam_update(
+    parameters: Tensors,
+    gradients: Tensors,
+    exp_avg: Tensors,
+    exp_avg_sq: Tensors,
+    operands: Tensors,
+    numbers: AdamNumbers,
+) -> None:
+    """`train.adam.plain_update` with one reading of every tensor; gradients stay as they are (shapes as there)."""
     lr, (beta1, beta2), step, divisor, eps = numbers
     corrections = 1 - beta1**step, (1 - beta2**step) ** 0.5
-    for tensors in zip(sae, gradients, exp_avg, exp_avg_sq, operands, strict=True):
-        weight, operand = tensors[0], tensors[-1]
+    for name, weight in parameters.items():
         grid = (triton.cdiv(weight.numel(), ADAM_TILE),)
         adam_kernel[grid](
-            *tensors, divisor, weight.numel(), lr, beta1, beta2, *corrections, eps,
-            COPY=operand is not weight, TILE=ADAM_TILE,
+            weight, gradients[name], exp_avg[name], exp_avg_sq[name], operands[name],
+            divisor, weight.numel(), lr, beta1, beta2, *corrections, eps,
+            COPY=operands[name] is not weight, TILE=ADAM_TILE,
         )  # fmt: skip
 
 

@@ -109,9 +109,10 @@ class Metrics:
         `bad_step` is the first step whose loss or gradient was no number, or −1. Raises DivergedError for one, and
         once λ is `warmed` for a loss above spike_factor times the median of the last logged ones.
         """
-        results = stepped.result._asdict()
-        figures = {name: float(value) for name, value in results.items() if name not in ("gradients", "fired_F")}
-        figures["grad_norm"] = float(stepped.grad_norm)
+        found = stepped.result
+        tensors = {"loss": stepped.loss, **found.terms}
+        tensors |= {name: getattr(found, name) for name in ("l0", "explained_variance", "explained_variance_legacy")}
+        figures = {name: float(value) for name, value in tensors.items()} | {"grad_norm": float(stepped.grad_norm)}
         loss = figures["loss"]
         if bad_step >= 0:
             raise DivergedError(bad_step + 1, f"the loss is no number at step {bad_step + 1}")
@@ -127,7 +128,8 @@ class Metrics:
         timings = now.since(self._last, batch_size) if self._last else {}
         self._last = now
         head = {"kind": "train", "step": step, "tokens": step * batch_size, "kernel": stepped.kernel}
-        schedule = {"lr": stepped.lr, "l1_coefficient": stepped.l1_coefficient, "dead_features": dead}
+        coefficients = {f"{name}_coefficient": value for name, value in stepped.coefficients.items()}
+        schedule = {"lr": stepped.lr, **coefficients, "dead_features": dead}
         self._write(head | figures | schedule | {"timings": timings})
         waits = timings.get("stall_fraction", 0) > 0.1
         note = f"L0 {figures['l0']:.1f}  EV {figures['explained_variance']:.3f}"

@@ -13,6 +13,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -24,11 +25,10 @@ from harvest.device import local_device, local_rank
 from harvest.files import UserError
 from harvest.progress import duration
 from harvest.workers import Workers
-from train.sae import SAE
+from train.sae import Sae
 from train.step import SumOverRanks
 
-# Where the features are in a tensor of a trainer; the last part of its name tells.
-FEATURE_AXIS = {"W_enc": 1, "b_enc": 0, "W_dec": 0, "b_dec": None, "rows_since_fired": 0}
+Axes = Mapping[str, int | None]  # where the features are in a tensor, by the last part of its name
 # Others wait while rank 0 looks at the store or writes a checkpoint. A rank that died is the launcher's to see.
 TIMEOUT = timedelta(hours=2)
 SIGNALS_AFTER = 1.0  # seconds: torch's waiting lets Python see no signal, so it is done in pieces
@@ -69,7 +69,7 @@ class FeatureRanks:
 
     @property
     def sum_over_ranks(self) -> SumOverRanks | None:
-        """What `dense_step` and `sparse_step` take."""
+        """What a step takes."""
         return self.sum if self.size > 1 else None
 
     def features(self, d_sae: int, rank: int | None = None) -> range:
@@ -109,20 +109,22 @@ class FeatureRanks:
             return bool(flags)
         return flag
 
-    def shard(self, sae: SAE) -> SAE:
+    def shard(self, sae: Sae) -> Sae:
         """This rank's features of a whole SAE, each tensor contiguous, sharing no memory with it.
 
         One process gets the SAE itself.
         """
-        return SAE(**self.shard_tensors(sae._asdict()))
+        if self.size == 1:
+            return sae
+        return replace(sae, parameters=self.shard_tensors(sae.parameters, sae.feature_axes()))
 
-    def shard_tensors(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def shard_tensors(self, whole: Mapping[str, Tensor], axes: Axes) -> dict[str, Tensor]:
         """This rank's part of whole tensors, names and shapes as in `Trainer.tensors`: the inverse of `gather`."""
         if self.size == 1:
             return dict(whole)
         out = {}
         for name, tensor in whole.items():
-            axis = _feature_axis(name)
+            axis = axes[name.rpartition(".")[2]]
             mine = tensor
             if axis is not None:
                 features = self.features(tensor.shape[axis])
@@ -130,7 +132,7 @@ class FeatureRanks:
             out[name] = mine.clone(memory_format=torch.contiguous_format)
         return out
 
-    def gather(self, tensors: Mapping[str, Tensor], d_sae: int) -> dict[str, Tensor]:
+    def gather(self, tensors: Mapping[str, Tensor], axes: Axes, d_sae: int) -> dict[str, Tensor]:
         """Whole tensors on the host of rank 0, shapes of d_sae features, copies all; other ranks get none.
 
         On a device it takes memory for one other rank's largest tensor, not for a whole one.
@@ -139,7 +141,7 @@ class FeatureRanks:
             return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
         out = {}
         for name, mine in tensors.items():
-            axis = _feature_axis(name)
+            axis = axes[name.rpartition(".")[2]]
             if self.rank:
                 if axis is not None:
                     dist.send(mine, 0)
@@ -159,10 +161,6 @@ class FeatureRanks:
 
 
 SINGLE = FeatureRanks()
-
-
-def _feature_axis(name: str) -> int | None:
-    return FEATURE_AXIS[name.rpartition(".")[2]]
 
 
 def _join(backend: str, me: str, seconds: float) -> None:

@@ -1,34 +1,75 @@
-"""The sparse autoencoder: four tensors, encode, decode, and how they start.
+"""A sparse autoencoder: its tensors, and what anybody may ask of one, whatever its kind.
 
-    f = ReLU(x W_enc + b_enc)        x̂ = f W_dec + b_dec        (arXiv 2503.18878, section 2)
+    f = activations(s·x W_enc + b_enc)        x̂ = (f W_dec + b_dec) / s        (arXiv 2503.18878, section 2)
 
-A class beside `SAE` is another rule for f; `train` makes the standard one alone, the others are measured.
-Rows come in scaled (`scale` in a checkpoint, see docs/design.md): the weights speak of s·x, never of x.
+A kind is a subclass in a file of its own (train/standard.py, train/topk.py). Rows come and go as they are stored: the
+input scale s is inside, so nobody outside multiplies by it. f is at the scaled input.
 
-Shape suffixes: B rows of a batch, D d_in, F d_sae.
+Shape suffixes: B rows of a batch, D d_in (of a target: d_out), F d_sae, K chosen features, N active
+entries.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from train.nonzeros import ByRow
 
 DECODER_NORM = 0.1  # SAELens' decoder_init_norm for standard SAEs
 
 
-class SAE(NamedTuple):
-    """Weights of one SAE; the same shape holds its gradients and Adam's moments.
+class Losses(NamedTuple):
+    """A batch's loss, and what the figures of a step are made of."""
 
-    W_enc (d_in, d_sae), b_enc (d_sae,), W_dec (d_sae, d_in), b_dec (d_in,), all contiguous:
-    fused Adam reads a gradient in its parameter's memory layout, so a transposed view would be
-    updated in the wrong elements without an error.
+    terms: dict[str, Tensor]  # 0-d, by the names that the log has; penalties before their coefficients
+    f_BF: Tensor
+    error_BD: Tensor  # x̂ − target, at the SAE's scale
+
+
+@dataclass(frozen=True, eq=False)
+class Sae:
+    """An SAE of some kind. A subclass states what `activations` are and what they pay; fields that it adds are its
+    hyperparameters.
+
+    Each parameter is an attribute too (`sae.W_dec`). All are contiguous float32: fused Adam reads a gradient in its
+    parameter's memory layout, so a transposed view would be updated in the wrong elements without an error.
     """
 
-    W_enc: Tensor
-    b_enc: Tensor
-    W_dec: Tensor
-    b_dec: Tensor
+    kind: ClassVar[str]  # the word of train.sae.kind
+    dims: ClassVar[dict[str, tuple[str, ...]]] = {
+        "W_enc": ("d_in", "d_sae"), "b_enc": ("d_sae",), "W_dec": ("d_sae", "d_out"), "b_dec": ("d_out",),
+    }  # fmt: skip
+    rule: ClassVar[tuple[str, ...]] = ()  # hyperparameters that decide f, and so are saved beside the weights
+    saelens: ClassVar[str | None] = None  # SAELens' architecture with the same f; None cannot be exported
+    elementwise: ClassVar[bool] = False  # whether an activation depends on its own pre-activation alone
+
+    parameters: dict[str, Tensor]  # in the order of `dims`
+    scale: float = 1.0
+
+    def __getattr__(self, name: str) -> Tensor:
+        try:
+            return self.__dict__["parameters"][name]
+        except KeyError:
+            raise AttributeError(f"{type(self).__name__} has no {name}") from None
+
+    def activations(self, z_BF: Tensor) -> Tensor:
+        """f (B, F), non-negative, from pre-activations."""
+        raise NotImplementedError
+
+    def penalties(self, f_BF: Tensor) -> dict[str, Tensor]:
+        """What the loss has beside the squared error: 0-d terms, before their coefficients."""
+        del f_BF
+        return {}
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """What multiplies terms of the loss; rises over train.l1_warmup_fraction. Other terms count once."""
+        return {}
 
     @property
     def d_in(self) -> int:
@@ -40,69 +81,84 @@ class SAE(NamedTuple):
         """Number of features."""
         return self.W_enc.shape[1]
 
+    def scaled(self, x_BD: Tensor) -> Tensor:
+        """Stored rows as the weights see them, float32 (B, D)."""
+        return x_BD.float() * self.scale
+
     def encode(self, x_BD: Tensor) -> Tensor:
-        """Feature activations f (B, F), non-negative."""
-        return torch.relu(torch.addmm(self.b_enc, x_BD, self.W_enc))
+        """Feature activations f (B, F) of stored rows."""
+        return self.activations(torch.addmm(self.b_enc, self.scaled(x_BD), self.W_enc))
+
+    def columns(self, x_BD: Tensor, features: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """`encode(x)[:, features]` (B, K), to the last bits, without the others where the kind allows it."""
+        index_K = torch.as_tensor(features, dtype=torch.long, device=self.W_enc.device)
+        if not self.elementwise:
+            return self.encode(x_BD)[:, index_K]
+        axes = {name: axis for name, axis in self.feature_axes().items() if axis is not None}
+        mine = {name: self.parameters[name].index_select(axis, index_K) for name, axis in axes.items()}
+        return replace(self, parameters=self.parameters | mine).encode(x_BD)
+
+    def nonzeros(self, x_BD: Tensor) -> ByRow:
+        """The active features of stored rows in CSR: `encode` without its zeros."""
+        f_BF = self.encode(x_BD)
+        row_N, feature_N = f_BF.nonzero(as_tuple=True)
+        offset_B = torch.zeros(len(f_BF) + 1, dtype=torch.int32, device=f_BF.device)
+        offset_B[1:] = (f_BF != 0).sum(1).cumsum(0)
+        return ByRow(offset_B, feature_N.int(), f_BF[row_N, feature_N])
 
     def decode(self, f_BF: Tensor) -> Tensor:
-        """Reconstructed rows x̂ (B, D), in the scaled space."""
-        return torch.addmm(self.b_dec, f_BF, self.W_dec)
+        """Rebuilt rows x̂ (B, D), in units of stored rows."""
+        return torch.addmm(self.b_dec, f_BF, self.W_dec) / self.scale
 
-    def to(self, device: torch.device | str) -> "SAE":
+    def direction(self, features: Sequence[int] | np.ndarray | Tensor) -> Tensor:
+        """What a unit of each feature adds to a stored row, (K, D)."""
+        return self.W_dec[torch.as_tensor(features, dtype=torch.long, device=self.W_dec.device)] / self.scale
+
+    def loss(self, x_BD: Tensor, target_BD: Tensor) -> Losses:
+        """The terms of a batch's loss; both are stored rows, and differ in a transcoder alone."""
+        f_BF = self.encode(x_BD)
+        error_BD = torch.addmm(self.b_dec, f_BF, self.W_dec).float() - self.scaled(target_BD)
+        return Losses({"mse": error_BD.square().sum(1).mean(), **self.penalties(f_BF)}, f_BF, error_BD)
+
+    def to(self, device: torch.device | str) -> Self:
         """The same on a device."""
-        return SAE(*(w.to(device) for w in self))
+        return replace(self, parameters={name: weight.to(device) for name, weight in self.parameters.items()})
 
+    def settings(self) -> dict[str, Any]:
+        """The hyperparameters that decide f, by name."""
+        return {name: getattr(self, name) for name in self.rule}
 
-class JumpReluSae(SAE):
-    """f = z where z = x W_enc + b_enc is positive and above the feature's threshold, else 0 (arXiv 2407.14435)."""
+    @classmethod
+    def feature_axes(cls) -> dict[str, int | None]:
+        """Where the features are in each parameter; None where it has nothing to do with them."""
+        return {name: dims.index("d_sae") if "d_sae" in dims else None for name, dims in cls.dims.items()}
 
-    threshold_F: Tensor
+    @classmethod
+    def shapes(cls, d_in: int, d_sae: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the parameters of an autoencoder."""
+        sizes = {"d_in": d_in, "d_sae": d_sae, "d_out": d_in}
+        return {name: tuple(sizes[dim] for dim in dims) for name, dims in cls.dims.items()}
 
-    def encode(self, x_BD: Tensor) -> Tensor:
-        z_BF = torch.addmm(self.b_enc, x_BD, self.W_enc)
-        return torch.relu(z_BF) * (z_BF > self.threshold_F)
+    @classmethod
+    def initial(
+        cls,
+        d_in: int,
+        d_sae: int,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        scale: float = 1.0,
+        **hyperparameters: Any,
+    ) -> Self:
+        """Random decoder rows of norm 0.1, W_enc its transpose, biases zero; float32.
 
-    def to(self, device: torch.device | str) -> "JumpReluSae":
-        return jumprelu(super().to(device), self.threshold_F.to(device))
-
-
-class TopkSae(SAE):
-    """f = ReLU of the k largest z = x W_enc + b_enc of a row, else 0 (arXiv 2406.04093)."""
-
-    k: int
-
-    def encode(self, x_BD: Tensor) -> Tensor:
-        z_BF = torch.addmm(self.b_enc, x_BD, self.W_enc)
-        top = z_BF.topk(self.k, dim=1, sorted=False)
-        return torch.zeros_like(z_BF).scatter_(1, top.indices, top.values.relu())
-
-    def to(self, device: torch.device | str) -> "TopkSae":
-        return topk(super().to(device), self.k)
-
-
-def jumprelu(sae: SAE, threshold_F: Tensor) -> JumpReluSae:
-    """An SAE with a threshold for each feature, (F,)."""
-    out = JumpReluSae(*sae)
-    out.threshold_F = threshold_F
-    return out
-
-
-def topk(sae: SAE, k: int) -> TopkSae:
-    """An SAE of which k features fire in a row."""
-    out = TopkSae(*sae)
-    out.k = k
-    return out
-
-
-def initial_sae(d_in: int, d_sae: int, seed: int, device: torch.device | str = "cpu") -> SAE:
-    """Random decoder rows of norm 0.1, W_enc its transpose, biases zero; float32.
-
-    Drawn on the CPU, so that every device starts from the same bytes.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    W_dec = torch.randn(d_sae, d_in, generator=generator)
-    W_dec *= DECODER_NORM / W_dec.norm(dim=1, keepdim=True)
-    return SAE(W_dec.t().contiguous(), torch.zeros(d_sae), W_dec, torch.zeros(d_in)).to(device)
+        Drawn on the CPU, so that every device starts from the same bytes.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        W_dec = torch.randn(d_sae, d_in, generator=generator)
+        W_dec *= DECODER_NORM / W_dec.norm(dim=1, keepdim=True)
+        zeros = {name: torch.zeros(shape) for name, shape in cls.shapes(d_in, d_sae).items()}
+        drawn = {**zeros, "W_enc": W_dec.t().contiguous(), "W_dec": W_dec}
+        return cls(drawn, scale, **hyperparameters).to(device)
 
 
 def input_scale(d_in: int, mean_norm: float) -> float:

@@ -10,7 +10,7 @@ def decayed_lr(lr: float, step: int, steps: int, decay_fraction: float) -> float
     return lr * min(1.0, (steps - step) / decay) if decay else lr
 
 
-def warmed_l1(l1_coefficient: float, step: int, steps: int, warmup_fraction: float) -> float:
-    """λ of a step: 0 at the first, linear up to the full value, then constant."""
+def warmed(step: int, steps: int, warmup_fraction: float) -> float:
+    """Part of a coefficient that counts at a step: 0 at the first, linear up to 1, then 1."""
     warmup = round(steps * warmup_fraction)
-    return l1_coefficient * min(1.0, step / warmup) if warmup else l1_coefficient
+    return min(1.0, step / warmup) if warmup else 1.0

@@ -1,4 +1,4 @@
-"""The step of `train.step` from the non-zeros only: one dense product instead of five, the same gradients.
+"""The step of `train.dense_step` from the non-zeros only: one dense product instead of five, the same gradients.
 
 ReLU leaves some 30 to 300 of thousands of features active in a row, and the gradient of every weight is
 a sum over those active entries alone. So only the encoder product is dense; its positive entries become
@@ -15,12 +15,14 @@ the plain functions of `train.nonzeros`, in float32.
 Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from train.nonzeros import PLAIN, ByRow, Operations, by_feature
-from train.sae import SAE
-from train.step import Reconstruction, StepResult, SumOverRanks, result
+from train.sae import Sae
+from train.step import Reconstruction, StepResult, SumOverRanks, Tensors, result
 
 # Rows of one encoder product on the CPU. The block is read again right after it is written, which wants
 # it in cache (19 MB at d_sae 9216); fewer rows make the product itself slower.
@@ -28,23 +30,24 @@ BLOCK_ROWS = 512
 
 
 def sparse_step(
-    sae: SAE,
+    sae: Sae,
     x_BD: Tensor,
-    l1_coefficient: float,
+    coefficients: Mapping[str, float],
     compute_dtype: torch.dtype,
-    operations: Operations | None = None,
     sum_over_ranks: SumOverRanks | None = None,
-    operands: SAE | None = None,
+    operands: Tensors | None = None,
+    operations: Operations | None = None,
 ) -> StepResult:
-    """Gradients and metrics of one batch of scaled float32 rows; `dense_step` up to rounding.
+    """Gradients and figures of one batch of stored rows (B, D); `dense_step` up to rounding.
 
     compute_dtype is that of the encoder product and, on CUDA, of all gathered operands; sums and results
-    are float32. operations is for tests: by default the device of x decides. sum_over_ranks, operands: as there.
+    are float32. operations is for tests: by default the device of x decides. Others as of `autograd_step`.
     Raises ValueError at 2³¹ or more non-zeros.
     """
     ops = operations or operations_for(x_BD.device)
-    B, norm_F, W_dec = x_BD.shape[0], sae.W_dec.norm(dim=1), decoder(sae, compute_dtype, ops, operands)
-    active = active_features(operands or sae, x_BD, compute_dtype, ops)
+    x_BD, weights, l1_coefficient = sae.scaled(x_BD), operands or sae.parameters, coefficients["l1"]
+    B, norm_F, W_dec = x_BD.shape[0], sae.W_dec.norm(dim=1), decoder(sae, weights, compute_dtype, ops)
+    active = active_features(weights["W_enc"], sae.b_enc, x_BD, compute_dtype, ops)
     error_BD = residual(active, W_dec, sae.b_dec, x_BD, ops, sum_over_ranks)
     error = error_BD.to(W_dec.dtype)
     df_N = ops.row_dots(active, error, W_dec).mul_(2 / B)
@@ -54,35 +57,36 @@ def sparse_step(
     f_N, df_N = active.f_N[by.order_N], df_N[by.order_N]
     f_sum_F = torch.segment_reduce(f_N, "sum", offsets=by.offset_F)
     l1_scale_F = f_sum_F / norm_F.clamp_min(1e-30) * (l1_coefficient / B)
-    gradients = SAE(
-        W_enc=ops.encoder_sums(by, df_N, x_BD.to(W_dec.dtype)),
-        b_enc=torch.segment_reduce(df_N, "sum", offsets=by.offset_F),
-        W_dec=ops.decoder_sums(by, f_N.mul_(2 / B), error, sae.W_dec, l1_scale_F),
-        b_dec=error_BD.sum(0).mul_(2 / B),
-    )
-    return result(x_BD, error_BD, gradients, f_sum_F @ norm_F / B, by.offset_F.diff(), l1_coefficient)
+    gradients = {
+        "W_enc": ops.encoder_sums(by, df_N, x_BD.to(W_dec.dtype)),
+        "b_enc": torch.segment_reduce(df_N, "sum", offsets=by.offset_F),
+        "W_dec": ops.decoder_sums(by, f_N.mul_(2 / B), error, sae.W_dec, l1_scale_F),
+        "b_dec": error_BD.sum(0).mul_(2 / B),
+    }
+    return result(x_BD, error_BD, gradients, {"l1": f_sum_F @ norm_F / B}, by.offset_F.diff())
 
 
 def sparse_reconstruction(
-    sae: SAE,
+    sae: Sae,
     x_BD: Tensor,
     compute_dtype: torch.dtype,
     sum_over_ranks: SumOverRanks | None = None,
-    operands: SAE | None = None,
+    operands: Tensors | None = None,
 ) -> Reconstruction:
-    """`dense_reconstruction` from the non-zeros: scaled float32 rows rebuilt, without gradients."""
+    """`dense_reconstruction` from the non-zeros: stored rows (B, D) rebuilt, without gradients."""
     ops = operations_for(x_BD.device)
-    active = active_features(operands or sae, x_BD, compute_dtype, ops)
-    W_dec = decoder(sae, compute_dtype, ops, operands)
+    x_BD, weights = sae.scaled(x_BD), operands or sae.parameters
+    active = active_features(weights["W_enc"], sae.b_enc, x_BD, compute_dtype, ops)
+    W_dec = decoder(sae, weights, compute_dtype, ops)
     error_BD = residual(active, W_dec, sae.b_dec, x_BD, ops, sum_over_ranks)
     l1_N = active.f_N * sae.W_dec.norm(dim=1)[active.feature_N]
     l1_B = torch.segment_reduce(l1_N, "sum", offsets=active.offset_B)
-    return Reconstruction(error_BD, l1_B, active.offset_B.diff())
+    return Reconstruction(error_BD, {"mse": error_BD.square().sum(1), "l1": l1_B}, active.offset_B.diff())
 
 
-def decoder(sae: SAE, compute_dtype: torch.dtype, ops: Operations, operands: SAE | None) -> Tensor:
+def decoder(sae: Sae, weights: Tensors, compute_dtype: torch.dtype, ops: Operations) -> Tensor:
     """W_dec (F, D) as the gathers take it: in compute_dtype on CUDA, else in float32."""
-    return sae.W_dec if ops is PLAIN else (operands or sae).W_dec.to(compute_dtype)
+    return sae.W_dec if ops is PLAIN else weights["W_dec"].to(compute_dtype)
 
 
 def residual(
@@ -104,18 +108,18 @@ def operations_for(device: torch.device) -> Operations:
     return TRITON
 
 
-def active_features(sae: SAE, x_BD: Tensor, compute_dtype: torch.dtype, ops: Operations) -> ByRow:
-    """The positive entries of ReLU(x W_enc + b_enc), product in compute_dtype, bias and values float32.
+def active_features(W_enc: Tensor, b_enc: Tensor, x_BD: Tensor, compute_dtype: torch.dtype, ops: Operations) -> ByRow:
+    """The positive entries of ReLU(x W_enc + b_enc), shapes as in `Sae`, of scaled rows; product in compute_dtype.
 
     Raises ValueError at 2³¹ or more of them: the places in them are int32.
     """
     B = x_BD.shape[0]
     # A GPU needs no cache-sized blocks, and the host waits for each block's count.
     rows = B if x_BD.is_cuda else min(B, BLOCK_ROWS)
-    W_enc, x_BD = sae.W_enc.to(compute_dtype), x_BD.to(compute_dtype)
+    W_enc, x_BD = W_enc.to(compute_dtype), x_BD.to(compute_dtype)
     # One block for all products: fresh pages for each cost the CPU more than the extraction does.
-    block = torch.empty(rows, sae.d_sae, dtype=compute_dtype, device=x_BD.device)
-    parts = [ops.extract(torch.mm(x, W_enc, out=block[: len(x)]), sae.b_enc) for x in x_BD.split(rows)]
+    block = torch.empty(rows, len(b_enc), dtype=compute_dtype, device=x_BD.device)
+    parts = [ops.extract(torch.mm(x, W_enc, out=block[: len(x)]), b_enc) for x in x_BD.split(rows)]
     count_B, feature_N, f_N = (torch.cat(part) for part in zip(*parts, strict=True))
     if len(f_N) >= 2**31:
         raise ValueError(f"{len(f_N)} non-zeros in one batch: use the dense step, or a smaller batch")

@@ -1,147 +1,122 @@
-"""Loss and exact gradients of one batch, dense: five matrix products in blocks of features, no autograd graph.
+"""One training step: gradients and figures of a batch, by autograd for any kind of SAE, or by a kind's own fast path.
 
-    loss = mean over rows of ‖x − x̂‖² + λ Σ_i f_i ‖W_dec,i‖₂          (arXiv 2503.18878, eq. 3)
-
-With e = x̂ − x and the active set S = {(b, i): f_bi > 0}:
-
-    df_bi     = (2/B) e_b·W_dec,i + (λ/B) ‖W_dec,i‖                          for (b, i) in S, else 0
-    dW_dec,i  = (2/B) Σ_b f_bi e_b + (λ/B) (Σ_b f_bi) W_dec,i / ‖W_dec,i‖
-    dW_enc,·i = Σ_b df_bi x_b        db_enc,i = Σ_b df_bi        db_dec = (2/B) Σ_b e_b
-
-Products run in `compute_dtype`; weights, sums, residual and gradients stay float32. Written out because
-autograd would take six products (it differentiates x too when x comes from a module) and keep several
-(B, F) float32 tensors: here f, in compute_dtype, is the only one, and all else lives for one block.
-
-A step may be given a part of the features: `SumOverRanks` then adds the other ranks' parts of x̂.
+A fast path (train/dense_step.py, train/sparse_step.py) is faster and exact; tests hold it against this one. It may be
+given a part of the features: `SumOverRanks` then adds the other ranks' parts of x̂.
 
 Shape suffixes: B rows of a batch, D d_in, F d_sae.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from train.sae import SAE
-
-# Features of a block. On a CPU a block of f is read again while it is in cache (17 MB at 4096 rows); on a GPU a
-# product of this width keeps every unit busy, and its float32 result takes 134 MB.
-CPU_BLOCK, CUDA_BLOCK = 1024, 8192
+from train.sae import Sae
 
 # Makes this rank's part of a tensor the sum of all ranks' parts, in place, and returns it.
 SumOverRanks = Callable[[Tensor], Tensor]
+Tensors = Mapping[str, Tensor]
 
 
 class StepResult(NamedTuple):
     """What a step yields, whatever the kernel. Scalars are 0-d float32 tensors on the device.
 
-    Given a part of the features, gradients, loss, l1, l0 and fired_F are of that part, the rest is of all;
-    `with_sparsity` makes loss, l1 and l0 whole.
+    Given a part of the features, gradients, l0, fired_F and the terms that have a coefficient are of that part.
     """
 
-    gradients: SAE
-    loss: Tensor
-    mse: Tensor  # mean over rows of ‖x − x̂‖²
-    l1: Tensor  # mean over rows of Σ_i f_i ‖W_dec,i‖, before λ
+    gradients: dict[str, Tensor]
+    terms: dict[str, Tensor]  # of the loss; "mse" is the mean over rows of ‖x − x̂‖²
     l0: Tensor  # mean number of active features in a row
     explained_variance: Tensor  # 1 − Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the batch mean
     explained_variance_legacy: Tensor  # mean over rows of 1 − ‖x − x̂‖² / ‖x − x̄‖² (SAELens < 6)
     fired_F: Tensor  # bool: the feature is active in some row
 
-    def with_sparsity(self, l1: Tensor, l0: Tensor, l1_coefficient: float) -> "StepResult":
-        """The same with these l1 and l0, and the loss that they give."""
-        return self._replace(loss=self.mse + l1_coefficient * l1, l1=l1, l0=l0)
-
 
 class Reconstruction(NamedTuple):
-    """Rows rebuilt, without gradients. Given a part of the features, l1_B and l0_B are of that part."""
+    """Rows rebuilt, without gradients; parts as in `StepResult`."""
 
-    error_BD: Tensor  # x̂ − x, float32
-    l1_B: Tensor  # Σ_i f_i ‖W_dec,i‖
+    error_BD: Tensor  # x̂ − target, float32, at the SAE's scale
+    terms: dict[str, Tensor]  # of the loss by row (B,), or 0-d where it has no rows
     l0_B: Tensor  # active features
 
 
-def product(a: Tensor, b: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """a (M, K) @ b (K, N) with operands in compute_dtype, result float32 (M, N)."""
-    a, b = a.to(compute_dtype), b.to(compute_dtype)
-    if a.is_cuda and compute_dtype != torch.float32:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return (a @ b).float()
+class Kernel(NamedTuple):
+    """One way to compute; arguments as of `autograd_step` and `autograd_reconstruction`."""
+
+    step: Callable[..., StepResult]
+    reconstruction: Callable[..., Reconstruction]
 
 
-def dense_step(
-    sae: SAE,
+def autograd_step(
+    sae: Sae,
     x_BD: Tensor,
-    l1_coefficient: float,
+    coefficients: Mapping[str, float],
     compute_dtype: torch.dtype,
     sum_over_ranks: SumOverRanks | None = None,
-    operands: SAE | None = None,
+    operands: Tensors | None = None,
+    target_BD: Tensor | None = None,
 ) -> StepResult:
-    """Gradients and metrics of one batch of scaled float32 rows.
+    """Gradients and figures of one batch of stored rows, which are their own target if there is no other.
 
-    operands are the weights as products take them, by default made here. With sum_over_ranks, the SAE's
-    features are a part of all, and it is called once, with the part of x̂.
+    coefficients are those of the loss's terms at this step. A fast path runs its products in compute_dtype, takes
+    `operands` (W_enc and W_dec in that type, by default made there) and, given a part of the features, calls
+    sum_over_ranks once, with the part of x̂. Here products run under autocast, and features are whole.
     """
-    B = x_BD.shape[0]
-    W_enc, W_dec = (operands or sae).W_enc, (operands or sae).W_dec
-    x = x_BD.to(compute_dtype)
-    width = CUDA_BLOCK if x_BD.is_cuda else CPU_BLOCK
-    blocks = [slice(i, i + width) for i in range(0, sae.d_sae, width)]
-    error_BD = torch.zeros_like(x_BD)
-    f_blocks: list[Tensor] = []  # in compute_dtype: the only (B, F) entries that are kept
-    f_sum_F, count_F = torch.empty_like(sae.b_enc), torch.empty_like(sae.b_enc, dtype=torch.int64)
-    for block in blocks:
-        f = product(x, W_enc[:, block], compute_dtype).add_(sae.b_enc[block]).relu_()
-        f_sum_F[block], count_F[block] = f.sum(0), (f > 0).sum(0)
-        f_blocks.append(f.to(compute_dtype))
-        error_BD.add_(product(f_blocks[-1], W_dec[block], compute_dtype))
-    if sum_over_ranks:
-        sum_over_ranks(error_BD)
-    error_BD.add_(sae.b_dec).sub_(x_BD)
-
-    error = error_BD.to(compute_dtype)
-    norm_F = sae.W_dec.norm(dim=1)
-    l1_scale_F = f_sum_F / norm_F.clamp_min(1e-30) * (l1_coefficient / B)
-    gradients = SAE(*map(torch.empty_like, sae))
-    for block, f in zip(blocks, f_blocks, strict=True):
-        df = product(error, W_dec[block].t(), compute_dtype).mul_(2 / B)
-        df.add_(norm_F[block], alpha=l1_coefficient / B).mul_(f > 0)
-        gradients.b_enc[block] = df.sum(0)
-        gradients.W_enc[:, block] = product(x.t(), df, compute_dtype)
-        dW_dec = product(f.t(), error, compute_dtype).mul_(2 / B)
-        gradients.W_dec[block] = dW_dec.addcmul_(sae.W_dec[block], l1_scale_F[block].unsqueeze(1))
-    gradients.b_dec.copy_(error_BD.sum(0).mul_(2 / B))
-    return result(x_BD, error_BD, gradients, f_sum_F @ norm_F / B, count_F, l1_coefficient)
+    del sum_over_ranks, operands
+    target_BD = x_BD if target_BD is None else target_BD
+    leaves = {name: weight.detach().requires_grad_() for name, weight in sae.parameters.items()}
+    narrow = compute_dtype != torch.float32
+    with torch.enable_grad(), torch.autocast(x_BD.device.type, compute_dtype if narrow else None, enabled=narrow):
+        found = replace(sae, parameters=leaves).loss(x_BD, target_BD)
+        loss = total(found.terms, coefficients)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    terms = {name: term.detach().float() for name, term in found.terms.items()}
+    by_name = {name: gradient.contiguous() for name, gradient in zip(leaves, gradients, strict=True)}
+    count_F = (found.f_BF > 0).sum(0)
+    return result(sae.scaled(target_BD), found.error_BD.detach(), by_name, terms, count_F)
 
 
-def dense_reconstruction(
-    sae: SAE,
+def autograd_reconstruction(
+    sae: Sae,
     x_BD: Tensor,
     compute_dtype: torch.dtype,
     sum_over_ranks: SumOverRanks | None = None,
-    operands: SAE | None = None,
+    operands: Tensors | None = None,
 ) -> Reconstruction:
-    """Scaled float32 rows rebuilt; arguments as of `dense_step`."""
-    f_BF = product(x_BD, (operands or sae).W_enc, compute_dtype).add_(sae.b_enc).relu_()
-    x_hat_BD = product(f_BF, (operands or sae).W_dec, compute_dtype)
-    if sum_over_ranks:
-        sum_over_ranks(x_hat_BD)
-    return Reconstruction(x_hat_BD.add_(sae.b_dec).sub_(x_BD), f_BF @ sae.W_dec.norm(dim=1), (f_BF > 0).sum(1))
+    """Stored rows rebuilt; arguments as of `autograd_step`."""
+    del sum_over_ranks, operands
+    narrow = compute_dtype != torch.float32
+    with torch.autocast(x_BD.device.type, compute_dtype if narrow else None, enabled=narrow):
+        found = sae.loss(x_BD, x_BD)
+    return Reconstruction(found.error_BD, found.terms, (found.f_BF > 0).sum(1))
+
+
+AUTOGRAD = {"autograd": Kernel(autograd_step, autograd_reconstruction)}
+
+
+def kernels(sae: Sae) -> dict[str, Kernel]:
+    """The ways to train an SAE, by name."""
+    # A class's own, not those of one that it is made from: with another loss their gradients are wrong.
+    return vars(type(sae)).get("kernels") or AUTOGRAD
+
+
+def total(terms: Tensors, coefficients: Mapping[str, float]) -> Tensor:
+    """The loss: the sum of its terms, 0-d or (B,), each times its coefficient if it has one."""
+    return sum((coefficients.get(name, 1.0) * term for name, term in terms.items()), torch.tensor(0.0))
 
 
 def result(
-    x_BD: Tensor, error_BD: Tensor, gradients: SAE, l1: Tensor, count_F: Tensor, l1_coefficient: float
+    x_BD: Tensor, error_BD: Tensor, gradients: dict[str, Tensor], terms: dict[str, Tensor], count_F: Tensor
 ) -> StepResult:
-    """The metrics that every kernel reports, from the residual x̂ − x and the rows each feature fired in; l1 is 0-d."""
+    """The figures that every kernel reports, of scaled rows, from the residual x̂ − x and the rows each feature fired
+    in; adds "mse", as the first term, where `terms` (0-d) lack it."""
     error_B = error_BD.square().sum(1)
     spread_B = (x_BD - x_BD.mean(0)).square().sum(1).clamp_min(1e-30)  # rows that are all equal have none
-    mse = error_B.mean()
     return StepResult(
         gradients=gradients,
-        loss=mse + l1_coefficient * l1,
-        mse=mse,
-        l1=l1,
+        terms={"mse": error_B.mean(), **terms},
         l0=count_F.sum() / x_BD.shape[0],
         explained_variance=1 - error_B.sum() / spread_B.sum(),
         explained_variance_legacy=(1 - error_B / spread_B).mean(),

@@ -6,19 +6,21 @@ over ranks, each rank has a trainer, and all of them make the same calls with th
 Shape suffixes: B rows of a batch, D d_in, F d_sae.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from harvest.files import UserError
 from train.adam import Adam, Update
 from train.config import TrainConfig
 from train.kernel_choice import KernelChoice
 from train.parallel import SINGLE, FeatureRanks
-from train.sae import SAE
-from train.schedules import decayed_lr, warmed_l1
-from train.sparse_step import sparse_reconstruction, sparse_step
-from train.step import StepResult, dense_reconstruction, dense_step
+from train.sae import Sae
+from train.schedules import decayed_lr, warmed
+from train.step import AUTOGRAD, StepResult, kernels, total
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DEAD_ROWS = 10_000_000  # a feature that fired in none of as many rows is dead
@@ -28,14 +30,15 @@ class Stepped(NamedTuple):
     """A step's result with what the trainer adds to it."""
 
     result: StepResult
+    loss: Tensor
     grad_norm: Tensor  # before clipping
     lr: float
-    l1_coefficient: float
+    coefficients: dict[str, float]  # of the loss's terms
     kernel: str  # the one that was used
 
 
 class Validation(NamedTuple):
-    """Figures of held-out rows, at the full λ."""
+    """Figures of held-out rows, at the full coefficients."""
 
     loss: float
     l0: float
@@ -48,86 +51,99 @@ class Trainer:
 
     def __init__(
         self,
-        sae: SAE,
-        scale: float,
+        sae: Sae,
         config: TrainConfig,
         steps: int,
         rows: int,
         compute_dtype: torch.dtype,
         ranks: FeatureRanks = SINGLE,
     ) -> None:
-        """`scale` multiplies rows as stored; `rows` is one epoch.
+        """`rows` is one epoch. `sae` is whole; `self.sae`, and what hangs on it, are this rank's features of it.
 
-        `sae` is whole; `self.sae`, and what hangs on it, are this rank's features of it.
+        Raises UserError for several ranks of a kind that trains in one process.
         """
-        self.scale, self.config, self.steps = scale, config, steps
-        self.compute_dtype, self.ranks = compute_dtype, ranks
-        self.d_sae = sae.d_sae
+        self.kernels = kernels(sae)
+        if ranks.size > 1 and self.kernels is AUTOGRAD:
+            raise UserError(
+                f"train.sae.kind: {sae.kind!r} trains in one process, and {ranks.size} were started; start one, "
+                "or choose train.sae.kind=standard"
+            )
+        self.config, self.steps, self.compute_dtype, self.ranks = config, steps, compute_dtype, ranks
+        self.d_sae, self.axes = sae.d_sae, sae.feature_axes() | {"rows_since_fired": 0}
         self.kernel = KernelChoice(config, sae.d_sae)
         self.sae = sae = ranks.shard(sae)
         self.step_number = 0
         self.dead_after = min(DEAD_ROWS, rows)
-        self.rows_since_fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=sae.W_enc.device)
-        self.bad_step = torch.full((), -1, device=sae.W_enc.device)  # the first whose loss or gradient is no number
-        self.adam = Adam(sae, compute_dtype)
-        device = sae.W_enc.device
+        self.device = device = sae.W_enc.device
+        self.rows_since_fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
+        self.bad_step = torch.full((), -1, device=device)  # the first whose loss or gradient is NaN or infinite
+        self.adam = Adam(sae.parameters, torch.float32 if self.kernels is AUTOGRAD else compute_dtype)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def scaled(self, rows_BD: Tensor) -> Tensor:
-        """Rows as stored -> float32 rows (B, D) as the SAE sees them, on its device."""
-        device = self.sae.W_enc.device
+    def on_device(self, rows_BD: Tensor) -> Tensor:
+        """Rows as stored (B, D), on the SAE's device."""
         if self._copies:  # the host is ahead: the copy runs beside the step before
             with torch.cuda.stream(self._copies):
-                rows_BD = rows_BD.to(device, non_blocking=True)
-            torch.cuda.current_stream(device).wait_stream(self._copies)
-            rows_BD.record_stream(torch.cuda.current_stream(device))
-        return rows_BD.to(device).float().mul_(self.scale)
+                rows_BD = rows_BD.to(self.device, non_blocking=True)
+            torch.cuda.current_stream(self.device).wait_stream(self._copies)
+            rows_BD.record_stream(torch.cuda.current_stream(self.device))
+        return rows_BD.to(self.device)
+
+    def _kernel(self) -> str:
+        if self.kernels is AUTOGRAD:
+            return "autograd"
+        return "sparse" if self.kernel.sparse else "dense"
 
     @torch.no_grad()
     def step(self, rows_BD: Tensor) -> Stepped:
         """Train on one batch of rows as stored."""
-        config = self.config
+        config, kernel = self.config, self._kernel()
         lr = decayed_lr(config.lr, self.step_number, self.steps, config.lr_decay_fraction)
-        l1_coefficient = warmed_l1(config.sae.l1_coefficient, self.step_number, self.steps, config.l1_warmup_fraction)
-        kernel = "sparse" if self.kernel.sparse else "dense"
-        compute = sparse_step if self.kernel.sparse else dense_step
-        result = compute(
+        warm = warmed(self.step_number, self.steps, config.l1_warmup_fraction)
+        coefficients = {name: value * warm for name, value in self.sae.coefficients.items()}
+        result = self.kernels[kernel].step(
             self.sae,
-            self.scaled(rows_BD),
-            l1_coefficient,
+            self.on_device(rows_BD),
+            coefficients,
             self.compute_dtype,
-            sum_over_ranks=self.ranks.sum_over_ranks,
-            operands=self.adam.operands,
+            self.ranks.sum_over_ranks,
+            self.adam.operands,
         )
-        result, grad_norm = self._whole(result, l1_coefficient)
+        result, grad_norm = self._whole(result, coefficients)
+        loss = total(result.terms, coefficients)
         self.kernel.note(result.l0)
-        bad = torch.isfinite(grad_norm + result.loss).logical_not_() & (self.bad_step < 0)
+        bad = torch.isfinite(grad_norm + loss).logical_not_() & (self.bad_step < 0)
         self.bad_step.masked_fill_(bad, self.step_number)
         divisor = (grad_norm / config.clip_norm).clamp_min(1.0)
         self.adam.update(result.gradients, Update(lr, config.adam_betas, self.step_number + 1, divisor))
         self.rows_since_fired_F.add_(len(rows_BD)).masked_fill_(result.fired_F, 0)
         self.step_number += 1
-        return Stepped(result, grad_norm, lr, l1_coefficient, kernel)
+        return Stepped(result, loss, grad_norm, lr, coefficients, kernel)
 
-    def _whole(self, result: StepResult, l1_coefficient: float) -> tuple[StepResult, Tensor]:
-        """The result with the loss, l1 and l0 of all features, and the norm of all gradients."""
-        W_enc, b_enc, W_dec, b_dec = map(torch.linalg.vector_norm, result.gradients)
-        parts = self.ranks.each(torch.stack([result.l1, result.l0, W_enc, b_enc, W_dec]))
-        result = result.with_sparsity(parts[:, 0].sum(), parts[:, 1].sum(), l1_coefficient)
-        return result, torch.linalg.vector_norm(torch.cat([parts[:, 2:].flatten(), b_dec.unsqueeze(0)]))
+    def _whole(self, result: StepResult, coefficients: Mapping[str, float]) -> tuple[StepResult, Tensor]:
+        """The result with the terms and l0 of all features, and the norm of all gradients."""
+        norms = {name: torch.linalg.vector_norm(gradient) for name, gradient in result.gradients.items()}
+        split = [norm for name, norm in norms.items() if self.axes[name] is not None]
+        on_all = [norm for name, norm in norms.items() if self.axes[name] is None]
+        parts = [name for name in result.terms if name in coefficients]
+        of_ranks = self.ranks.each(torch.stack([*(result.terms[name] for name in parts), result.l0, *split]))
+        terms = result.terms | {name: of_ranks[:, i].sum() for i, name in enumerate(parts)}
+        result = result._replace(terms=terms, l0=of_ranks[:, len(parts)].sum())
+        return result, torch.linalg.vector_norm(torch.cat([of_ranks[:, len(parts) + 1 :].flatten(), *map(_1d, on_all)]))
 
     @torch.no_grad()
     def validate(self, rows: Tensor) -> Validation:
         """Figures of held-out rows as stored (rows, D), in batches of the training size and with its kernel."""
-        rebuild = sparse_reconstruction if self.kernel.sparse else dense_reconstruction
+        rebuild, coefficients = self.kernels[self._kernel()].reconstruction, self.sae.coefficients
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in rows.split(self.config.batch_size):
-            x_BD = self.scaled(batch)
-            rebuilt = rebuild(self.sae, x_BD, self.compute_dtype, self.ranks.sum_over_ranks, self.adam.operands)
+            batch_BD = self.on_device(batch)
+            x_BD = self.sae.scaled(batch_BD)
+            rebuilt = rebuild(self.sae, batch_BD, self.compute_dtype, self.ranks.sum_over_ranks, self.adam.operands)
             error_B = rebuilt.error_BD.square().sum(1)
             spread_B = (x_BD - x_BD.mean(0)).square().sum(1).clamp_min(1e-30)  # a last batch of one row has none
-            l1_B, l0_B = self.ranks.sum(rebuilt.l1_B), self.ranks.sum(rebuilt.l0_B)
-            loss = error_B + self.config.sae.l1_coefficient * l1_B
+            terms = {n: self.ranks.sum(term) if n in coefficients else term for n, term in rebuilt.terms.items()}
+            loss, l0_B = total(terms, coefficients).expand(len(batch)), self.ranks.sum(rebuilt.l0_B)
             figures = [loss, l0_B, error_B / spread_B.sum() * len(batch), error_B / spread_B]
             sums += torch.stack([figure.double().sum() for figure in figures]).cpu()
         loss, l0, unexplained, unexplained_legacy = (sums / len(rows)).tolist()
@@ -137,34 +153,35 @@ class Trainer:
         """Features that fired in none of the last min(10M, one epoch) rows."""
         return int(self.ranks.sum((self.rows_since_fired_F >= self.dead_after).sum()))
 
-    def whole_sae(self) -> SAE | None:
+    def whole_sae(self) -> Sae | None:
         """The weights of all features, on the host; None but on rank 0."""
-        weights = self.ranks.gather(self.sae._asdict(), self.d_sae)
-        return SAE(**weights) if weights else None
+        weights = self.ranks.gather(self.sae.parameters, self.axes, self.d_sae)
+        return replace(self.sae, parameters=weights) if weights else None
+
+    def _own_tensors(self) -> dict[str, Tensor]:
+        moments = {f"adam.{key}.{n}": t for key in MOMENTS for n, t in getattr(self.adam, key).items()}
+        return self.sae.parameters | moments | {"rows_since_fired": self.rows_since_fired_F}
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that a resume needs, by name, whole, on the host of rank 0; {} on other ranks.
 
-        `W_enc`, ..., `b_dec` and Adam's `adam.exp_avg.W_enc`, ... with the shapes of `SAE`, all float32;
+        The SAE's parameters and Adam's moments `adam.exp_avg.W_enc`, ..., of the same shapes and float32;
         `rows_since_fired` int64 (F,).
         """
-        out = dict(self.sae._asdict())
-        for name in SAE._fields:
-            out |= {f"adam.{key}.{name}": getattr(getattr(self.adam, key), name) for key in MOMENTS}
-        out["rows_since_fired"] = self.rows_since_fired_F
-        return self.ranks.gather(out, self.d_sae)
+        return self.ranks.gather(self._own_tensors(), self.axes, self.d_sae)
 
     def restore(self, tensors: dict[str, Tensor], step_number: int, kernel: dict[str, Any]) -> None:
         """Take up the state that `tensors` and `kernel.state` gave, of any number of ranks.
 
         Every rank is given the whole tensors, shapes as in `tensors`.
         """
-        tensors = self.ranks.shard_tensors(tensors)
+        tensors = self.ranks.shard_tensors(tensors, self.axes)
         self.kernel.restore(kernel)
-        for name, weight in self.sae._asdict().items():
-            weight.copy_(tensors[name])
-            for key in MOMENTS:
-                getattr(getattr(self.adam, key), name).copy_(tensors[f"adam.{key}.{name}"])
+        for name, mine in self._own_tensors().items():
+            mine.copy_(tensors[name])
         self.adam.weights_changed()
-        self.rows_since_fired_F.copy_(tensors["rows_since_fired"])
         self.step_number = step_number
+
+
+def _1d(norm: Tensor) -> Tensor:
+    return norm.unsqueeze(0)

@@ -18,9 +18,9 @@ from train.checkpoint import ABOUT, Checkpoint, newest_checkpoint, run_fingerpri
 from train.config import TrainConfig
 from train.dataloader import FINISHED, ActivationLoader, Batch, Position
 from train.exclusion import InputStatistics, input_statistics
+from train.kinds import new_sae
 from train.metrics import DivergedError, Metrics, open_tracker
 from train.parallel import FeatureRanks
-from train.sae import initial_sae
 from train.trainer import Trainer
 
 
@@ -74,17 +74,17 @@ class Training:
         self.statistics: InputStatistics = (
             found[0].statistics if found else input_statistics(store, hook, config.exclude, config.window_shards)
         )
-        shape = (g.d_in, config.sae.width(g.d_in))
-        sae = initial_sae(*shape, config.seed, device)
-        self.trainer = Trainer(sae, self.statistics.scale, config, self.steps, rows, compute_dtype, ranks)
+        sae = new_sae(config, g.d_in, self.statistics.scale, device)
+        self.trainer = Trainer(sae, config, self.steps, rows, compute_dtype, ranks)
         self._writes = ranks.rank == 0
         self.position = Position()
         self.best_loss: float | None = None
         metrics_bytes, metrics_crc32c, losses = 0, None, ()
         if found:
             checkpoint, tensors = found
-            if tensors["W_enc"].shape != shape:
-                raise UserError(f"{folder}: its checkpoint is of an SAE of shape {tuple(tensors['W_enc'].shape)}")
+            shapes = {name: tuple(tensors[name].shape) if name in tensors else None for name in sae.parameters}
+            if shapes != sae.shapes(g.d_in, sae.d_sae):
+                raise UserError(f"{folder}: its checkpoint is of an SAE of shapes {shapes}")
             self.trainer.restore(tensors, checkpoint.step, checkpoint.kernel)
             self.position, self.best_loss = checkpoint.position, checkpoint.best_loss
             metrics_bytes, metrics_crc32c = checkpoint.metrics_bytes, checkpoint.metrics_crc32c
@@ -103,7 +103,8 @@ class Training:
         self._run = run_fingerprint(folder)
         self._about = {
             **({"fingerprint": self._run} if self._run else {}),
-            "architecture": "standard",
+            "architecture": sae.kind,
+            **sae.settings(),
             "model": store.attributes.get("model"),
             "context_size": store.attributes.get("ingested", g._asdict())["context_size"],
         }

@@ -1,0 +1,59 @@
+"""Charts say what the figures are: their coordinates are read, not counted."""
+
+import itertools
+import re
+
+import pytest
+
+from evaluate.charts import bars, cells, lines, points, ticks
+
+
+def attributes(svg: str, tag: str, *names: str) -> list[tuple[float, ...]]:
+    """Numbers of these attributes of each element of a kind."""
+    found = re.findall(rf"<{tag} [^>]*>", svg)
+    return [tuple(float(re.search(rf' {name}="([^"]*)"', each)[1]) for name in names) for each in found]
+
+
+def path(svg: str, number: int = 0) -> list[tuple[float, ...]]:
+    """The points of a line."""
+    return [tuple(map(float, p.split(","))) for p in re.findall(r'points="([^"]*)"', svg)[number].split()]
+
+
+def test_bars_rise_from_the_axis_to_their_count():
+    found = attributes(bars("t", [2, 8, 0, 4], [0, 1, 2, 3, 4], "x"), "rect", "x", "y", "width", "height")
+    left, top, width, height = zip(*found, strict=True)
+    assert list(left) == sorted(left) and len({round(b - a) for a, b in itertools.pairwise(left)}) == 1
+    assert all(w > 90 for w in width)
+    assert height == pytest.approx([max(height) * share for share in (0.25, 1, 0, 0.5)], abs=0.2)
+    axis = top[2]
+    assert [t + h for t, h in zip(top, height, strict=True)] == pytest.approx([axis] * 4, abs=0.2)
+    assert top[1] < top[3] < top[0] < axis  # up is less in SVG
+
+
+def test_lines_rise_with_their_values_and_grow_to_the_right():
+    svg = lines("t", {"a": [(0, 0.0), (10, 1.0), (20, 0.5)], "b": [(0, 1.0), (20, 0.0)]}, clip=False)
+    (x0, y0), (x1, y1), (x2, y2) = path(svg)
+    assert x0 < x1 < x2 and x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
+    assert y1 < y2 < y0 and y2 == pytest.approx((y0 + y1) / 2, abs=0.1)
+    assert path(svg, 1) == [(x0, y1), (x2, y0)]
+    labels = {text: float(y) for y, text in re.findall(r'<text x="50" y="([\d.]+)" text-anchor="end">([\d.]+)<', svg)}
+    assert labels["0"] == pytest.approx(y0 + 4) and labels["1"] == pytest.approx(y1 + 4)
+    assert lines("t", {"a": []}) == ""
+
+
+def test_points_are_where_their_figures_say():
+    svg = points("t", {"a": [(30, 0.8), (10, 0.6)], "b": [(20, 0.7)]}, "L0")
+    (x0, y0), (x1, y1), (x2, y2) = attributes(svg, "circle", "cx", "cy")
+    assert x0 < x2 < x1 and y1 < y2 < y0
+    assert path(svg) == [(x0, y0), (x1, y1)]
+
+
+def test_cells_have_the_second_rate_upwards_and_shade_by_count():
+    svg = cells("t", [(0, 0, 1), (3, 1, 100), (1, 3, 10)], 4, -6.0, ("a", "b"))
+    assert attributes(svg, "rect", "x", "y", "fill-opacity") == [(62, 300, 0.15), (362, 200, 1), (162, 0, 0.57)]
+
+
+def test_ticks_are_round():
+    assert ticks(0, 720) == [0, 200, 400, 600]
+    assert ticks(0, 0) == [0]
+    assert [round(t, 3) for t in ticks(0.1, 0.62)] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]

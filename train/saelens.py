@@ -1,0 +1,191 @@
+"""SAEs in the formats of others: SAELens' folders, both ways, and a .pt of two Linear layers, read.
+
+SAELens' SAEs read rows as the model gives them, so the input scale s is folded into what is written:
+
+    W_enc·s, b_enc, W_dec/s, b_dec/s        f(x) = activations(s x W_enc + b_enc),  x̂ = (f W_dec + b_dec) / s
+
+Two fields of cfg.json matter in silence: `apply_b_dec_to_input` is true where it is absent, which would subtract b_dec
+from the input, and metadata is dropped unless `metadata.sae_lens_version` is 6 or later. A field that changes the
+mathematics is applied or refused by name, never passed over. Weights are read as tensors alone: a pickle that would
+run code is refused.
+"""
+
+import pickle
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from harvest.files import UserError, read_json, replacing, write_json
+from train.checkpoint import WEIGHTS
+from train.kinds import saelens_classes
+from train.sae import Sae
+
+CONFIG = "cfg.json"
+SAELENS_VERSION = "6.0.0"  # the form of cfg.json
+LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
+
+
+def folded(sae: Sae) -> Sae:
+    """The same SAE with weights for rows as the model gives them: scale 1."""
+    s, weights = sae.scale, sae.parameters
+    scaled = {"W_enc": weights["W_enc"] * s, "W_dec": weights["W_dec"] / s, "b_dec": weights["b_dec"] / s}
+    return replace(sae, parameters=weights | scaled, scale=1.0)
+
+
+def saelens_config(sae: Sae, metadata: dict[str, Any]) -> dict[str, Any]:
+    """cfg.json of SAELens 6 for a folded SAE; `metadata` names model, hook and data.
+
+    Raises UserError where SAELens has no SAE with the same f.
+    """
+    if sae.saelens is None:
+        raise UserError(f"an SAE of kind {sae.kind} cannot be exported: SAELens has none with the same activations")
+    return {
+        "architecture": sae.saelens,
+        **sae.settings(),
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
+    }
+
+
+def write_saelens_folder(folder: Path, sae: Sae, metadata: dict[str, Any]) -> None:
+    """Write sae_weights.safetensors and cfg.json of one SAE into a new folder.
+
+    Raises UserError as `saelens_config` does.
+    """
+    config = saelens_config(sae, metadata)
+    folder.mkdir(parents=True)
+    weights = {name: weight.contiguous().cpu() for name, weight in folded(sae).parameters.items()}
+    with replacing(folder / WEIGHTS) as partial:
+        safetensors.torch.save_file(weights, partial)
+    write_json(folder / CONFIG, config)
+
+
+class SaelensConfig:
+    """cfg.json of SAELens, forms 5 and 6: what decides the mathematics.
+
+    Raises UserError for what is not supported, by name.
+    """
+
+    def __init__(self, path: Path) -> None:
+        raw = read_json(path)
+        metadata = raw.get("metadata")
+        old_names = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
+        flat = {**raw, **(metadata if isinstance(metadata, dict) else {})}
+        self.path = path
+        self.fields: dict[str, Any] = {str(old_names.get(name, name)): value for name, value in flat.items()}
+        self.d_in, self.d_sae = self._count("d_in"), self._count("d_sae")
+        activation = self.get("activation_fn", None) or self.get("activation_fn_str", "relu")
+        self._allow("activation_fn", activation, ("relu", "topk"))
+        self.architecture = "topk" if activation == "topk" else self.get("architecture", "standard")
+        classes = saelens_classes()
+        self._allow("architecture", self.architecture, tuple(classes))
+        self.of_kind = classes[self.architecture]
+        normalize = self.get("normalize_activations", "none")
+        if isinstance(normalize, bool):
+            normalize = "expected_average_only_in" if normalize else "none"
+        self._allow("normalize_activations", normalize, ("none", "expected_average_only_in"))
+        self.scaled_rows = normalize == "expected_average_only_in"
+        at_z = "hook_z" if "hook_z" in str(self.get("hook_name", "")) else "none"
+        self._allow("reshape_activations", self.get("reshape_activations", at_z), ("none",))
+        self._allow("hook_head_index", self.get("hook_head_index", None), (None,))
+        self._allow("rescale_acts_by_decoder_norm", self.get("rescale_acts_by_decoder_norm", False), (False,))
+        self.b_dec_from_input = self.get("apply_b_dec_to_input", True)
+        self._allow("apply_b_dec_to_input", self.b_dec_from_input, (True, False))
+        old = self.get("activation_fn_kwargs", {})  # where form 5 has k
+        self.fields = (old if isinstance(old, dict) else {}) | self.fields
+        self.rule = {name: self._count(name) for name in self.of_kind.rule}
+        for name, value in self.rule.items():
+            if value > self.d_sae:
+                raise UserError(f"{path}: {name}: {value}: more than d_sae = {self.d_sae}")
+
+    def get(self, name: str, default: Any) -> Any:
+        """A field; the default where it is absent or null."""
+        value = self.fields.get(name)
+        return default if value is None else value
+
+    def named(self) -> dict[str, Any]:
+        """What a report says of it."""
+        names = ("model_name", "hook_name", "dataset_path", "context_size", "normalize_activations", "dtype")
+        return {name: self.fields[name] for name in names if isinstance(self.fields.get(name), str | int)}
+
+    def read_sae(self, path: Path, scale: float) -> Sae:
+        """The SAE whose weights are in a file, float32; b_dec, where it is subtracted from the input, is in b_enc.
+
+        Shapes are checked before a byte is read. Raises UserError for a file that is damaged or does not fit.
+        """
+        shapes = self.of_kind.shapes(self.d_in, self.d_sae)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                found = set(file.keys())
+                for name, shape in shapes.items():
+                    if name not in found:
+                        raise UserError(f"{path}: holds no {name}; found: {', '.join(map(repr, sorted(found)))[:200]}")
+                    has = tuple(file.get_slice(name).get_shape())
+                    if has != shape:
+                        raise UserError(f"{path}: {name} is {has}; cfg.json says {shape}")
+                tensors = {name: file.get_tensor(name).float().contiguous() for name in shapes}
+                scaling = file.get_tensor("scaling_factor") if "scaling_factor" in found else torch.ones(1)
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from None
+        if not (scaling == 1).all():
+            raise UserError(f"{path}: scaling_factor (finetuning_scaling_factor) is not supported")
+        _check_finite(path, tensors)
+        if self.b_dec_from_input:
+            moved = tensors["b_dec"].double() @ tensors["W_enc"].double()
+            tensors["b_enc"] = (tensors["b_enc"].double() - moved).float()
+        return self.of_kind(tensors, scale, **self.rule)
+
+    def _count(self, name: str) -> int:
+        value = self.fields.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise UserError(f"{self.path}: {name}: {value!r}: a whole number above 0 expected")
+        return value
+
+    def _allow(self, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+        if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
+            known = ", ".join(str(a) for a in allowed)
+            raise UserError(f"{self.path}: {name}: {value!r} is not supported; known here: {known}")
+
+
+def read_linear(path: Path) -> Sae:
+    """A .pt of encoder.weight (F, D), encoder.bias (F,), decoder.weight (D, F), decoder.bias (D,), ReLU between.
+
+    Raises UserError for a file that is damaged, holds code or does not fit.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: damaged, or a pickle that holds more than tensors; it was not run") from None
+    except (  # what the unpickler lets through on mutated files
+        *(OSError, RuntimeError, EOFError, ValueError, LookupError),
+        *(AssertionError, TypeError, AttributeError, struct.error),
+    ) as error:
+        raise UserError(f"{path}: damaged, or not a file of torch.save ({str(error)[:200]!r})") from None
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), Tensor) for name in LINEAR):
+        found = ", ".join(map(repr, state))[:200] if isinstance(state, dict) else type(state).__name__
+        raise UserError(f"{path}: holds {found}; expected {', '.join(LINEAR)}")
+    encoder, b_enc, decoder, b_dec = (state[name].float() for name in LINEAR)
+    shapes = [tuple(t.shape) for t in (encoder, b_enc, decoder, b_dec)]
+    d_sae, d_in = (*b_enc.shape, 0)[0], (*b_dec.shape, 0)[0]
+    if shapes != [(d_sae, d_in), (d_sae,), (d_in, d_sae), (d_in,)]:
+        raise UserError(f"{path}: {', '.join(LINEAR)} are {shapes}, which do not fit each other")
+    tensors = {"W_enc": encoder.t().contiguous(), "b_enc": b_enc, "W_dec": decoder.t().contiguous(), "b_dec": b_dec}
+    _check_finite(path, tensors)
+    return saelens_classes()["standard"](tensors)
+
+
+def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path}: {name} holds a NaN or an infinity")
