@@ -18,7 +18,7 @@ from harvest.activation_store import SPLITS, ActivationStore, Geometry, ShardRow
 from harvest.config import IngestConfig
 from harvest.device import numerics
 from harvest.disk import check_room
-from harvest.files import Stamp, UserError, file_stamp, is_abandoned, read_json
+from harvest.files import Stamp, UserError, file_stamp, read_json
 from harvest.given_rows import GivenRows, look_through
 from harvest.progress import Progress
 from harvest.run import store_summary
@@ -73,7 +73,7 @@ def run(config: IngestConfig, directory: Path, begin: Callable[[dict[str, Any]],
     ingested = {"absent": given.absent, "context_size": given.context_size}
     attributes = {"seed": config.seed, "model": None, "fingerprint": directory.name, "ingested": ingested}
     store = ActivationStore.create(directory / "store", geometry, {**attributes, "numerics": begun["numerics"]})
-    store.sweep(lambda partial: is_abandoned(partial, alone=True))
+    store.files.sweep(alone=True)
     done = sum(len(store.complete_shards(name)) for name in SPLITS)
     check_room(directory, sum(shards.values()) - done, geometry)
     _write(store, given, stamps, orders, config.seed, directory / "progress.json")

@@ -37,7 +37,6 @@ def _run(
     allow_mixed: bool,
     force: bool,
     yes: bool,
-    follow: bool = False,
 ) -> None:
     with errors(root):
         sweep = find_any(file, overrides, root)
@@ -46,7 +45,7 @@ def _run(
 
         confirm = asker(yes)
         for name in names:
-            stages.run_stage(sweep, name, allow_mixed=allow_mixed, force=force, confirm=confirm, follow=follow)
+            stages.run_stage(sweep, name, allow_mixed=allow_mixed, force=force, confirm=confirm)
         if names[-1] == "evaluate":
             for runs in sweep:
                 print(runs.directory("evaluate") / "report.html")
@@ -81,13 +80,12 @@ def train(
     overrides: Overrides = None,
     config_file: ConfigFile = DEFAULT_CONFIG,
     runs: Root = DEFAULT_RUNS,
-    follow: Annotated[bool, typer.Option("--follow", help="Start beside the harvest; wait for each window.")] = False,
     allow_mixed: AllowMixed = False,
     force: Force = False,
     yes: Yes = False,
 ) -> None:
     """Train one SAE for each hook from the store."""
-    _run(("train",), config_file, overrides, runs, allow_mixed, force, yes, follow)
+    _run(("train",), config_file, overrides, runs, allow_mixed, force, yes)
 
 
 @app.command()
@@ -122,18 +120,13 @@ def stream(
     overrides: Overrides = None,
     config_file: ConfigFile = DEFAULT_CONFIG,
     runs: Root = DEFAULT_RUNS,
-    processes: Annotated[int, typer.Option(min=1, help="GPUs, or processes on a CPU; 1: both sides take turns.")] = 1,
-    harvest_processes: Annotated[
-        int | None, typer.Option(min=1, help="How many of them harvest; default: by measured rates.")
-    ] = None,
     allow_mixed: AllowMixed = False,
 ) -> None:
-    """Harvest and train side by side on a bounded disk (harvest.runtime.disk_limit): the same SAE, byte for byte."""
+    """Harvest, train on and delete one window after another: the same SAE, byte for byte, on a fraction of the disk."""
     with errors(runs):
         from pipeline import stream as streaming
 
-        request = streaming.Request(config_file, overrides or [], runs, processes, harvest_processes, allow_mixed)
-        streaming.stream(find(config_file, overrides, runs), request, asker(yes=False))
+        streaming.stream(find(config_file, overrides, runs), allow_mixed=allow_mixed)
 
 
 @app.command()

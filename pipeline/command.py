@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from harvest.files import UserError, is_out_of_memory
+from harvest.files import UnreachableError, UserError, is_out_of_memory
 from pipeline import config, stages
 
 app = typer.Typer(
@@ -46,7 +46,7 @@ def errors(root: Path = DEFAULT_RUNS) -> Iterator[None]:
     except config.SettingsError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except UserError as error:
+    except (UserError, UnreachableError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:

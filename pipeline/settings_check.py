@@ -39,10 +39,10 @@ def check_before(
         _checked.add(key)
     if configs and stage == "harvest":
         from harvest.contexts import Contexts
-        from harvest.stream import load_stream
+        from harvest.stream import is_streamed
 
         limit = configs[0].harvest.runtime.disk_limit
-        if limit is not None and load_stream(here("harvest")) is None:
+        if limit is not None and not is_streamed(here("harvest")):
             print(f"warning: harvest.runtime.disk_limit: {limit}: only `make stream` keeps it", file=sys.stderr)
         warn_of_absent_tokens(configs[0], Contexts(here("sample") / "contexts"))
 

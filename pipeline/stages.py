@@ -5,7 +5,7 @@ Nothing here imports torch until a stage really runs.
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple
@@ -137,12 +137,12 @@ def run_stage(
     allow_mixed: bool,
     force: bool,
     confirm: Callable[[str], bool],
-    follow: bool = False,
+    harvest: AbstractContextManager[Any] | None = None,
 ) -> None:
     """Run a stage for every setting of a sweep unless it is complete; resume it where it was left.
 
-    With `follow`, training starts beside the harvest. Raises UserError when the stage before is not complete, another
-    process runs this one, or the numerics have changed.
+    `harvest` makes the rows of training window by window (pipeline/stream.py), in place of a harvest that is complete.
+    Raises UserError when the stage before is not complete, another process runs this one, or the numerics have changed.
     """
     if stage not in sweep[0].stages:
         print(f"{stage:9} not needed: these settings take activations that are there (ingest)", flush=True)
@@ -153,7 +153,7 @@ def run_stage(
             if not _is_follower():
                 print(f"{stage:9} complete  {directory}", flush=True)
             continue
-        _check_upstream(runs, stage, follow)
+        _check_upstream(runs, stage, streamed=harvest is not None)
         todo[directory] = runs
     if not todo:
         return
@@ -165,7 +165,7 @@ def run_stage(
         check_before(stage, [runs.config for runs in sweep], known, sweep[0].inputs, sweep[0].directory)
     watch = Watch(sweep[0].config, sweep[0].inputs, sweep[0].root, stage)
     if _is_follower():
-        _beside_rank_0(todo, stage, watch, allow_mixed, follow)
+        _beside_rank_0(todo, stage, watch, allow_mixed, harvest)
         return
     with ExitStack() as stack:
         begins = []
@@ -178,12 +178,17 @@ def run_stage(
             verb = "resumes" if (directory / BEGUN).exists() else "runs"
             print(f"{stage:9} {verb}  {directory}", flush=True)
             begins.append(watched(watch, partial(begin, directory, runs.identity(stage), allow_mixed=allow_mixed)))
-        summaries = _run(stage, list(todo.values()), begins, follow)
-        for (directory, _), summary in zip(todo.items(), summaries, strict=True):
-            watch.check_unchanged()
-            finish(directory, summary)
-            print(summary_table(stage, summary), flush=True)
-            print(f"{stage:9} complete  {directory}", flush=True)
+        summaries = _run(stage, list(todo.values()), begins, harvest)
+        for directory, summary in zip(todo, summaries, strict=True):
+            if summary is not None:  # else other workers have shards to write
+                _finish(stage, directory, summary, watch)
+
+
+def _finish(stage: str, directory: Path, summary: dict[str, Any], watch: Watch) -> None:
+    watch.check_unchanged()
+    finish(directory, summary)
+    print(summary_table(stage, summary), flush=True)
+    print(f"{stage:9} complete  {directory}", flush=True)
 
 
 def _is_whole(directory: Path, stage: str) -> bool:
@@ -216,8 +221,14 @@ def watched(watch: Watch, begin_run: Begin) -> Begin:
     return begin_watched
 
 
-def _beside_rank_0(todo: dict[Path, AnyRuns], stage: str, watch: Watch, allow_mixed: bool, follow: bool) -> None:
-    """This process's part of a stage, beside rank 0, which begins and finishes it and speaks."""
+def _beside_rank_0(
+    todo: dict[Path, AnyRuns],
+    stage: str,
+    watch: Watch,
+    allow_mixed: bool,
+    harvest: AbstractContextManager[Any] | None,
+) -> None:
+    """This process's part of a stage, beside rank 0, which begins it and speaks; who ends a harvest finishes it."""
     begins: list[Begin] = [_ignore] * len(todo)  # in training, rank 0 compares the numerics
     with ExitStack() as stack:
         if stage == "harvest":
@@ -229,8 +240,9 @@ def _beside_rank_0(todo: dict[Path, AnyRuns], stage: str, watch: Watch, allow_mi
                 watched(watch, partial(join, directory, allow_mixed=allow_mixed, seconds=harvest.runtime.wait_seconds))
                 for directory, harvest in harvests.items()
             ]
-        for _ in _run(stage, list(todo.values()), begins, follow):
-            pass
+        for directory, summary in zip(todo, _run(stage, list(todo.values()), begins, harvest), strict=True):
+            if stage == "harvest" and summary is not None:
+                _finish(stage, directory, summary, watch)
 
 
 def _lock(directory: Path, stage: str, force: bool) -> AbstractContextManager[None]:
@@ -261,14 +273,12 @@ def _ignore(_numerics: dict[str, Any]) -> None:
     """What a follower does with its numerics where rank 0's are those that count."""
 
 
-def _check_upstream(runs: AnyRuns, stage: str, follow: bool) -> None:
+def _check_upstream(runs: AnyRuns, stage: str, streamed: bool) -> None:
     upstream = runs.upstream(stage)
     for before in runs.stages[: runs.stages.index(stage)]:
         if is_complete(runs.directory(before)):
             check_files(runs.directory(before))
-    if stage == "train" and _is_streamed_to(runs):
-        return
-    if follow and upstream and not is_complete(runs.directory(upstream)):
+    if streamed and upstream:
         upstream = runs.upstream(upstream)
     if upstream and not is_complete(runs.directory(upstream)):
         command = "harvest" if upstream == "sample" else upstream
@@ -278,36 +288,23 @@ def _check_upstream(runs: AnyRuns, stage: str, follow: bool) -> None:
         )
 
 
-def _is_streamed_to(runs: AnyRuns) -> bool:
-    """Whether the harvest is a stream for this training run.
-
-    Raises UserError when it is one for others alone.
-    """
-    from harvest.stream import load_stream
-
-    stream = load_stream(runs.directory("harvest"))
-    if stream and runs.fingerprints["train"] not in stream.readers:
-        raise UserError(
-            f"train: {runs.directory('harvest')} is a stream for {', '.join(stream.readers)}, which deletes its rows "
-            f"as it reads them; these settings are {runs.fingerprints['train']}. Go back to the settings that it was "
-            "begun with, or make a whole store with `python -m pipeline harvest --force`"
-        )
-    return stream is not None
-
-
-def _run(stage: str, todo: list[AnyRuns], begins: list[Begin], follow: bool) -> Iterator[dict[str, Any]]:
+def _run(
+    stage: str, todo: list[AnyRuns], begins: list[Begin], harvest: AbstractContextManager[Any] | None
+) -> Iterator[dict[str, Any] | None]:
     """Summaries of a stage's runs, one by one; those of train together, as they share a reading of the store."""
     if stage == "train" and todo:
         from train import run as train
 
         tasks = [train.Task(r.config.train, r.directory(stage), b) for r, b in zip(todo, begins, strict=True)]
-        yield from train.run(tasks, todo[0].directory("harvest"), follow)
+        with harvest or nullcontext() as made:
+            summaries = train.run(tasks, todo[0].directory("harvest"), made)
+        yield from summaries
         return
     for runs, begin_run in zip(todo, begins, strict=True):
         yield _run_one(stage, runs, begin_run)
 
 
-def _run_one(stage: str, runs: AnyRuns, begin_run: Begin) -> dict[str, Any]:
+def _run_one(stage: str, runs: AnyRuns, begin_run: Begin) -> dict[str, Any] | None:
     config, inputs, here = runs.config, runs.inputs, runs.directory
     if isinstance(config, IngestedConfig):
         return _run_ingested(stage, config, runs, begin_run)
@@ -361,7 +358,7 @@ def _clear(directory: Path, confirm: Callable[[str], bool]) -> None:
         raise UserError(f"{directory}: left as it was; --yes deletes it without asking")
     (directory / MANIFEST).unlink(missing_ok=True)  # first: what is half deleted must not pass for complete
     if remote_store(directory):
-        from harvest.store_place import files_of
+        from harvest.store_files import files_of
 
         files_of(directory).delete_all()  # before begun.json goes, which alone knows where it lies
     (directory / BEGUN).unlink(missing_ok=True)

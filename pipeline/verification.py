@@ -5,7 +5,7 @@ from pathlib import Path
 
 from harvest import verify as store_verification
 from harvest.files import UserError, is_locked, locked
-from harvest.store_place import files_of
+from harvest.store_files import files_of
 from pipeline.inventory import RECORD, changed_files, damaged_files
 from pipeline.manifest import BEGUN, MANIFEST, DamagedManifestError, is_complete, read_manifest, said, way_out
 from pipeline.stages import AnyRuns
