@@ -74,7 +74,7 @@ class Written(NamedTuple):
 class Chunks(NamedTuple):
     """Where the chunks of a file are, and what they have to be."""
 
-    index: np.ndarray  # offset and length with the crc32c, u64 (chunks, 2)
+    places: np.ndarray  # offset and length with the crc32c, u64 (chunks, 2)
     checksums: bytes  # crc32c after each chunk, four bytes each
 
 
@@ -124,7 +124,7 @@ def read(files: Files, array: StoredArray, shard: int, chunk: int, chunks: Chunk
 
     Raises UserError that names the file when it is damaged or missing.
     """
-    offset, size = chunks.index[chunk].tolist()
+    offset, size = chunks.places[chunk].tolist()
     data = np.empty(size - CRC_BYTES, np.uint8) if array.compressed else out
     files.read_into(array.file(shard), offset, data.data.cast("B"))
     if _crc32c(data) != chunks.checksums[CRC_BYTES * chunk : CRC_BYTES * (chunk + 1)]:

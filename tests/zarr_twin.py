@@ -11,7 +11,8 @@ from zarr.storage import ObjectStore
 
 from harvest import array_files
 from harvest.array_files import Chunks, StoredArray, Written, verify
-from harvest.store_files import Files, RemoteFiles
+from harvest.files import fsync_path
+from harvest.store_files import Files, LocalFiles, RemoteFiles
 
 
 def zarr_array(files: Files, name: str) -> zarr.Array:
@@ -22,6 +23,10 @@ def zarr_array(files: Files, name: str) -> zarr.Array:
 
 def _write(files: Files, array: StoredArray, shard: int, rows: np.ndarray) -> Written:
     zarr_array(files, array.name)[shard * array.shard_rows : (shard + 1) * array.shard_rows] = rows
+    if isinstance(files, LocalFiles):  # durable, as ours
+        path = files.place(array.file(shard))
+        for written in (path, path.parent, path.parent.parent):
+            fsync_path(written)
     return Written(files.size(array.file(shard)) or 0, verify(files, array, shard))
 
 

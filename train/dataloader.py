@@ -149,7 +149,7 @@ class ActivationLoader:
                 self.reading = Reading(self.reading.bytes + read, self.reading.stall_seconds + waited)
                 following = self.order.next_pool(at)
                 waits = self._need is not None and following.pool == 0  # the next window is made when this one is read
-                ahead = None if waits else reader.submit(self._read, following)
+                ahead = ahead if waits else reader.submit(self._read, following)
                 while row < len(pool):
                     rows = pool[row : row + self.batch_size - filled]
                     row += len(rows)
@@ -159,10 +159,10 @@ class ActivationLoader:
                         if filled < self.batch_size:
                             break
                         rows, batch, filled = batch, self._empty(self.batch_size), 0
-                    is_next_there = ahead is not None and ahead.done()
+                    is_next_there = not waits and ahead.done()
                     self.reading = self.reading._replace(pool_fill=(is_next_there + 1 - row / len(pool)) / 2)
                     yield Batch(rows, at._replace(row=row))
-                if ahead is None and self._need:
+                if waits and self._need:
                     self._need(following.window)
                     ahead = reader.submit(self._read, following)
                 at, row = following, 0
