@@ -51,8 +51,9 @@ harvest: setup ## sample the text and write the model's activations into a store
 	@$(RUN) sample --config $(CONFIG) $(SET) $(filter-out --force --yes,$(ARGS))
 	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) harvest --config $(CONFIG) $(SET) $(ARGS)
 
-stream: setup ## harvest and train side by side within SET="harvest.runtime.disk_limit=..."; GPUS=N shares them out
-	@$(RUN) stream --processes $(PROCS) --config $(CONFIG) $(SET) $(ARGS)
+stream: setup ## harvest, train on and delete one window after another; GPUS=N takes N GPUs
+	@$(RUN) sample --config $(CONFIG) $(SET) $(ARGS)
+	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) stream --config $(CONFIG) $(SET) $(ARGS)
 
 train: setup ## train an SAE for each hook from the store; GPUS=N splits its features over N GPUs
 	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) train --config $(CONFIG) $(SET) $(ARGS)

@@ -30,6 +30,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from zarr_twin import through_zarr
 
 from harvest.activation_store import ActivationStore, Geometry, ShardRows
 from harvest.device import device_name
@@ -80,23 +83,25 @@ def measure_reads(store: ActivationStore, pool_rows: int, rounds: int, before: C
     pool = np.zeros((pool_rows, g.d_in), np.uint16)
     memory = np.zeros(paths[0].stat().st_size, np.uint8)
 
-    def shuffled(direct: bool) -> None:
-        opened = ActivationStore.open(store.path, direct)
-        for chunks in pools:
-            opened.read_chunks("train", HOOK, chunks, pool[: len(chunks) * g.chunk_rows])
+    def shuffled(by_zarr: bool) -> None:
+        opened = ActivationStore.open(store.path)
+        with through_zarr(by_zarr):
+            for chunks in pools:
+                opened.read_chunks("train", HOOK, chunks, pool[: len(chunks) * g.chunk_rows])
 
     def one_by_one() -> None:
-        opened = ActivationStore.open(store.path, direct=False)
-        for chunks in pools:
-            for place, chunk in enumerate(chunks):
-                pool[place * g.chunk_rows : (place + 1) * g.chunk_rows] = opened.read_chunk("train", HOOK, chunk)
+        opened = ActivationStore.open(store.path)
+        with through_zarr():
+            for chunks in pools:
+                for place, chunk in enumerate(chunks):
+                    pool[place * g.chunk_rows : (place + 1) * g.chunk_rows] = opened.read_chunk("train", HOOK, chunk)
 
     ways = {
         "np.fromfile": lambda: [np.fromfile(path, np.uint16) for path in paths],
         "preallocated": lambda: read_whole(paths, memory),
         "zarr API, one thread": one_by_one,
-        "zarr API, four threads": lambda: shuffled(False),
-        "direct": lambda: shuffled(True),
+        "zarr API, four threads": lambda: shuffled(by_zarr=True),
+        "direct": lambda: shuffled(by_zarr=False),
     }
     return in_turn(ways, rounds, before)
 
@@ -169,9 +174,9 @@ def measure_loaders(
 def measure_writes(folder: Path, g: Geometry, rounds: int) -> dict[str, float]:
     rows = make_rows(g, 0)
 
-    def write(direct: bool, durable: bool) -> None:
-        with mock.patch("os.fsync", os.fsync if durable else lambda _: None):
-            store = ActivationStore.open(folder, direct)
+    def write(by_zarr: bool, durable: bool) -> None:
+        with mock.patch("os.fsync", os.fsync if durable else lambda _: None), through_zarr(by_zarr):
+            store = ActivationStore.open(folder)
             for shard in range(g.train_shards):
                 store.write_shard("train", shard, rows)
 
@@ -180,11 +185,11 @@ def measure_writes(folder: Path, g: Geometry, rounds: int) -> dict[str, float]:
         ActivationStore.create(folder, g, {})
         os.sync()
 
-    kinds = {"zarr API": False, "direct": True}
+    kinds = {"zarr API": True, "direct": False}
     ways = {
-        f"{name}, {'with' if durable else 'without'} fsync": lambda d=direct, f=durable: write(d, f)
+        f"{name}, {'with' if durable else 'without'} fsync": lambda z=by_zarr, f=durable: write(z, f)
         for durable in (True, False)
-        for name, direct in kinds.items()
+        for name, by_zarr in kinds.items()
     }
     found = in_turn(ways, rounds, clear)
     shutil.rmtree(folder)

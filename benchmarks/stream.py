@@ -1,8 +1,8 @@
 """`pipeline stream` against `harvest`, then `train`: the same bytes, the largest size on the disk, the CPU time.
 
-    .venv/bin/python benchmarks/stream.py --limit 3windows
-    .venv/bin/python benchmarks/stream.py --limit 3windows --whole runs    # with the store of `make all`
-    .venv/bin/python benchmarks/stream.py --limit 3windows --repeats 3 --set harvest.hooks=[model.layers.8]
+    .venv/bin/python benchmarks/stream.py --limit 2windows
+    .venv/bin/python benchmarks/stream.py --limit 2windows --whole runs    # with the store of `make all`
+    .venv/bin/python benchmarks/stream.py --limit 2windows --repeats 3 --set harvest.hooks=[model.layers.8]
 
 Runs configs/smollm2.yaml (or --config) with one epoch, in a temporary folder. What the training rows take on the disk
 is looked at every 0.2 s: whole blocks of all files below store/train but the records and the metadata. Prints JSON.
@@ -98,7 +98,7 @@ def compare(options: argparse.Namespace, temporary: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/smollm2.yaml")
-    parser.add_argument("--limit", default="3 windows", help="harvest.runtime.disk_limit")
+    parser.add_argument("--limit", default="2 windows", help="harvest.runtime.disk_limit")
     parser.add_argument("--set", nargs="*", default=[], help="settings of both")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--whole", type=Path, help="a runs folder that has the whole store of these settings")

@@ -26,7 +26,7 @@ from harvest.contexts import Contexts
 from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
 from harvest.files import UserError
 from harvest.language_model import load_model
-from harvest.store_place import files_of
+from harvest.store_files import files_of
 from harvest.tokenizer import load_tokenizer, load_whole_tokenizer
 from train.checkpoint import SavedSae, load_sae
 from train.config import ExcludeConfig

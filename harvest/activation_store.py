@@ -12,8 +12,7 @@ shard records decide which shards exist, sizes are checked when a store is opene
 and the fill value, a NaN, is the last guard: harvest never writes one. Chunks are compared with the
 checksums of the shard's record, so files that traded places are found as well.
 
-Training beside the harvest deletes shards that it has read (harvest/stream.py), from the first one on: their
-records stay, with `consumed`, so that they are done for the harvest and absent for who reads.
+A stream (harvest/stream.py) deletes training shards that were read. Their records stay, with `consumed`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,17 +25,27 @@ from typing import Any, NamedTuple
 import google_crc32c
 import numpy as np
 
-from harvest.array_files import ArrayFiles, StoredArray
-from harvest.direct_io import CRC_BYTES, REDO, damaged
-from harvest.files import UnreachableError, UserError
-from harvest.store_files import Files, local_or, read_store_json, write_store_json
-from harvest.store_layout import PROVENANCE, SPLITS, Geometry, slug, stored_arrays
-from harvest.store_metadata import ROOT, check_same, damaged_files, describe, is_begun, metadata_files, read_geometry
+from harvest import array_files
+from harvest.array_files import Chunks, StoredArray
+from harvest.files import UserError, json_bytes, parse_json
+from harvest.store_files import REDO, Files, LocalFiles, damaged
+from harvest.store_layout import (
+    PROVENANCE,
+    ROOT,
+    SPLITS,
+    Geometry,
+    describe,
+    is_same_metadata,
+    metadata_files,
+    read_geometry,
+    slug,
+    stored_arrays,
+)
 from harvest.stored_forms import FILL, as_stored, from_stored, room, row_arrays
 
 CONSUMED = (
-    "training beside the harvest (`make stream`) has read its training rows and deleted them, so nothing else can "
-    "train on them; `python -m pipeline harvest --force` makes the whole store"
+    "a stream (`make stream`) has deleted training rows that it had read; `make stream` makes them again as it trains, "
+    "`python -m pipeline harvest --force` makes the whole store"
 )
 
 
@@ -53,41 +62,33 @@ class ShardRows(NamedTuple):
 class ActivationStore:
     """A store in a folder or a bucket.
 
-    `create` makes or checks its metadata, `open` finds it; shards come and go by number.
+    `create` writes its metadata, `open` finds it; shards come and go by number.
     """
 
-    def __init__(
-        self, place: Path | Files, geometry: Geometry, attributes: Mapping[str, Any], direct: bool = True
-    ) -> None:
-        """`direct=False` reads and writes every file with the zarr API: the plain twin."""
+    def __init__(self, place: Path | Files, geometry: Geometry, attributes: Mapping[str, Any]) -> None:
         self.geometry, self.attributes = geometry, attributes
-        self.files = local_or(place)
+        self.files = LocalFiles(place) if isinstance(place, Path) else place
         self.path = self.files.place()  # or its URL
-        self._array_files = ArrayFiles(self.files, direct)
         self._arrays = {split: stored_arrays(geometry, split) for split in SPLITS}
-        self._checksums: dict[str, bytes] = {}  # of files that were found to be those of the records
+        self._chunks: dict[str, Chunks] = {}  # of files that were found to be those of the records
         self._visited: SimpleQueue[np.ndarray] = SimpleQueue()  # memory of chunks, to be read into again
-        self._consumed = 0  # training shards that were found to be consumed; there may be more by now
 
     @classmethod
-    def create(
-        cls, place: Path | Files, geometry: Geometry, attributes: Mapping[str, Any], direct: bool = True
-    ) -> "ActivationStore":
-        """Write the metadata of a new store, or find the equal one that is there and write anew what is damaged of it.
-
-        Raises UserError when the folder holds a store of another shape.
-        """
-        store = cls(place, geometry, describe(geometry, attributes), direct)
-        expected = store._metadata()
-        if is_begun(store.files):
-            damaged = damaged_files(store.files, expected)
-            check_same(store.files, store.attributes, damaged)
-        else:
-            store.files.delete_all()
-            damaged = list(expected)
-        for name in damaged:
-            store.files.write(name, expected[name])
+    def create(cls, place: Path | Files, geometry: Geometry, attributes: Mapping[str, Any]) -> "ActivationStore":
+        """A store whose metadata are written, whatever was there before; its shards are kept."""
+        store = cls(place, geometry, describe(geometry, attributes))
+        for name, content in store._metadata().items():
+            store.files.write(name, [content], len(content))
         return store
+
+    @classmethod
+    def open(cls, place: Path | Files) -> "ActivationStore":
+        """A store that is there.
+
+        Raises UserError when there is none, or its root group does not describe one that this code reads.
+        """
+        files = LocalFiles(place) if isinstance(place, Path) else place
+        return cls(files, *read_geometry(files))
 
     def _metadata(self) -> dict[str, bytes]:
         return metadata_files([array for split in SPLITS for array in self._arrays[split].values()], self.attributes)
@@ -95,20 +96,17 @@ class ActivationStore:
     def damaged_metadata(self, there: Iterable[str] = ()) -> list[str]:
         """Names of the files without rows that are missing, or do not fit this store's geometry and attributes.
 
-        Or have no place in it, of the names of files that are `there`.
+        Of the files that are `there`, also metadata that have no place in this store.
         """
-        expected = self._metadata()
-        strange = [name for name in there if name.split("/")[-1] == ROOT and name not in expected]
-        return damaged_files(self.files, expected) + strange
-
-    @classmethod
-    def open(cls, place: Path | Files, direct: bool = True) -> "ActivationStore":
-        """A store whose metadata is complete.
-
-        Raises UserError when there is none, or its root group does not describe one that this code reads.
-        """
-        files = local_or(place)
-        return cls(files, *read_geometry(files), direct)
+        expected, found = self._metadata(), []
+        for name, content in expected.items():
+            try:
+                if is_same_metadata(name, self.files.read(name), content):
+                    continue
+            except UserError:
+                pass
+            found.append(name)
+        return found + [name for name in there if name.split("/")[-1] == ROOT and name not in expected]
 
     def record_path(self, split: str, shard: int) -> Path | str:
         """Place of a shard's record: path or URL."""
@@ -119,7 +117,7 @@ class ActivationStore:
 
         Raises UserError when it is damaged.
         """
-        record = read_store_json(self.files, _record_name(split, shard))
+        record = parse_json(self.files.read(_record_name(split, shard)), self.record_path(split, shard))
         files, norms = record.get("files"), record.get("norms")
         figures = [norms.get(hook) for hook in self.geometry.hooks] if isinstance(norms, dict) else [None]
         if (
@@ -129,16 +127,13 @@ class ActivationStore:
             or not all(_has(norm, ("mean_norm", "sum", "sum_of_squares"), float) for norm in figures)
         ):
             raise damaged(self.record_path(split, shard), "damaged: it does not describe a shard")
+        if sorted(files) != sorted(self.shard_files(split, shard)):
+            raise damaged(self.record_path(split, shard), "damaged: it does not list the shard's files")
         return record
 
     def records(self, split: str) -> list[dict[str, Any]]:
         """Those of all shards of a split that were written, in order."""
-        with ThreadPoolExecutor(self.files.readers, "store-reader") as readers:
-            return list(readers.map(partial(self.record, split), sorted(self.recorded_shards(split))))
-
-    def is_recorded(self, split: str, shard: int) -> bool:
-        """Whether a shard was wholly written; it may be consumed since."""
-        return self.files.size(_record_name(split, shard)) is not None
+        return self._each(partial(self.record, split), sorted(self.recorded_shards(split)))
 
     def forget(self, split: str, shard: int) -> None:
         """Delete a shard's record, so that the shard does not count and is made anew."""
@@ -150,44 +145,40 @@ class ActivationStore:
         return {s for s in range(self.geometry.shards(split)) if _record_name(split, s) in names}
 
     def complete_shards(self, split: str) -> set[int]:
-        """Shards that are wholly written and still there."""
-        recorded = self.recorded_shards(split)
-        if split != "train" or not self.consumed():
-            return recorded
-        return {
-            shard for shard in recorded if shard >= self._consumed and not self.record(split, shard).get("consumed")
-        }
+        """Shards that are wholly written and still there, as sound records say."""
+        shards = sorted(self.recorded_shards(split))
+        there = self._each(partial(self._is_complete, split), shards)
+        return {shard for shard, is_there in zip(shards, there, strict=True) if is_there}
 
-    def consumed(self) -> int:
-        """Training shards, from the first on, that were read and deleted."""
-        while self._consumed < self.geometry.train_shards and self.is_recorded("train", self._consumed):
-            if not self.record("train", self._consumed).get("consumed"):
-                break
-            self._consumed += 1
-        return self._consumed
-
-    def is_consumed(self, split: str, shard: int) -> bool:
-        """Whether a shard was read and deleted, as its record says; not where that cannot be read."""
-        if not self.is_recorded(split, shard):
-            return False
+    def _is_complete(self, split: str, shard: int) -> bool:
         try:
-            return bool(self.record(split, shard).get("consumed"))
-        except UnreachableError:
-            raise
+            return not self.record(split, shard).get("consumed")
+        except UserError:
+            return False
+
+    def consumed_shards(self) -> set[int]:
+        """Training shards that a stream has read and deleted."""
+        shards = sorted(self.recorded_shards("train"))
+        return {s for s, gone in zip(shards, self._each(self._is_consumed, shards), strict=True) if gone}
+
+    def _is_consumed(self, shard: int) -> bool:
+        try:
+            return bool(self.record("train", shard).get("consumed"))
         except UserError:
             return False
 
     def shard_files(self, split: str, shard: int) -> list[str]:
-        """Names of the files with a shard's rows, in the order in which they are written, and deleted."""
+        """Names of the files with a shard's rows, in the order in which they are written."""
         return [array.file(shard) for array in self._arrays[split].values()]
 
     def consume(self, shard: int) -> None:
-        """Note that a training shard was read, then delete its rows; done already, look for leftovers of a kill."""
+        """Note that a training shard was read, then delete its rows; done already, delete what a kill left of them."""
         record = self.record("train", shard)
         if not record.get("consumed"):
-            write_store_json(self.files, _record_name("train", shard), {**record, "consumed": True})
+            self._write_record("train", shard, {**record, "consumed": True})
+        self.files.delete(*self.shard_files("train", shard))
         for name in self.shard_files("train", shard):
-            self.files.delete(name)
+            self._chunks.pop(name, None)
 
     def write_shard(self, split: str, shard: int, rows: ShardRows) -> None:
         """Write a shard's rows durably, then its record.
@@ -197,12 +188,15 @@ class ActivationStore:
         arrays = self._arrays[split]
         files = {}
         for name, values in self._as_stored(rows):
-            written = self._array_files.write(arrays[name], shard, values)
-            files[arrays[name].file(shard)] = written._asdict()
-            self._checksums.pop(arrays[name].file(shard), None)
+            file = arrays[name].file(shard)
+            files[file] = array_files.write(self.files, arrays[name], shard, values)._asdict()
+            self._chunks.pop(file, None)
         norms = {hook: _norm_sums(rows.norms[hook]) for hook in self.geometry.hooks}
-        record = {"rows": self.geometry.shard_rows, "files": files, "norms": norms}
-        write_store_json(self.files, _record_name(split, shard), record)
+        self._write_record(split, shard, {"rows": self.geometry.shard_rows, "files": files, "norms": norms})
+
+    def _write_record(self, split: str, shard: int, record: dict[str, Any]) -> None:
+        data = json_bytes(record)
+        self.files.write(_record_name(split, shard), [data], len(data))
 
     def _as_stored(self, rows: ShardRows) -> Iterator[tuple[str, np.ndarray]]:
         """The values of each array of a split, one after another."""
@@ -218,48 +212,33 @@ class ActivationStore:
         """Raise UserError unless the metadata are whole and every shard has its record and files of recorded sizes."""
         for name in self.damaged_metadata():
             raise damaged(self.files.place(name), "damaged or missing")
-        if "train" in splits and self.consumed():
-            raise UserError(f"{self.path}: {CONSUMED}")
         for split in splits:
+            if split == "train" and self.consumed_shards():
+                raise UserError(f"{self.path}: {CONSUMED}")
             missing = sorted(set(range(self.geometry.shards(split))) - self.recorded_shards(split))
             if missing:
                 raise UserError(
                     f"{self.path}: incomplete: {len(missing)} of {self.geometry.shards(split)} {split} shards are "
                     f"missing, first {missing[0]}; {REDO}"
                 )
-            with ThreadPoolExecutor(self.files.readers, "store-reader") as readers:
-                for _ in readers.map(partial(self._check_sizes, split), range(self.geometry.shards(split))):
-                    pass
-
-    def _recorded(self, split: str, shard: int) -> dict[str, dict[str, int]]:
-        """Bytes and crc32c of each file of a shard by path, from its record."""
-        recorded = self.record(split, shard)["files"]
-        wanted = sorted(array.file(shard) for array in self._arrays[split].values())
-        if sorted(recorded) != wanted:
-            raise UserError(f"{self.record_path(split, shard)}: damaged: it does not list the shard's files")
-        return recorded
+            self._each(partial(self._check_sizes, split), range(self.geometry.shards(split)))
 
     def _check_sizes(self, split: str, shard: int) -> None:
-        recorded = self._recorded(split, shard)
-        for array in self._arrays[split].values():
-            size, expected = self._array_files.size(array, shard), recorded[array.file(shard)]["bytes"]
+        for name, file in self.record(split, shard)["files"].items():
+            size, expected = self.files.size(name), file["bytes"]
             if size != expected:
                 found = "missing" if size is None else f"{size:,} bytes"
-                raise damaged(self.files.place(array.file(shard)), f"{found}, {expected:,} bytes expected")
-
-    def sweep(self, is_abandoned: Callable[[Path], bool]) -> None:
-        """Remove what killed writers left half written."""
-        self.files.sweep(is_abandoned)
+                raise damaged(self.files.place(name), f"{found}, {expected:,} bytes expected")
 
     def verify_shard(self, split: str, shard: int) -> None:
         """Read every byte of a shard and raise UserError for the first that is not as it was written."""
         self._check_sizes(split, shard)
-        recorded = self._recorded(split, shard)
+        record = self.record(split, shard)
         for array in self._arrays[split].values():
-            if self._array_files.verify(array, shard) != recorded[array.file(shard)]["crc32c"]:
+            if array_files.verify(self.files, array, shard) != record["files"][array.file(shard)]["crc32c"]:
                 raise self._changed(array, shard)
         norms = {hook: _norm_sums(self.read_norms(split, hook, shard)) for hook in self.geometry.hooks}
-        if norms != self.record(split, shard).get("norms"):
+        if norms != record["norms"]:
             raise damaged(self.record_path(split, shard), "its sums of norms are not those of the shard")
 
     def _changed(self, array: StoredArray, shard: int) -> UserError:
@@ -278,10 +257,8 @@ class ActivationStore:
     def read_chunks(self, split: str, hook: str, chunks: Sequence[int], out: np.ndarray) -> None:
         """Rows of chunks as `read_chunk` gives them, one chunk after another, into contiguous `out`, (rows, d_in)."""
         rows = self.geometry.chunk_rows
-        places = [out[place * rows : (place + 1) * rows] for place in range(len(chunks))]
-        with ThreadPoolExecutor(self.files.readers, "store-reader") as readers:
-            for _ in readers.map(partial(self._read_rows, split, hook), chunks, places):
-                pass
+        places = range(len(chunks))
+        self._each(lambda n: self._read_rows(split, hook, chunks[n], out[n * rows : (n + 1) * rows]), places)
 
     def visit_chunks(
         self, split: str, hook: str, chunks: Sequence[int], visit: Callable[[int, np.ndarray], None]
@@ -301,9 +278,12 @@ class ActivationStore:
             visit(place, rows)
             self._visited.put(rows)
 
+        self._each(read, range(len(chunks)))
+
+    def _each(self, function: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
+        """Results of a function that reads, in order, several at once."""
         with ThreadPoolExecutor(self.files.readers, "store-reader") as readers:
-            for _ in readers.map(read, range(len(chunks))):
-                pass
+            return list(readers.map(function, numbers))
 
     def _read_rows(self, split: str, hook: str, chunk: int, out: np.ndarray) -> None:
         g = self.geometry
@@ -332,13 +312,12 @@ class ActivationStore:
 
     def _read(self, array: StoredArray, split: str, shard: int, chunk: int, out: np.ndarray) -> None:
         file = array.file(shard)
-        if file not in self._checksums:
-            checksums = self._array_files.checksums(array, shard)
-            if google_crc32c.value(checksums) != self._recorded(split, shard)[file]["crc32c"]:
+        if file not in self._chunks:
+            chunks = array_files.find_chunks(self.files, array, shard)
+            if google_crc32c.value(chunks.checksums) != self.record(split, shard)["files"][file]["crc32c"]:
                 raise self._changed(array, shard)
-            self._checksums[file] = checksums
-        checksum = self._checksums[file][CRC_BYTES * chunk : CRC_BYTES * (chunk + 1)]
-        self._array_files.read(array, shard, chunk, checksum, out)
+            self._chunks[file] = chunks
+        array_files.read(self.files, array, shard, chunk, self._chunks[file], out)
 
 
 def _has(value: Any, names: Sequence[str], kind: type) -> bool:

@@ -31,8 +31,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_torchs)
 
 
-class UnreachableError(UserError):
-    """A file that cannot be had now, which says nothing of its bytes."""
+class UnreachableError(Exception):
+    """A file that cannot be read now, which says nothing about its bytes."""
 
 
 def fsync_path(path: Path) -> None:
@@ -184,21 +184,6 @@ def locked(directory: Path, role: str, *, shared: bool = False) -> Iterator[None
             file.write(f"{socket.gethostname()} {os.getpid()}\n")
             file.flush()
         yield
-
-
-def forget_holder(directory: Path, role: str) -> None:
-    """Forget who held the lock of this role last, unless it is held now."""
-    with contextlib.suppress(FileNotFoundError, BlockingIOError), (directory / f".lock-{role}").open("r+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-
-
-def lock_host(directory: Path, role: str) -> str:
-    """Host of the process that held the lock of this role last; "" when none did, or it was forgotten."""
-    try:
-        return (directory / f".lock-{role}").read_text(encoding="utf-8").partition(" ")[0]
-    except FileNotFoundError:
-        return ""
 
 
 def is_locked(directory: Path, role: str) -> bool:

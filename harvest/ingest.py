@@ -18,7 +18,7 @@ from harvest.activation_store import SPLITS, ActivationStore, Geometry, ShardRow
 from harvest.config import IngestConfig
 from harvest.device import numerics
 from harvest.disk import check_room
-from harvest.files import Stamp, UserError, file_stamp, is_abandoned
+from harvest.files import Stamp, UserError, file_stamp
 from harvest.given_rows import GivenRows, look_through
 from harvest.progress import Progress
 from harvest.run import store_summary
@@ -80,7 +80,7 @@ def run(config: IngestConfig, directory: Path, begin: Callable[[dict[str, Any]],
     about = {"seed": config.seed, "model": None, "fingerprint": directory.name, "numerics": Run(directory).numerics}
     ingested = {"absent": given.absent, "context_size": given.context_size}
     store = ActivationStore.create(directory / "store", geometry, {**about, "ingested": ingested})
-    store.sweep(lambda partial: is_abandoned(partial, alone=True))
+    store.files.sweep(alone=True)
     every = [(name, shard) for name in ("holdout", "train") for shard in range(shards[name])]
     done = {(name, shard) for name in SPLITS for shard in store.complete_shards(name)}
     check_room(directory, len(every) - len(done), geometry)

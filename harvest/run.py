@@ -2,13 +2,10 @@
 
 A shard is a pure function of the settings: its contexts go through the model in whole batches, in
 order, and its rows are permuted by a generator seeded with (seed, split, shard). So neither kills nor
-the number of workers change a byte. Held-out shards come first; training can then be checked while
-the rest is being made.
-
-Shape suffixes: C contexts of a shard, B those of a batch, S positions, D d_in.
+the number of workers change a byte.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,20 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from harvest.activation_store import SPLITS, ActivationStore, Geometry
+from harvest.activation_store import ActivationStore
 from harvest.config import HarvestConfig, ModelConfig, SampleConfig
 from harvest.contexts import Contexts
 from harvest.device import local_device, numerics, resolve_device, resolve_dtype, set_threads
 from harvest.disk import check_room
-from harvest.files import UserError, is_abandoned, is_out_of_memory, read_json
+from harvest.files import UserError, is_out_of_memory, read_json
 from harvest.language_model import HookedModel, load_model
 from harvest.products import widens
 from harvest.progress import Progress
 from harvest.shard_buffer import ShardBuffer
-from harvest.store_files import LocalFiles
-from harvest.store_place import files_of
-from harvest.stream import Room, finish, is_done, load_stream
-from harvest.workers import Others, Shard, Workers, wait_until
+from harvest.store_files import LocalFiles, files_of
+from harvest.store_layout import SPLITS, Geometry
+from harvest.stream import STREAM
+from harvest.workers import Shard, Workers, missing_text
 
 
 def run(
@@ -41,78 +38,110 @@ def run(
     sample_directory: Path,
     directory: Path,
     begin: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """Write this worker's missing shards into the store; worker 0 waits for the rest and has the summary.
+) -> dict[str, Any] | None:
+    """Write this worker's missing shards into the store; the summary once all workers' are there, else None.
 
-    The others return an empty one. Raises UserError for a model or hook that cannot be had, for a NaN or
-    infinity in an activation, and on worker 0 when shards of others do not come.
+    Raises UserError for a model or hook that cannot be had, and for a NaN or infinity in an activation.
     """
-    workers = Workers.from_environment()
-    device = local_device(resolve_device(config.runtime.device))
-    dtype = resolve_dtype(config.compute_dtype, device)
-    set_threads(config.threads, device, hashed="harvest.threads")
-    model = load_model(model_config, model_commit, config.hooks, dtype, device, offline=config.runtime.offline)
-    model_settings: Any = model.model.config
-    products = {"products": "float32, rounded"} if widens(device, dtype) else {}
-    begin(numerics(device, dtype, attention=model_settings._attn_implementation, **products))  # SDPA where it has it
-    limit = getattr(model_settings.get_text_config(), "max_position_embeddings", None)
-    if limit and sample.context_size > limit:
-        raise UserError(f"sample.context_size: {sample.context_size}: the model has {limit} positions; lower it")
-    contexts = Contexts(sample_directory / "contexts")
-    geometry = Geometry(
-        hooks=config.hooks,
-        d_in=_width(model, config.hooks),
-        context_size=sample.context_size,
-        shard_contexts=sample.shard_contexts,
-        chunk_rows=config.chunk_rows,
-        train_shards=contexts.count("train") // sample.shard_contexts,
-        holdout_shards=contexts.count("holdout") // sample.shard_contexts,
-        stored=config.stored,
-    )
-    _compile(model, config, dtype, sample.context_size)
-    files = files_of(directory, config.runtime)
-    if workers.rank:
-        missing = f"{files.place()}: worker 0 has not made it"
-        wait_until(lambda: files.size("created.json") is not None, config.runtime.wait_seconds, missing)
-    begun = read_json(directory / "begun.json")
-    attributes = {"seed": sample.seed, "model": begun["inputs"]["model"], "fingerprint": directory.name}
-    store = ActivationStore.create(files, geometry, {**attributes, "numerics": begun["numerics"]})
-    every = [Shard(split, number) for split in ("holdout", "train") for number in range(geometry.shards(split))]
-    if workers.rank == 0:
-        _sweep(store, workers.alone(directory))
-    stream = load_stream(directory)
+    harvest = Harvest(model_config, model_commit, sample, config, sample_directory, directory, begin)
+    (directory / STREAM).unlink(missing_ok=True)  # from here on it is to be whole
+    missing = harvest.missing()
+    mine = [shard for shard in harvest.workers.share(harvest.every) if shard in missing]
+    harvest.check_room(len(missing))
+    rows, done = harvest.store.geometry.shard_rows, len(harvest.workers.share(harvest.every)) - len(mine)
+    path, quiet = directory / "progress.json", harvest.workers.rank > 0
+    total = (done + len(mine)) * rows
+    with Progress("harvest", total, "tokens", start=done * rows, path=path, quiet=quiet) as progress:
+        harvest.make(mine, progress.advance)
+    if missing := harvest.missing():
+        print(missing_text(missing, len(harvest.every)), flush=True)
+        return None
+    harvest.store.files.sweep(alone=True)
+    return store_summary(harvest.store)
 
-    def complete() -> set[Shard]:
-        return set(every) if stream and is_done(directory) else _recorded(store)
 
-    others = Others(workers, directory, every, complete)
-    done = len(complete())
-    if isinstance(files, LocalFiles):
-        at_once = stream.capacity_shards + geometry.holdout_shards if stream else len(every)
-        check_room(directory, min(len(every) - done, at_once), geometry)
-    with Progress(
-        "harvest",
-        len(every) * geometry.shard_rows,
-        "tokens",
-        start=done * geometry.shard_rows,
-        path=directory / "progress.json",
-        quiet=workers.rank > 0,
-    ) as progress:
+class Harvest:
+    """A model, the contexts that it reads and the store that it fills, as one worker sees them."""
 
-        def advance(tokens: int) -> None:
-            progress.advance(tokens + (others.newly_complete() * geometry.shard_rows if workers.rank == 0 else 0))
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        model_commit: str | None,
+        sample: SampleConfig,
+        config: HarvestConfig,
+        sample_directory: Path,
+        directory: Path,
+        begin: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """`begin` is called with the numerics before the first byte is written. Raises UserError as `run` does."""
+        self.directory, self.workers = directory, Workers.from_environment()
+        self._batch_contexts, self._seed = config.batch_contexts, sample.seed
+        device = local_device(resolve_device(config.runtime.device))
+        dtype = resolve_dtype(config.compute_dtype, device)
+        self._threads = set_threads(config.threads, device, hashed="harvest.threads")
+        self.model = load_model(model_config, model_commit, config.hooks, dtype, device, offline=config.runtime.offline)
+        settings: Any = self.model.model.config
+        products = {"products": "float32, rounded"} if widens(device, dtype) else {}
+        begin(numerics(device, dtype, attention=settings._attn_implementation, **products))  # SDPA where it has it
+        limit = getattr(settings.get_text_config(), "max_position_embeddings", None)
+        if limit and sample.context_size > limit:
+            raise UserError(f"sample.context_size: {sample.context_size}: the model has {limit} positions; lower it")
+        self._contexts = Contexts(sample_directory / "contexts")
+        geometry = Geometry(
+            hooks=config.hooks,
+            d_in=_width(self.model, config.hooks),
+            context_size=sample.context_size,
+            shard_contexts=sample.shard_contexts,
+            chunk_rows=config.chunk_rows,
+            train_shards=self._contexts.count("train") // sample.shard_contexts,
+            holdout_shards=self._contexts.count("holdout") // sample.shard_contexts,
+            stored=config.stored,
+        )
+        _compile(self.model, config, dtype, sample.context_size)
+        begun = read_json(directory / "begun.json")
+        attributes = {"seed": sample.seed, "model": begun["inputs"]["model"], "fingerprint": directory.name}
+        files = files_of(directory, config.runtime)
+        self.store = ActivationStore.create(files, geometry, {**attributes, "numerics": begun["numerics"]})
+        self.every = [Shard(split, n) for split in ("holdout", "train") for n in range(geometry.shards(split))]
+        files.sweep(alone=False)
 
-        room = Room(directory, store, stream, progress.say) if stream else None
-        mine = workers.share(every)
-        admitted = room.admitted(mine) if room else mine
-        write_shards(model, contexts, store, admitted, config.batch_contexts, sample.seed, advance)
-        if stream and is_done(directory):
-            finish(directory, store)  # shards that were in hand when training ended
-        if workers.rank:
-            return {}
-        others.wait(config.runtime.wait_seconds, lambda count: progress.advance(count * geometry.shard_rows))
-    _sweep(store, workers.alone(directory))
-    return store_summary(store) | (room.summary() if room else {})
+    def missing(self) -> list[Shard]:
+        """The shards that are not in the store, held-out ones first."""
+        there = {split: self.store.complete_shards(split) for split in SPLITS}
+        return [shard for shard in self.every if shard.number not in there[shard.split]]
+
+    def check_room(self, shards: int) -> None:
+        """Raise UserError when so many shards do not fit on the disk of a local store."""
+        if isinstance(self.store.files, LocalFiles):
+            check_room(self.directory, shards, self.store.geometry)
+
+    def make(self, shards: Iterable[Shard], advance: Callable[[int], None]) -> None:
+        """Write shards; `advance` is called with the tokens of every batch.
+
+        Raises UserError for a NaN or infinity, and when memory is too small.
+        """
+        threads = torch.get_num_threads()  # training sets its own
+        torch.set_num_threads(self._threads)
+        try:
+            write_shards(self.model, self._contexts, self.store, shards, self._batch_contexts, self._seed, advance)
+        finally:
+            torch.set_num_threads(threads)
+
+    def make_share(
+        self, shards: Sequence[Shard], advance: Callable[[int], None] | None, interrupted: Callable[[], bool]
+    ) -> None:
+        """Write this worker's part of shards as `make` does, with a progress of its own where there is no `advance`.
+
+        Begins no further shard once it is interrupted.
+        """
+        mine = self.workers.share(shards)
+        admitted = (shard for shard in mine if not interrupted())
+        if advance:
+            self.make(admitted, advance)
+            return
+        rows = len(mine) * self.store.geometry.shard_rows
+        with Progress("harvest", rows, "tokens", quiet=self.workers.rank > 0) as progress:
+            self.make(admitted, progress.advance)
 
 
 def _compile(model: HookedModel, config: HarvestConfig, dtype: torch.dtype, context_size: int) -> None:
@@ -127,28 +156,19 @@ def _compile(model: HookedModel, config: HarvestConfig, dtype: torch.dtype, cont
             model.compile_layers(torch.zeros(config.batch_contexts, context_size, dtype=torch.long))
 
 
-def _recorded(store: ActivationStore) -> set[Shard]:
-    return {Shard(split, number) for split in SPLITS for number in store.recorded_shards(split)}
-
-
-def _sweep(store: ActivationStore, alone: bool) -> None:
-    store.sweep(lambda partial: is_abandoned(partial, alone))
-
-
 def write_shards(
     model: HookedModel,
     contexts: Contexts,
     store: ActivationStore,
-    shards: Iterable[Shard | None],
+    shards: Iterable[Shard],
     batch_contexts: int,
     seed: int,
     advance: Callable[[int], None],
 ) -> None:
-    """Make and write those of the shards that are missing; `advance` is called with the tokens of every batch.
+    """Make and write shards; `advance` is called with the tokens of every batch.
 
-    Where `shards` gives None, what was made is written before the next is asked for. One shard is copied and written
-    while the next is made. No third waits: the forward pass stops for a slow disk, and for a failed write. Raises
-    UserError for a NaN or infinity, and when memory is too small.
+    One shard is copied and written while the next is made. At most two are in memory: the forward pass stops for a
+    slow disk, and for a failed write. Raises UserError for a NaN or infinity, and when memory is too small.
     """
     g = store.geometry
     with _memory_for("sample.shard_contexts", g.shard_contexts, model.device):
@@ -156,11 +176,6 @@ def write_shards(
     writing: list[Future[None]] = []
     with ThreadPoolExecutor(1, "store-writer") as writer:
         for shard in shards:
-            if shard is None:
-                while writing:
-                    writing.pop(0).result()
-            if shard is None or store.is_recorded(*shard):
-                continue
             if len(writing) == len(buffers):
                 writing.pop(0).result()
             buffer = buffers[0]

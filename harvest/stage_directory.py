@@ -28,10 +28,10 @@ FINGERPRINT = re.compile(r"[0-9a-f]{12}")  # name of a directory
 STARTS_OVER = ("evaluate",)  # stages that keep nothing of an interrupted run
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "zarr", "numpy", "safetensors")
 SMALL_BYTES = 16 << 20  # `status` reads files up to this size; of a larger one it looks at the size
-NO_RESULTS = (MANIFEST, "progress.json", "stream.json", "stream_done.json")
-STREAMED = "store/train/shards"  # records that change as training beside the harvest reads on
+NO_RESULTS = (MANIFEST, "progress.json", "stream.json")
+STREAMED = "store/train/shards"  # records that change as a stream deletes what was read
 RECORD = re.compile(r"store/((?:train|holdout)/shards/\d{5,}\.json)")
-PASSED_OVER = {"sample": ("scratch",), "harvest": ("next_epoch",), "train": ("*/checkpoints", "*/tensorboard")}
+PASSED_OVER = {"sample": ("scratch",), "train": ("*/checkpoints", "*/tensorboard")}
 MISSING: dict[str, Callable[[Path], list[str]]] = {"sample": missing_chunks, "harvest": missing_rows}
 DAMAGED: dict[str, Callable[[Path], list[str]]] = {"sample": damaged_chunks}  # harvest/verify.py reads rows
 

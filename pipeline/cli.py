@@ -16,17 +16,17 @@ from pipeline.status import status_lines
 STAGE_HELP = {
     "sample": "Turn the sources' text into packed contexts of tokens.",
     "harvest": "Run the model over the contexts and write its activations into a store.",
+    "train": "Train one SAE for each hook from the store.",
     "evaluate": "Measure the SAE on held-out text and write report.html and metrics.json.",
 }
 
 
-def _run(names: tuple[str, ...], given: Given, how: How, follow: bool = False) -> None:
+def _run(names: tuple[str, ...], given: Given, how: How) -> None:
     sweep = given.find()
     for warning in given_twice(given.overrides or []):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     for name in names:
-        confirm = asker(how.yes)
-        run_stage(sweep, name, allow_mixed=how.allow_mixed, force=how.force, confirm=confirm, follow=follow)
+        run_stage(sweep, name, allow_mixed=how.allow_mixed, force=how.force, confirm=asker(how.yes))
     if names[-1] == "evaluate":
         for runs in sweep:
             print(runs.directory("evaluate") / "report.html")
@@ -42,16 +42,6 @@ def _add_stage(stage: str, text: str) -> None:
 
 for _stage, _text in STAGE_HELP.items():
     _add_stage(_stage, _text)
-
-
-@command()
-def train(
-    given: Given,
-    how: How,
-    follow: Annotated[bool, typer.Option("--follow", help="Start beside the harvest; wait for each window.")] = False,
-) -> None:
-    """Train one SAE for each hook from the store."""
-    _run(("train",), given, how, follow)
 
 
 @command()
@@ -71,18 +61,11 @@ def run(given: Given, allow_mixed: AllowMixed = False) -> None:
 
 
 @command()
-def stream(
-    given: Given,
-    processes: Annotated[int, typer.Option(min=1, help="GPUs, or processes on a CPU; 1: both sides take turns.")] = 1,
-    harvest_processes: Annotated[int | None, typer.Option(min=1, help="How many harvest; default: by rates.")] = None,
-    allow_mixed: AllowMixed = False,
-) -> None:
-    """Harvest and train side by side on a bounded disk (harvest.runtime.disk_limit): the same SAE, byte for byte."""
+def stream(given: Given, allow_mixed: AllowMixed = False) -> None:
+    """Harvest, train on and delete one window after another: the same SAE, byte for byte, on a fraction of the disk."""
     from pipeline import stream as streaming
 
-    overrides, file, root = given.overrides or [], given.config_file, given.runs
-    request = streaming.Request(file, overrides, root, processes, harvest_processes, allow_mixed)
-    streaming.stream(given.find_of_text(), request, asker(yes=False))
+    streaming.stream(given.find_of_text(), allow_mixed=allow_mixed)
 
 
 @command()
@@ -110,7 +93,7 @@ def verify(
 ) -> None:
     """Read every byte that the stages left; what is bad is named, and rows are made anew by the next harvest."""
     from harvest import verify as store_verification
-    from harvest.store_place import files_of
+    from harvest.store_files import files_of
     from pipeline import verification
 
     sweep = given.find()

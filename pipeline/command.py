@@ -12,7 +12,7 @@ from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import typer
 
-from harvest.files import UserError, is_out_of_memory
+from harvest.files import UnreachableError, UserError, is_out_of_memory
 from pipeline import stages
 from pipeline.config import PipelineConfig, load
 from pipeline.settings_text import SettingsError
@@ -115,7 +115,7 @@ def errors(root: Path) -> Iterator[None]:
         yield
     except SettingsError as error:
         _stop(error, 2)
-    except UserError as error:
+    except (UserError, UnreachableError) as error:
         _stop(error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):

@@ -24,17 +24,17 @@ def run_stage(
     allow_mixed: bool,
     force: bool,
     confirm: Callable[[str], bool],
-    follow: bool = False,
+    harvest: AbstractContextManager[Any] | None = None,
 ) -> None:
     """Run a stage for every setting of a sweep unless it is complete; resume it where it was left.
 
-    With `follow`, training starts beside the harvest. Raises UserError when the stage before is not complete, another
-    process runs this one, or the numerics have changed.
+    `harvest` makes the rows of training window by window (pipeline/stream.py), in place of a harvest that is complete.
+    Raises UserError when the stage before is not complete, another process runs this one, or the numerics have changed.
     """
     if stage not in sweep[0].stages:
         print(f"{stage:9} not needed: these settings take activations that are there (ingest)", flush=True)
         return
-    # Beside another process of torchrun or accelerate: that one, rank 0, begins and finishes the stage and speaks.
+    # Beside another process of torchrun or accelerate: that one, rank 0, begins the stage and speaks.
     beside = Workers.from_environment().rank > 0
     todo: dict[Path, Runs] = {}
     for directory, runs in {runs.directory(stage): runs for runs in sweep}.items():
@@ -42,7 +42,7 @@ def run_stage(
             if not beside:
                 print(f"{stage:9} complete  {directory}", flush=True)
             continue
-        _check_upstream(runs, stage, follow)
+        _check_upstream(runs, stage, streamed=harvest is not None)
         todo[directory] = runs
     if not todo:
         return
@@ -62,10 +62,10 @@ def run_stage(
                 stack.enter_context(_lock(directory, stage, force))
                 _prepare(Run(directory), force, confirm)
                 start = partial(Run(directory).begin, runs.identity(stage), allow_mixed=allow_mixed)
-                begin = partial(_watched, watch, start)
-            jobs.append(Job(runs, directory, begin, follow))
+                begin = watched(watch, start)
+            jobs.append(Job(runs, directory, begin, harvest))
         for (directory, _), summary in zip(todo.items(), record.run(jobs), strict=True):
-            if not beside:
+            if summary is not None and (stage == "harvest" or not beside):  # who ends a harvest finishes it
                 watch.check_unchanged()
                 Run(directory).finish(summary)
                 print("\n".join([stage, *figures(summary)]), flush=True)
@@ -100,10 +100,14 @@ def damage(run: Run) -> str:
     return run.said(changed) if changed else ""
 
 
-def _watched(watch: Watch, begin: Begin, numerics: dict[str, Any]) -> None:
-    """Begin a run once the files that it reads were found to be those of its fingerprint."""
-    watch.check()
-    begin(numerics)
+def watched(watch: Watch, begin: Begin) -> Begin:
+    """What begins a run once the files that it reads were found to be those of its fingerprint."""
+
+    def begin_watched(numerics: dict[str, Any]) -> None:
+        watch.check()
+        begin(numerics)
+
+    return begin_watched
 
 
 def _join(runs: Runs, stage: str, allow_mixed: bool, stack: ExitStack, watch: Watch) -> Begin:
@@ -112,7 +116,7 @@ def _join(runs: Runs, stage: str, allow_mixed: bool, stack: ExitStack, watch: Wa
         return lambda _numerics: None  # in training, rank 0 compares the numerics
     run, seconds = runs.of(stage), runs.config.harvest.runtime.wait_seconds
     stack.enter_context(_lock(run.path, stage, force=False))
-    return partial(_watched, watch, partial(run.join, allow_mixed=allow_mixed, seconds=seconds))
+    return watched(watch, partial(run.join, allow_mixed=allow_mixed, seconds=seconds))
 
 
 def _lock(directory: Path, stage: str, force: bool) -> AbstractContextManager[None]:
@@ -134,39 +138,18 @@ def _check_processes(record: Stage, stage: str, force: bool) -> None:
         )
 
 
-def _check_upstream(runs: Runs, stage: str, follow: bool) -> None:
+def _check_upstream(runs: Runs, stage: str, streamed: bool) -> None:
     before = runs.before(stage)
     for run in before.values():
         if run.is_complete:
             run.check()
-    if stage == "train" and _is_streamed_to(runs):
-        return
-    needed = [name for name in runs.stages[stage].upstreams if not before[name].is_complete]
-    if follow:
-        needed = [up for name in needed for up in runs.stages[name].upstreams if not before[up].is_complete]
-    for name in needed:
+    upstreams = runs.stages["harvest" if streamed and stage == "train" else stage].upstreams
+    for name in (name for name in upstreams if not before[name].is_complete):
         command = "harvest" if name == "sample" else name
         raise UserError(
             f"{stage}: the {name} stage for these settings is not complete ({runs.directory(name)}); "
             f"run `make {command}` with the same CONFIG and SET first"
         )
-
-
-def _is_streamed_to(runs: Runs) -> bool:
-    """Whether the harvest is a stream for this training run.
-
-    Raises UserError when it is one for others alone.
-    """
-    from harvest.stream import load_stream
-
-    stream = load_stream(runs.directory("harvest"))
-    if stream and runs.fingerprints["train"] not in stream.readers:
-        raise UserError(
-            f"train: {runs.directory('harvest')} is a stream for {', '.join(stream.readers)}, which deletes its rows "
-            f"as it reads them; these settings are {runs.fingerprints['train']}. Go back to the settings that it was "
-            "begun with, or make a whole store with `python -m pipeline harvest --force`"
-        )
-    return stream is not None
 
 
 def trained(runs: Runs, command: str) -> Path:
@@ -199,7 +182,7 @@ def _clear(run: Run, confirm: Callable[[str], bool]) -> None:
         raise UserError(f"{directory}: left as it was; --yes deletes it without asking")
     (directory / MANIFEST).unlink(missing_ok=True)  # first: what is half deleted must not pass for complete
     if run.store_url:
-        from harvest.store_place import files_of
+        from harvest.store_files import files_of
 
         files_of(directory).delete_all()  # before begun.json goes, which alone knows where it lies
     (directory / BEGUN).unlink(missing_ok=True)

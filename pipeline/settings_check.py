@@ -48,10 +48,10 @@ def check_before(stage: str, sweep: Sequence[Runs]) -> None:
             _check_model(sweep, stage)
         _checked.add(key)
     if stage == "harvest" and not config.ingest:
-        from harvest.stream import load_stream
+        from harvest.stream import is_streamed
 
         limit = config.harvest.runtime.disk_limit
-        if limit is not None and load_stream(first.directory("harvest")) is None:
+        if limit is not None and not is_streamed(first.directory("harvest")):
             _warn(f"harvest.runtime.disk_limit: {limit}: only `make stream` keeps it")
         _warn_of_absent_tokens(config, first.directory("sample") / "contexts")
 

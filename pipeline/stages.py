@@ -7,6 +7,7 @@ which the first 12 hex digits name the directory. Nothing here imports torch unt
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from pipeline.fingerprint import Inputs, find_inputs, hashed_settings
 from train.config import TRAIN_VERSION, SweepConfig
 
 Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
+Summary = dict[str, Any] | None  # None where other workers of a harvest have shards to write
 
 
 class Runs(NamedTuple):
@@ -81,7 +83,7 @@ class Job(NamedTuple):
     runs: Runs
     directory: Path
     begin: Begin
-    follow: bool  # whether training starts beside the harvest
+    harvest: AbstractContextManager[Any] | None  # makes the rows of training window by window (pipeline/stream.py)
 
 
 class Stage(NamedTuple):
@@ -92,7 +94,7 @@ class Stage(NamedTuple):
     upstreams: tuple[str, ...]
     settings: Callable[[PipelineConfig], dict[str, Any]]
     inputs: Callable[[dict[str, Any], Inputs], Any]  # by content; takes their names out of those settings
-    run: Callable[[Sequence[Job]], Iterator[dict[str, Any]]]  # summaries, one by one
+    run: Callable[[Sequence[Job]], Iterator[Summary]]
 
 
 def _sample_inputs(settings: dict[str, Any], inputs: Inputs) -> Any:
@@ -116,7 +118,7 @@ def _evaluate_inputs(settings: dict[str, Any], inputs: Inputs) -> Any:
     return {"diff": inputs.diff, "generation": inputs.generation} if inputs.generation else inputs.diff
 
 
-def _sample(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+def _sample(jobs: Sequence[Job]) -> Iterator[Summary]:
     from harvest import sampling
 
     for (config, inputs, *_), directory, begin, _ in jobs:
@@ -124,7 +126,7 @@ def _sample(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
         yield sampling.run(config.model, commit, config.sample, inputs.sources, directory, begin)
 
 
-def _harvest(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+def _harvest(jobs: Sequence[Job]) -> Iterator[Summary]:
     from harvest import run as harvest
 
     for runs, directory, begin, _ in jobs:
@@ -133,7 +135,7 @@ def _harvest(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
         yield harvest.run(config.model, commit, config.sample, config.harvest, contexts, directory, begin)
 
 
-def _take_given(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+def _take_given(jobs: Sequence[Job]) -> Iterator[Summary]:
     from harvest import ingest
 
     for runs, directory, begin, _ in jobs:
@@ -141,15 +143,17 @@ def _take_given(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
         yield ingest.run(runs.config.ingest, directory, begin)
 
 
-def _train(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+def _train(jobs: Sequence[Job]) -> Iterator[Summary]:
     """All of a sweep together, as they share one reading of the store."""
     from train import run as train
 
     tasks = [train.Task(job.runs.config.train, job.directory, job.begin) for job in jobs]
-    yield from train.run(tasks, jobs[0].runs.directory("harvest"), jobs[0].follow)
+    with jobs[0].harvest or nullcontext() as made:
+        summaries = train.run(tasks, jobs[0].runs.directory("harvest"), made)
+    yield from summaries
 
 
-def _evaluate(jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
+def _evaluate(jobs: Sequence[Job]) -> Iterator[Summary]:
     from evaluate import run as evaluate
 
     for runs, directory, begin, _ in jobs:

@@ -61,7 +61,7 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     from harvest.device import resolve_device, resolve_dtype, set_threads
     from harvest.language_model import load_model
     from harvest.progress import Progress
-    from harvest.store_place import files_of
+    from harvest.store_files import files_of
     from harvest.tokenizer import load_whole_tokenizer
     from train.checkpoint import load_sae
 

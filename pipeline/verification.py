@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from harvest import verify as store_verification
 from harvest.files import UserError, locked
 from harvest.stage_directory import MANIFEST, RECORD, DamagedManifestError, Run
-from harvest.store_place import files_of
+from harvest.store_files import files_of
 from pipeline.stages import Runs
 
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from conftest import contents, only, pipeline
 from s3_server import BUCKET, Server, serving
-from test_direct_io import SHAPES, write
+from test_array_files import SHAPES, write
+from zarr_twin import through_zarr
 
-from harvest import remote_files
+from harvest import store_files
 from harvest.activation_store import ActivationStore
-from harvest.files import UserError, read_json
-from harvest.remote_files import RemoteFiles
-from harvest.store_metadata import is_begun
+from harvest.files import UnreachableError, UserError, read_json
+from harvest.store_files import LocalFiles, RemoteFiles
 from harvest.verify import digest, verify
 from train.config import ExcludeConfig
 from train.dataloader import ActivationLoader, Position
@@ -37,7 +37,7 @@ def server(monkeypatch):
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
         monkeypatch.setenv("AWS_REGION", "us-east-1")
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
-        monkeypatch.setattr(remote_files, "RETRIES", {"max_retries": 0})
+        monkeypatch.setattr(store_files, "RETRIES", {"max_retries": 0})
         yield running
 
 
@@ -69,7 +69,7 @@ def test_a_run_with_its_store_in_a_bucket(finished, sampled, server):
     assert [key[-4:] == "json" for key in written] == [n % 6 == 5 for n in range(len(written))]  # last of its shard
 
     told = pipeline("verify", "--digest").out
-    assert told.strip() == digest(only(finished, "runs/harvest/*/store"))
+    assert told.strip() == digest(LocalFiles(only(finished, "runs/harvest/*/store")))
     assert pipeline("verify").status == 0
     assert pipeline("train").status == 0
     weights = "runs/train/*/*/sae_weights.safetensors"
@@ -98,10 +98,10 @@ def test_stopped_and_started_again_makes_only_what_is_missing(finished, sampled,
     """Stopped with half of a shard's objects written."""
     original = RemoteFiles.write
 
-    def stopped(self, name, data):
+    def stopped(self, name, parts, size):
         if name == "train/row/token_id/c/1":
             raise KeyboardInterrupt
-        original(self, name, data)
+        original(self, name, parts, size)
 
     monkeypatch.setattr(RemoteFiles, "write", stopped)
     assert pipeline("harvest", SETTING).status == 130
@@ -134,13 +134,14 @@ def test_another_place_and_starting_anew(sampled, server):
 
 
 @pytest.mark.parametrize("form", ["bf16", "bf16-zstd", "int8"])
-@pytest.mark.parametrize("direct", [True, False])
-def test_every_form_has_the_bytes_of_a_local_store(tmp_path, server, form, direct):
+@pytest.mark.parametrize("by_zarr", [True, False])
+def test_every_form_has_the_bytes_of_a_local_store(tmp_path, server, form, by_zarr):
     g = G._replace(stored=form)
-    local = write(tmp_path, g, direct)
-    remote = write(RemoteFiles(URL, False), g, direct)
+    local = write(tmp_path, g)
+    with through_zarr(by_zarr):
+        remote = write(RemoteFiles(URL, False), g)
     assert stored(server) == contents(tmp_path)
-    again = ActivationStore.open(RemoteFiles(URL, False), direct)
+    again = ActivationStore.open(RemoteFiles(URL, False))
     again.check_complete()
     for chunk in range(again.geometry.chunks_per_shard * g.train_shards):
         assert np.array_equal(again.read_chunk("train", "h", chunk), local.read_chunk("train", "h", chunk))
@@ -149,17 +150,17 @@ def test_every_form_has_the_bytes_of_a_local_store(tmp_path, server, form, direc
 
 
 def test_a_large_object_is_sent_in_parts(server, monkeypatch):
-    monkeypatch.setattr(remote_files, "PART_BYTES", 1000)
+    monkeypatch.setattr(store_files, "PART_BYTES", 1000)
     data = np.random.default_rng(0).bytes(4500)
     files = RemoteFiles(URL, False)
-    files.write("large", data)
+    files.write("large", [data], len(data))
     assert files.read("large") == data
     assert [method for method, _ in server.requests].count("PUT") == 5
 
 
 FAULTS = {
     "flipped": lambda data: data[:50] + bytes([data[50] ^ 1]) + data[51:],
-    "truncated": lambda data: data[:-9],
+    "truncated": lambda data: data[: len(data) // 2],
     "missing": lambda data: None,
     "empty": lambda data: b"",
 }
@@ -185,19 +186,19 @@ def test_training_stops_and_names_the_object(server, fault, name):
 
 def test_what_the_object_store_refuses(server, monkeypatch):
     def error(url: str = URL) -> str:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UnreachableError) as caught:
             write(RemoteFiles(url, False), G)
         assert server.url not in str(caught.value)
         return str(caught.value)
 
-    assert "s3://other/x/train/shards: there is no bucket 'other' at this endpoint; make it" in error("s3://other/x")
+    assert "s3://other/x/zarr.json: there is no bucket 'other' at this endpoint; make it" in error("s3://other/x")
     for who in ("nobody", "reader"):
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", who)
         found = error()
         assert "access denied (403" in found and "AWS_SECRET_ACCESS_KEY" in found
-        assert found.startswith(f"{URL}/created.json: ")
+        assert found.startswith(f"{URL}/zarr.json: ")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    assert f"{URL}/created.json: the object store does not answer" in error()
+    assert f"{URL}/zarr.json: the object store does not answer" in error()
 
 
 @pytest.mark.parametrize(
@@ -218,7 +219,7 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_passes_for_a_store(s
     delete, deleted = files._obstore.delete, []
 
     def interrupted(store: object, paths: object) -> None:
-        if deleted[1:]:  # created.json, then the records
+        if deleted:  # the records
             raise KeyboardInterrupt
         deleted.append(paths)
         delete(store, paths)
@@ -228,7 +229,7 @@ def test_a_deletion_that_is_interrupted_leaves_nothing_that_passes_for_a_store(s
         files.delete_all()
     monkeypatch.undo()
     assert any("/acts/" in key for key in server.objects)
-    assert not is_begun(files)
+    assert ActivationStore.open(files).complete_shards("train") == set()
 
 
 def test_a_store_in_a_bucket_that_is_gone_or_damaged_is_made_again(sampled, server):
@@ -251,7 +252,7 @@ def test_what_cannot_be_reached_is_not_called_bad(server):
     write(RemoteFiles(URL, False), G)
     before = dict(server.objects)
     server.failing = "acts/c/1/0"
-    with pytest.raises(UserError, match=r"train/h/acts/c/1/0: the object store does not answer as it should \(503"):
+    with pytest.raises(UnreachableError, match=r"acts/c/1/0: the object store does not answer as it should \(503"):
         verify(RemoteFiles(URL, False))
     assert server.objects == before
 

@@ -37,18 +37,19 @@ def test_each_sae_of_a_sweep_is_the_one_trained_alone(run_folder):
 
 def test_a_sweep_reads_the_store_once(run_folder, monkeypatch):
     read = []
-    original = ActivationStore.read_chunk
+    original = ActivationStore.visit_chunks
 
-    def counted(self, split, hook, chunk):
-        read.append(split)
-        return original(self, split, hook, chunk)
+    def counted(self, split, hook, chunks, visit):
+        read.extend(chunks)
+        return original(self, split, hook, chunks, visit)
 
-    monkeypatch.setattr(ActivationStore, "read_chunk", counted)
+    monkeypatch.setattr(ActivationStore, "visit_chunks", counted)
     assert pipeline("train", "train.seed=7").status == 0
-    alone = read.count("train")
+    alone = len(read)
+    assert alone >= 4 * 6 * 4  # epochs, shards, chunks
     read.clear()
     assert pipeline("train", "train.seed=8", SWEEP).status == 0
-    assert read.count("train") <= alone + 4  # a pool read ahead
+    assert 0 < len(read) <= alone + 4  # a pool read ahead
 
 
 def test_saes_that_were_left_at_different_steps_catch_up(run_folder, monkeypatch):

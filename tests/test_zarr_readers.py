@@ -1,4 +1,4 @@
-"""Other readers of Zarr v3 open the stores, whichever way they were written."""
+"""Other readers of Zarr v3 open the stores."""
 
 import json
 import os
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorstore
 import zarr
-from test_direct_io import FORMS, SHAPES, shard_rows, write
+from test_array_files import FORMS, SHAPES, shard_rows, write
 
 G = SHAPES["usual"]
 READ = """
@@ -28,10 +28,9 @@ def expected(name: str) -> np.ndarray:
     return np.concatenate([getattr(rows, name.split("/")[-1]) for rows in shards])
 
 
-@pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("form", FORMS)
-def test_tensorstore_and_zarr_read_the_same(tmp_path, form, direct):
-    path = write(tmp_path, G._replace(stored=form), direct).path
+def test_tensorstore_and_zarr_read_the_same(tmp_path, form):
+    path = write(tmp_path, G._replace(stored=form)).path
     rows = ["train/h/acts_q", "train/h/acts_scale"] if form == "int8" else ["train/h/acts"]
     for name in (*rows, "train/h/norm", "train/row/token_id", "train/row/context", "train/row/position"):
         kvstore = {"driver": "file", "path": str(path / name)}

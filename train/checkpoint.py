@@ -87,11 +87,6 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | No
         return None
     path = complete[-1]
     about = read_json(path / MARKER)
-    if about.get("weights_only"):
-        raise UserError(
-            f"{path}: the rows that follow it were read and deleted (`make stream`), so it holds weights only, and the "
-            "newer checkpoint is gone; start the stream anew: `harvest --force`, then `train --force`"
-        )
     _check_run(path / MARKER, about)
     try:
         tensors = _load_tensors(path / TENSORS, about)
@@ -107,24 +102,9 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | No
             fingerprint=about.get("fingerprint"),
         )
     except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
-        before = _resumable_before(complete)
+        before = f"the one before it, {complete[-2].name}" if len(complete) > 1 else "the start"
         raise UserError(f"{path}: damaged ({error}); delete this folder to resume from {before}") from None
     return checkpoint, tensors
-
-
-def retire_checkpoints(folder: Path, position: Position) -> None:
-    """Mark the checkpoints from before a position, whose rows are about to be deleted: they keep weights only."""
-    for path in _complete(folder):
-        about = read_json(path / MARKER)
-        if Position(**about["position"]) < position and not about.get("weights_only"):
-            write_sealed(path / MARKER, about | {"weights_only": True})
-
-
-def _resumable_before(complete: Sequence[Path]) -> str:
-    if len(complete) < 2:
-        return "the start"
-    weights_only = read_json(complete[-2] / MARKER).get("weights_only")
-    return f"the one before it, {complete[-2].name}" + (", which holds weights only" if weights_only else "")
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -15,17 +15,15 @@ Shape suffixes: B rows of a batch, D d_in, N rows.
 
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from harvest.activation_store import PROVENANCE, ActivationStore
-from harvest.files import UserError, replacing
+from harvest.files import UserError
 from train.config import ExcludeConfig
 from train.exclusion import kept_rows
 
@@ -37,9 +35,6 @@ class Position(NamedTuple):
     window: int = 0
     pool: int = 0
     row: int = 0
-
-
-FINISHED = Position(epoch=1 << 32)  # of an SAE that needs no more rows
 
 
 class Batch(NamedTuple):
@@ -118,14 +113,11 @@ class ActivationLoader:
         pool_rows: int,
         seed: int,
         pin_memory: bool = False,
-        wait_for: Callable[[int, int], None] | None = None,
-        next_epoch: Path | None = None,
+        need: Callable[[int], None] | None = None,
     ) -> None:
         """`pin_memory` makes batches that a GPU copies while the host goes on.
 
-        Of a store that is still being written: `wait_for(first, last)` returns when these training shards are there.
-        Of one whose shards are deleted once they were read: `next_epoch` is the file in which `save_rows` left the rows
-        that are read a second time.
+        `need(window)` is called before a window is read, for a stream to make it.
         """
         g = store.geometry
         self.store, self.hook, self.exclude, self.norm_limit = store, hook, exclude, norm_limit
@@ -135,9 +127,7 @@ class ActivationLoader:
             g.train_shards, g.chunks_per_shard, min(window_shards, g.train_shards), pool_chunks, seed
         )
         self.reading = Reading()
-        self._pin_memory, self._wait_for, self._next_epoch = pin_memory, wait_for, next_epoch
-        self._ahead: Future[Tensor] | None = None
-        self._rows_left = 0  # of the pool in use
+        self._pin_memory, self._need = pin_memory, need
         self._kept: dict[int, np.ndarray] = {}
 
     def batches(self, start: Position) -> Generator[Batch, None, None]:
@@ -147,15 +137,19 @@ class ActivationLoader:
         """
         with ThreadPoolExecutor(1, "store-reader") as reader:
             at, row = start._replace(row=0), start.row
-            ahead = self._ahead = reader.submit(self._load, at)
-            batch, filled = self._empty(self.batch_size, self._pin_memory), 0  # of parts of two pools
+            if self._need:
+                self._need(at.window)
+            ahead = reader.submit(self._read, at)
+            batch, filled = self._empty(self.batch_size), 0  # of parts of two pools
             while True:
                 began = time.monotonic()
                 pool = ahead.result()
                 waited = time.monotonic() - began
                 read = pool.untyped_storage().nbytes()  # excluded rows were read too
                 self.reading = Reading(self.reading.bytes + read, self.reading.stall_seconds + waited)
-                ahead = self._ahead = reader.submit(self._load, self.order.next_pool(at))
+                following = self.order.next_pool(at)
+                waits = self._need is not None and following.pool == 0  # the next window is made when this one is read
+                ahead = ahead if waits else reader.submit(self._read, following)
                 while row < len(pool):
                     rows = pool[row : row + self.batch_size - filled]
                     row += len(rows)
@@ -164,67 +158,23 @@ class ActivationLoader:
                         filled += len(rows)
                         if filled < self.batch_size:
                             break
-                        rows, batch, filled = batch, self._empty(self.batch_size, self._pin_memory), 0
-                    self.reading = self.reading._replace(pool_fill=(ahead.done() + 1 - row / len(pool)) / 2)
-                    self._rows_left = len(pool) - row
+                        rows, batch, filled = batch, self._empty(self.batch_size), 0
+                    is_next_there = not waits and ahead.done()
+                    self.reading = self.reading._replace(pool_fill=(is_next_there + 1 - row / len(pool)) / 2)
                     yield Batch(rows, at._replace(row=row))
-                at, row = self.order.next_pool(at), 0
+                if waits and self._need:
+                    self._need(following.window)
+                    ahead = reader.submit(self._read, following)
+                at, row = following, 0
 
-    def is_ready(self) -> bool:
-        """Whether the next batch comes without waiting for rows to be read, or written."""
-        return self._ahead is None or self._ahead.done() or self._rows_left >= self.batch_size
-
-    def note_stall(self, seconds: float) -> None:
-        """Count time that the step waited for rows before it asked for them."""
-        self.reading = self.reading._replace(stall_seconds=self.reading.stall_seconds + seconds)
-
-    def kept_of_window(self, window: int) -> int:
-        """Kept rows of a window."""
-        chunks_of_window = self.order.chunks_of_window(window)
-        return sum(int(self._kept_of_chunk(chunk).sum()) for chunk in chunks_of_window.tolist())
-
-    def save_rows(self, start: Position, count: int, path: Path) -> None:
-        """Write the first rows from `start`, the begin of a window, on to a file, in the order of reading, as `rows`.
-
-        At most those of that window.
-        """
-        parts, at = [], start
-        while count and at.window == start.window:
-            parts.append(self._read(at, pinned=False)[:count].clone())  # not the whole pool with it
-            count -= len(parts[-1])
-            at = self.order.next_pool(at)
-        with replacing(path) as partial:
-            safetensors.torch.save_file({"rows": torch.cat(parts)}, partial)
-
-    def _load_saved(self, path: Path, at: Position) -> Tensor:
-        """The saved rows as one pool."""
-        if at != Position(1) or not path.exists():
-            raise UserError(
-                f"{self.store.path}: training has used up the rows of the stream: train.exclude left out more than its "
-                "first window let expect. The last checkpoint is kept; train fewer steps (train.epochs or "
-                "train.training_tokens), or from a whole store"
-            )
-        try:
-            rows = safetensors.torch.load_file(path)["rows"]
-        except (safetensors.SafetensorError, OSError, KeyError) as error:
-            raise UserError(f"{path}: damaged ({error}); the rows that it held are deleted elsewhere") from None
-        return self._empty(len(rows), self._pin_memory).copy_(rows)
-
-    def _empty(self, rows: int, pinned: bool) -> Tensor:
+    def _empty(self, rows: int) -> Tensor:
         """Room for so many rows, bfloat16 (rows, d_in)."""
         shape = (rows, self.store.geometry.d_in)
-        if pinned:
+        if self._pin_memory:
             return torch.empty(shape, dtype=torch.bfloat16, pin_memory=True)
         return torch.from_numpy(np.empty(shape, np.uint16)).view(torch.bfloat16)  # numpy asks for huge pages
 
-    def _load(self, at: Position) -> Tensor:
-        if at.epoch and self._next_epoch:
-            return self._load_saved(self._next_epoch, at)
-        if self._wait_for:
-            self._wait_for(*self.order.shards_of_window(at.window))
-        return self._read(at, self._pin_memory)
-
-    def _read(self, at: Position, pinned: bool) -> Tensor:
+    def _read(self, at: Position) -> Tensor:
         """A pool: its kept rows in their order, bfloat16 (rows, d_in)."""
         chunks = self.order.chunks(at).tolist()
         keep = [self._kept_of_chunk(chunk) for chunk in chunks]
@@ -232,7 +182,7 @@ class ActivationLoader:
         place_N = np.empty(ends[-1], np.int64)  # of each kept row, in the order of reading
         place_N[self.order.rows(at, len(place_N))] = np.arange(len(place_N))
         places = np.split(place_N, ends[:-1])
-        pool = self._empty(len(chunks) * self.store.geometry.chunk_rows, pinned)[: len(place_N)]
+        pool = self._empty(len(chunks) * self.store.geometry.chunk_rows)[: len(place_N)]
         bits_ND = pool.view(torch.uint16).numpy()
 
         def put(number: int, rows: np.ndarray) -> None:

@@ -5,26 +5,28 @@ torchrun or accelerate, the features are split over the processes; rank 0 writes
 """
 
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from harvest.activation_store import ActivationStore, slug
 from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
-from harvest.files import locked
 from harvest.progress import Progress
-from harvest.store_place import files_of
-from harvest.stream import POLL_SECONDS, READER, Follower, Stream, finish, load_stream, wait_for_store
+from harvest.store_files import files_of
+from harvest.stream import Interrupted, Windows
+from harvest.workers import Shard
+from train.checkpoint import MARKER
 from train.config import TrainConfig
-from train.dataloader import ActivationLoader, Position, heldout_rows
+from train.dataloader import ActivationLoader, heldout_rows
 from train.metrics import last_figures
 from train.parallel import FeatureRanks
-from train.release import Release, next_epoch_file
 from train.training import Training, is_trained
+
+if TYPE_CHECKING:
+    from harvest.run import Harvest  # loads a language model's libraries
 
 
 class Task(NamedTuple):
@@ -42,70 +44,64 @@ class Place(NamedTuple):
     device: torch.device
     compute_dtype: torch.dtype
     ranks: FeatureRanks
-    follower: Follower | None  # where the store is still being written
+    windows: Windows | None  # of a stream
 
 
-def run(tasks: Sequence[Task], harvest_directory: Path, follow: bool = False) -> list[dict[str, Any]]:
+def run(tasks: Sequence[Task], harvest_directory: Path, harvest: "Harvest | None" = None) -> list[dict[str, Any]]:
     """Train every task's SAEs into `directory/<hook>` and return the summaries.
 
-    Tasks differ in l1_coefficient, lr and d_sae alone, so that one stream of batches serves all. With `follow` the
-    store may still be being written: training waits for each window. What it has read of a stream (harvest/stream.py)
-    it deletes. Raises UserError for an incomplete or damaged store, a loss that is no number, a checkpoint that does
-    not fit, or a harvest that died.
+    Tasks differ in l1_coefficient, lr and d_sae alone, so that one stream of batches serves all. `harvest` makes the
+    rows, a window at a time; else the store has to be complete. Raises UserError for an incomplete or damaged store, a
+    NaN or infinite loss, or a checkpoint that does not fit.
     """
     config = tasks[0].config
     ranks = FeatureRanks.from_environment(resolve_device(config.runtime.device), config.runtime.peers_seconds)
     device = ranks.device
     dtype = resolve_dtype(config.compute_dtype, device)
     threads = set_threads(config.runtime.threads, device)
-    stream = load_stream(harvest_directory)
-    with ExitStack() as stack:
-        if (follow or stream) and ranks.rank == 0:
-            stack.enter_context(locked(harvest_directory, READER))
-        if follow or stream:
-            place = _followed(harvest_directory, stream, config.window_shards, device, dtype, ranks)
-        else:
-            place = Place(ActivationStore.open(files_of(harvest_directory)), device, dtype, ranks, None)
-            place.store.check_complete()
-        for task in tasks:
-            if ranks.rank == 0:
-                of_threads = threads if device.type == "cpu" else None
-                task.begin(numerics(device, dtype, threads=of_threads, ranks=ranks.size))
-        hooks = place.store.geometry.hooks
-        # A window of a stream goes when all have read it: its hooks go side by side. Else one is in memory at a time.
-        for together in [hooks] if stream else [(hook,) for hook in hooks]:
-            _train(tasks, together, place, harvest_directory)
+    store = harvest.store if harvest else ActivationStore.open(files_of(harvest_directory))
+    windows = _begun(harvest, config.window_shards, ranks) if harvest else None
+    store.check_complete(("holdout",) if windows else ("train", "holdout"))
+    place = Place(store, device, dtype, ranks, windows)
+    for task in tasks:
+        if ranks.rank == 0:
+            of_threads = threads if device.type == "cpu" else None
+            task.begin(numerics(device, dtype, threads=of_threads, ranks=ranks.size))
+    hooks = store.geometry.hooks
+    # A stream's window goes when all hooks have read it, so they are trained together. Else one is in memory at a time.
+    for together in [hooks] if windows else [(hook,) for hook in hooks]:
+        _train(tasks, together, place)
+    if windows:
+        windows.keep(())
     ranks.close()
-    waited = {"waited_for_harvest_seconds": round(place.follower.waited_seconds, 1)} if place.follower else {}
-    return [{h: last_figures(task.directory / slug(h)) | waited for h in hooks} for task in tasks]
+    return [{h: last_figures(task.directory / slug(h)) for h in hooks} for task in tasks]
 
 
-def _followed(
-    directory: Path,
-    stream: Stream | None,
-    window_shards: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    ranks: FeatureRanks,
-) -> Place:
-    """The store of a harvest that goes on, once the held-out shards and the first window are there."""
-    with Progress("train", 0, "tokens", quiet=ranks.rank > 0, closing_line=False) as waiting:
-        store = wait_for_store(directory, waiting.say)
-        follower = Follower(directory, store, stream, waiting.say)
-        follower.wait_for_holdout()
-        follower.wait_for(0, min(window_shards, store.geometry.train_shards))
-        store.check_complete(("holdout",))
-    return Place(store, device, dtype, ranks, follower)
+def _begun(harvest: "Harvest", window_shards: int, ranks: FeatureRanks) -> Windows:
+    """The windows of a stream, once the held-out shards are there.
+
+    Raises UserError when the disk has no room.
+    """
+    store, there = harvest.store, harvest.store.complete_shards("holdout")
+    held_out = [Shard("holdout", n) for n in range(store.geometry.holdout_shards) if n not in there]
+    if ranks.rank == 0:
+        harvest.check_room(len(held_out) + min(2 * window_shards, store.geometry.train_shards))
+    windows = Windows(store, window_shards, harvest.make_share, ranks.any, deletes=ranks.rank == 0)
+    windows.make(held_out)
+    return windows
 
 
 class HookTraining:
     """The SAEs of one hook that are not trained yet, each from where it was left; one stream of batches feeds them."""
 
-    def __init__(self, tasks: Sequence[Task], hook: str, place: Place, next_epoch: Path | None) -> None:
+    def __init__(self, tasks: Sequence[Task], hook: str, place: Place) -> None:
         config, store = tasks[0].config, place.store
+        folders = [task.directory / slug(hook) for task in tasks]
+        if place.windows and not all(any(folder.glob(f"checkpoints/*/{MARKER}")) for folder in folders):
+            place.windows.need(0)  # for the statistics of its rows
         self.saes = [
-            Training(t.config, store, hook, t.directory / slug(hook), place.device, place.compute_dtype, place.ranks)
-            for t in tasks
+            Training(task.config, store, hook, folder, place.device, place.compute_dtype, place.ranks)
+            for task, folder in zip(tasks, folders, strict=True)
         ]
         first = min(self.saes, key=lambda sae: sae.step)
         self._step = first.step
@@ -119,8 +115,7 @@ class HookTraining:
             config.pool_rows,
             config.seed,
             pin_memory=place.device.type == "cuda",
-            wait_for=place.follower.wait_for if place.follower else None,
-            next_epoch=next_epoch,
+            need=place.windows.need if place.windows else None,
         )
         held_out = heldout_rows(store, hook, config.exclude, first.statistics.norm_limit, config.validation_rows)
         self._held_out = held_out.to(place.device)
@@ -146,18 +141,11 @@ class HookTraining:
         self._step += 1
 
 
-def _train(tasks: Sequence[Task], hooks: Sequence[str], place: Place, harvest_directory: Path) -> None:
+def _train(tasks: Sequence[Task], hooks: Sequence[str], place: Place) -> None:
     """Train what is left of these hooks' SAEs, window by window."""
     todo = {h: [task for task in tasks if not is_trained(task.directory / slug(h))] for h in hooks}
-    stream = place.follower is not None and place.follower.stream is not None
-    trainings = {
-        hook: HookTraining(left, hook, place, next_epoch_file(harvest_directory, hook) if stream else None)
-        for hook, left in todo.items()
-        if left
-    }
+    trainings = {hook: HookTraining(left, hook, place) for hook, left in todo.items() if left}
     if not trainings:
-        if stream and place.ranks.rank == 0:
-            finish(harvest_directory, place.store)
         return
     saes = [sae for training in trainings.values() for sae in training.saes]
     batch_size = tasks[0].config.batch_size
@@ -172,50 +160,19 @@ def _train(tasks: Sequence[Task], hooks: Sequence[str], place: Place, harvest_di
         interrupted = stack.enter_context(deferred_interrupt())
         for training in trainings.values():
             stack.enter_context(closing(training.batches))
-        release = None
-        if place.follower:
-            stack.callback(place.follower.stop)  # before the batches are closed, which waits for their reader
-            place.follower.say = progress.say
-        if stream:
-            loaders = {hook: training.loader for hook, training in trainings.items()}
-            release = Release(harvest_directory, place.store, loaders, saes[0].steps * batch_size)
-            for sae in saes:
-                durable = release.reader(sae.folder, sae.position)
-                sae.on_durable = durable if place.ranks.rank == 0 else _nothing
-            if place.ranks.rank == 0:
-                release.start()
+        if place.windows:
+            place.windows.interrupted = interrupted
+            place.windows.advance = lambda _tokens: progress.say("harvests the next window")
         while left := [training for training in trainings.values() if not training.done]:
-            training = min(left, key=lambda training: training.window)
-            stopped = place.follower is not None and _rest(training.loader, place, release, interrupted)
-            if not stopped:
-                training.advance(progress)
+            if place.windows:
+                place.windows.keep({training.window[1] for training in left})
+            with suppress(Interrupted):
+                min(left, key=lambda training: training.window).advance(progress)
             if place.ranks.any(interrupted()):  # signals reach ranks at different steps
                 for sae in saes:
                     if not sae.done:
                         sae.save_checkpoint()
                 raise KeyboardInterrupt(f"after step {saes[0].step:,} of {saes[0].steps:,}")
-
-
-def _nothing(_position: Position) -> None:
-    """What another rank than 0 does with a durable position; it saves at the same steps."""
-
-
-def _rest(loader: ActivationLoader, place: Place, release: Release | None, interrupted: Callable[[], bool]) -> bool:
-    """Wait for rows, and while it is the harvest's turn; whether it was interrupted meanwhile. Collective."""
-    follower, began = place.follower, time.monotonic()
-    assert follower is not None
-    if release is not None and release.freed:
-        release.freed, follower.may_have_turn = False, True
-    waited = False
-    while place.ranks.any(not loader.is_ready() or follower.harvest_has_turn()):
-        if place.ranks.any(interrupted()):
-            return True
-        waited = True
-        time.sleep(POLL_SECONDS)
-    if waited:
-        loader.note_stall(time.monotonic() - began)
-        follower.waited_seconds += time.monotonic() - began
-    return False
 
 
 @contextmanager

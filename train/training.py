@@ -4,19 +4,18 @@ Several of them can be fed from one reading of a store: each takes the batches t
 """
 
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from harvest.activation_store import CONSUMED, ActivationStore
+from harvest.activation_store import ActivationStore
 from harvest.files import UserError
 from train.background import BackgroundWriter
 from train.checkpoint import ABOUT, Checkpoint, newest_checkpoint, run_fingerprint, save_checkpoint, save_sae
 from train.config import TrainConfig
-from train.dataloader import FINISHED, ActivationLoader, Batch, Position
+from train.dataloader import ActivationLoader, Batch, Position
 from train.exclusion import InputStatistics, input_statistics
 from train.kinds import new_sae
 from train.metrics import DivergedError, Metrics, open_tracker
@@ -69,8 +68,6 @@ class Training:
         self.config, self.hook, self.folder = config, hook, folder
         self.steps = total_steps(config, rows)
         found = newest_checkpoint(folder / "checkpoints")
-        if not found and store.consumed():
-            raise UserError(f"{store.path}: {CONSUMED}")
         self.statistics: InputStatistics = (
             found[0].statistics if found else input_statistics(store, hook, config.exclude, config.window_shards)
         )
@@ -96,8 +93,6 @@ class Training:
         path = folder / "metrics.jsonl" if self._writes else None
         self.metrics = Metrics(path, metrics_bytes, runtime.spike_factor, tracker, losses, metrics_crc32c)
         self.note = ""
-        self.on_durable: Callable[[Position], None] | None = None  # told of each position that a resume can start at
-        self._saved_window = self.position[:2]
         self._writer = BackgroundWriter()
         self._recent: deque[_Fed] = deque(maxlen=runtime.log_every)
         self._run = run_fingerprint(folder)
@@ -146,14 +141,8 @@ class Training:
         if self.done:
             self._save_sae(self.folder)
             self._writer.wait()
-            if self.on_durable:
-                self.on_durable(FINISHED)
-        elif step % config.runtime.checkpoint_every == 0 or self._left_window():
+        elif step % config.runtime.checkpoint_every == 0:
             self.save_checkpoint()
-
-    def _left_window(self) -> bool:
-        """Whether a checkpoint would let a window of a stream go."""
-        return self.on_durable is not None and self.position[:2] > self._saved_window
 
     def _explained(self, error: DivergedError, loader: ActivationLoader) -> UserError:
         config = self.config
@@ -190,7 +179,6 @@ class Training:
             return  # not yet told: a resume from before it finds it again
         self._writer.wait()  # before the copy, so that one is held in memory
         tensors = self.trainer.tensors()
-        self._saved_window = self.position[:2]
         if not self._writes:
             return
         checkpoint = Checkpoint(
@@ -209,7 +197,5 @@ class Training:
         def write() -> None:
             self.metrics.sync()  # before a checkpoint that counts on its length
             save_checkpoint(folder, checkpoint, tensors, keep_last)
-            if self.on_durable:
-                self.on_durable(checkpoint.position)
 
         self._writer.submit(write)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_direct_io import SHAPES, shard_rows, write
+from test_array_files import SHAPES, shard_rows, write
 
 from harvest.activation_store import ActivationStore
 from harvest.files import UserError

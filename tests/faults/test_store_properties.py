@@ -10,6 +10,7 @@ import torch
 from conftest import contents
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from zarr_twin import through_zarr
 
 from harvest.activation_store import ActivationStore, Geometry, ShardRows
 from harvest.workers import Shard, Workers
@@ -40,12 +41,10 @@ def geometries(draw) -> Geometry:
     )
 
 
-def written(
-    path: Path, g: Geometry, seed: int, direct: bool
-) -> tuple[ActivationStore, dict[tuple[str, int], ShardRows]]:
+def written(path: Path, g: Geometry, seed: int) -> tuple[ActivationStore, dict[tuple[str, int], ShardRows]]:
     """A store of random bits that are numbers, and what was written into it. The rows of a split are numbered."""
     rng = np.random.default_rng(seed)
-    store = ActivationStore.create(path, g, {"seed": seed}, direct=direct)
+    store = ActivationStore.create(path, g, {"seed": seed})
     rows = {}
     for split in ("holdout", "train"):
         for shard in range(g.shards(split)):
@@ -66,9 +65,10 @@ def written(
 
 @quick
 @given(geometries(), st.integers(0, 99), st.booleans())
-def test_rows_read_are_rows_written(g, seed, direct):
+def test_rows_read_are_rows_written(g, seed, by_zarr):
     with tempfile.TemporaryDirectory() as folder:
-        _, rows = written(Path(folder) / "store", g, seed, direct)
+        with through_zarr(by_zarr):
+            _, rows = written(Path(folder) / "store", g, seed)
         store = ActivationStore.open(Path(folder) / "store")
         assert store.geometry == g
         store.check_complete()
@@ -87,7 +87,7 @@ def test_rows_read_are_rows_written(g, seed, direct):
 @given(geometries(), st.integers(1, 6), st.randoms(use_true_random=False))
 def test_workers_of_any_number_in_any_order_write_the_same_store(g, world, random):
     with tempfile.TemporaryDirectory() as folder:
-        alone, rows = written(Path(folder) / "alone", g, 0, direct=True)
+        alone, rows = written(Path(folder) / "alone", g, 0)
         every = [Shard(split, number) for split in ("holdout", "train") for number in range(g.shards(split))]
         shares = [list(Workers(rank, world).share(every)) for rank in range(world)]
         made = [shard for share in shares for shard in share]
@@ -119,7 +119,7 @@ def readings(draw) -> dict:
 @given(geometries(), readings())
 def test_every_kept_row_comes_once_an_epoch_and_a_resume_at_any_batch_goes_on(g, reading):
     with tempfile.TemporaryDirectory() as folder:
-        store, rows = written(Path(folder) / "store", g, 0, direct=True)
+        store, rows = written(Path(folder) / "store", g, 0)
         hook, batch = g.hooks[-1], reading["batch_size"]
         keep = [
             kept_rows(store, "train", hook, shard, reading["exclude"], reading["norm_limit"])

@@ -168,14 +168,3 @@ def test_an_unfinished_store_is_not_judged_by_a_damaged_shape(run_folder):
     assert "not that of the store that zarr.json describes" in ran.out
     assert pipeline("harvest").status == 0
     assert {name: data for name, data in contents(store).items() if name in before} == before
-
-
-@pytest.mark.parametrize("name", ["train/model.layers.1/acts/c/2/0", "train/shards/00002.json"])
-def test_a_folder_in_the_place_of_a_file_gives_way(run_folder, name):
-    store = only(run_folder, "runs/harvest/*/store")
-    before = contents(store)
-    (store / name).unlink()
-    (store / name).mkdir()
-    assert "train shard 2: " in pipeline("verify").out
-    assert pipeline("harvest").status == 0
-    assert contents(store) == before

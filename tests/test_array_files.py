@@ -1,9 +1,10 @@
-"""The direct path and the zarr API write the same bytes and read them alike, in every stored form."""
+"""Stores and the zarr API (tests/zarr_twin.py) write the same bytes and read them alike, in every stored form."""
 
 import numpy as np
 import pytest
 import torch
 from conftest import contents
+from zarr_twin import through_zarr
 
 from harvest.activation_store import ActivationStore, Geometry, ShardRows
 
@@ -29,20 +30,22 @@ def shard_rows(g: Geometry, shard: int) -> ShardRows:
     )
 
 
-def write(path, geometry: Geometry, direct: bool = True) -> ActivationStore:
-    store = ActivationStore.create(path, geometry, {"seed": 0}, direct=direct)
+def write(path, geometry: Geometry) -> ActivationStore:
+    store = ActivationStore.create(path, geometry, {"seed": 0})
     for split in ("holdout", "train"):
         for shard in range(geometry.shards(split)):
             store.write_shard(split, shard, shard_rows(geometry, shard))
     return store
 
 
-@pytest.mark.parametrize("form", ["bf16", "int8"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_both_ways_write_the_same_bytes(tmp_path, shape, form):
     geometry = SHAPES[shape]._replace(stored=form)
-    direct, plain = (write(tmp_path / str(way), geometry, way).path for way in (True, False))
-    assert contents(direct) == contents(plain)
+    write(tmp_path / "ours", geometry)
+    with through_zarr():
+        write(tmp_path / "zarr", geometry)
+    assert contents(tmp_path / "ours") == contents(tmp_path / "zarr")
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -50,16 +53,17 @@ def test_both_ways_write_the_same_bytes(tmp_path, shape, form):
 def test_both_ways_read_the_same_rows(tmp_path, shape, form):
     g = SHAPES[shape]._replace(stored=form)
     write(tmp_path, g)
-    direct, plain = (ActivationStore.open(tmp_path, way) for way in (True, False))
-    for store in (direct, plain):
-        store.check_complete()
-        store.verify_shard("train", 0)
+    store = ActivationStore.open(tmp_path)
+    store.check_complete()
+    store.verify_shard("train", 0)
     for hook in g.hooks:
         chunks = list(range(g.train_shards * g.chunks_per_shard))[::-1]
         pool = np.empty((len(chunks) * g.chunk_rows, g.d_in), np.uint16)
-        direct.read_chunks("train", hook, chunks, pool)
-        assert np.array_equal(pool, np.concatenate([plain.read_chunk("train", hook, c) for c in chunks]))
-        assert np.array_equal(direct.read_norms("train", hook, 0), plain.read_norms("train", hook, 0))
+        store.read_chunks("train", hook, chunks, pool)
+        norms = store.read_norms("train", hook, 0)
+        with through_zarr():
+            assert np.array_equal(pool, np.concatenate([store.read_chunk("train", hook, c) for c in chunks]))
+            assert np.array_equal(norms, store.read_norms("train", hook, 0))
         rows = shard_rows(g, 0).acts[hook][: g.chunk_rows]
         if form != "int8":
             assert np.array_equal(pool[-g.chunk_rows :], rows)
