@@ -141,7 +141,7 @@ def _measured(sae: dict[str, Any], about: Definitions) -> Measured:
         of = about.get(row["section"], {}).get(row["name"], {})
         interval = tuple(row["interval"]) if row["interval"] else None
         figures.append(Figure(**row | {"interval": interval}, unit=of.get("unit", ""), definition=of.get("text", "")))
-    return Measured(**sae | {"figures": tuple(figures)})
+    return Measured(**{**sae, "figures": tuple(figures)})
 
 
 def text(value: float | None, name: str = "") -> str:

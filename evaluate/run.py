@@ -1,4 +1,7 @@
-"""The evaluate stage: every SAE of a training run on held-out text, into metrics.json and report.html."""
+"""The evaluate stage: every SAE of a training run on held-out text, into metrics.json and report.html.
+
+Shape suffixes: C contexts, S positions.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -67,7 +70,7 @@ def run(
     store = ActivationStore.open(files_of(upstream.harvest))
     store.check_complete(("holdout",))
     contexts = Contexts(upstream.sample / "contexts") if upstream.sample else None
-    left_out = list(OF_TEXT) if model_config is None else []
+    left_out: list[str] = list(OF_TEXT) if model_config is None else []
     if left_out:
         print(f"evaluate: left out, as ingested rows have no model and no text: {', '.join(left_out)}", flush=True)
     given, text = cast(ModelConfig, model_config), cast(Contexts, contexts)  # None only where nothing reads them
