@@ -24,13 +24,16 @@ N, M and T are as the settings ask, N and M fewer where `activity_bytes` would b
 until a feature's rare tokens are dropped for memory. Where features fire too densely, tokens and excerpts come from a
 part of the contexts; the sums never do.
 
-Memory: the file, and a shard's non-zeros (up to `NONZEROS`). Shape suffixes: B rows of a batch or bins, N non-zeros or
-excerpts, T tokens of an excerpt, as above.
+Memory: the file, and a shard's non-zeros (up to `NONZEROS`).
+
+Shape suffixes: F, G, C, S and T as above, B rows of a batch or bins, N non-zeros, pairs or excerpts, M activations in
+windows, V vocabulary.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import safetensors
@@ -65,14 +68,15 @@ class Excerpts(NamedTuple):
         return np.take_along_axis(self.acts_NT, (self.position_N - self.start_N)[:, None], 1)[:, 0]
 
 
-class Activity(NamedTuple):
+@dataclass(frozen=True)
+class Activity:
     """The file's arrays, by their names there."""
 
     groups: list[str]
     arrays: dict[str, np.ndarray]
 
-    def __getitem__(self, name: Any) -> np.ndarray:
-        """An array by its name."""
+    def __getitem__(self, name: str) -> np.ndarray:
+        """An array by its name, of the shape that is told above."""
         return self.arrays[name]
 
     def excerpts(self, kind: str, feature: int) -> Excerpts:
@@ -106,7 +110,7 @@ def read_activity(path: Path) -> Activity:
 
 
 def window_start(position_N: np.ndarray, tokens: int, size: int) -> np.ndarray:
-    """First token of windows around active ones: three quarters lie before, as models look back."""
+    """First token of windows around active ones, (N,): three quarters lie before, as models look back."""
     return np.clip(position_N - tokens * 3 // 4, 0, size - tokens)
 
 
@@ -121,21 +125,31 @@ class ActivitySums:
         shard_contexts: int,
         config: FeaturesConfig,
     ) -> None:
-        """`groups` are names, and the index into them of each context. Raises UserError where the bound is too low."""
+        """`groups` are names, and the index into them of each context, (C,).
+
+        Raises UserError where the bound is too low.
+        """
         self.d_sae, self.tokens_CS, self.config = d_sae, tokens_CS, config
         (self.names, self.group_C), self.shard_contexts = groups, shard_contexts
-        count = len(self.names)
-        self.kept_CS = np.zeros(tokens_CS.shape, bool)
-        self.rows_G, self.active_GF = np.zeros(count, np.int64), np.zeros((count, d_sae), np.int64)
-        self.sum_GF, self.max_GF = np.zeros((count, d_sae)), np.zeros((count, d_sae), np.float32)
-        self.histogram_FB, self.top_F = np.zeros((d_sae, BINS), np.int32), np.zeros(d_sae, np.float32)
-        self.total_F = np.zeros(d_sae, np.int64)
+        by_group = len(self.names), d_sae
+        self.arrays = {
+            "rows": np.zeros(len(self.names), np.int64),
+            "active": np.zeros(by_group, np.int64),
+            "sum": np.zeros(by_group),
+            "max": np.zeros(by_group, np.float32),
+            "histogram": np.zeros((d_sae, BINS), np.int32),
+            "top": np.zeros(d_sae, np.float32),
+            "token_total": np.zeros(d_sae, np.int64),
+            "tokens": tokens_CS,
+            "kept": np.zeros(tokens_CS.shape, bool),
+            "group": self.group_C,
+        }
         self.pairs: list[np.ndarray] = [np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)]
         tokens = min(config.tokens, tokens_CS.shape[1])
         strongest, sampled = self._fitting(tokens)
         self.strongest = _Slots(d_sae, strongest, tokens, tokens_CS.shape)
         self.sampled = _Slots(d_sae, sampled, tokens, tokens_CS.shape)
-        self.shard, self.rows_seen, self.contexts_used = 0, 0, shard_contexts
+        self.shard, self.contexts_used = 0, shard_contexts
         self.pending: list[tuple[np.ndarray, np.ndarray]] = []  # keys (feature, then place in the text), activations
 
     def _fitting(self, tokens: int) -> tuple[int, int]:
@@ -162,8 +176,8 @@ class ActivitySums:
     def add(self, batch: Encoded) -> None:
         """Count the rows of a batch."""
         rows, size = batch.rows, self.tokens_CS.shape[1]
-        self.kept_CS[rows.context, rows.position] = rows.kept
-        self.rows_G += np.bincount(self.group_C[rows.context[rows.kept]], minlength=len(self.names))
+        self.arrays["kept"][rows.context, rows.position] = rows.kept
+        self.arrays["rows"] += np.bincount(self.group_C[rows.context[rows.kept]], minlength=len(self.names))
         row_N, feature_N, value_N = _nonzeros(batch.f_BF, rows.kept)
         context_N = rows.context[row_N]
         self._count(self.group_C[context_N], feature_N, value_N)
@@ -180,14 +194,16 @@ class ActivitySums:
             self.pending.append((feature_N[here] * self.tokens_CS.size + place_N, value_N[here]))
 
     def _count(self, group_N: np.ndarray, feature_N: np.ndarray, value_N: np.ndarray) -> None:
-        at_N, size = group_N * self.d_sae + feature_N, self.active_GF.size
-        self.active_GF += np.bincount(at_N, minlength=size).reshape(self.active_GF.shape)
-        self.sum_GF += np.bincount(at_N, value_N, size).reshape(self.sum_GF.shape)
-        np.maximum.at(self.max_GF.reshape(-1), at_N, value_N)
-        _widen(self.histogram_FB, self.top_F, self.max_GF.max(0))
-        bin_N = np.minimum((value_N / self.top_F[feature_N] * BINS).astype(np.int64), BINS - 1)
-        counts = np.bincount(feature_N * BINS + bin_N, minlength=self.histogram_FB.size)
-        self.histogram_FB += counts.reshape(self.histogram_FB.shape).astype(np.int32)
+        active_GF, sum_GF, max_GF, histogram_FB, top_F = (
+            self.arrays[name] for name in ("active", "sum", "max", "histogram", "top")
+        )
+        at_N = group_N * self.d_sae + feature_N
+        active_GF += np.bincount(at_N, minlength=active_GF.size).reshape(active_GF.shape)
+        sum_GF += np.bincount(at_N, value_N, sum_GF.size).reshape(sum_GF.shape)
+        np.maximum.at(max_GF.reshape(-1), at_N, value_N)
+        _widen(histogram_FB, top_F, max_GF.max(0))
+        bin_N = np.minimum((value_N / top_F[feature_N] * BINS).astype(np.int64), BINS - 1)
+        np.add.at(histogram_FB.reshape(-1), feature_N * BINS + bin_N, 1)
 
     def _end_shard(self) -> None:
         """Take tokens and excerpts from the contexts of a shard, which are whole now."""
@@ -206,7 +222,7 @@ class ActivitySums:
             self.sampled.offer(first, found, np.arange(len(found.key_N)), _draws(found.key_N, self.config.seed))
 
     def _count_tokens(self, feature_N: np.ndarray, token_N: np.ndarray, value_N: np.ndarray) -> None:
-        self.total_F += np.bincount(feature_N, minlength=self.d_sae)
+        self.arrays["token_total"] += np.bincount(feature_N, minlength=self.d_sae)
         pair_N = np.concatenate([self.pairs[0], feature_N << 32 | token_N])
         pairs, index_N = np.unique(pair_N, return_inverse=True)
         counts = np.bincount(index_N, np.concatenate([self.pairs[1], np.ones_like(feature_N)])).astype(np.int64)
@@ -219,27 +235,15 @@ class ActivitySums:
     def result(self) -> Activity:
         """What all features did on the rows that were added."""
         self._end_shard()
-        arrays = {
-            "rows": self.rows_G,
-            "active": self.active_GF,
-            "sum": self.sum_GF,
-            "max": self.max_GF,
-            "histogram": self.histogram_FB,
-            "top": self.top_F,
-            "token_total": self.total_F,
-            "tokens": self.tokens_CS,
-            "kept": self.kept_CS,
-            "group": self.group_C,
-        }
         slots = self.strongest.arrays("strongest") | self.sampled.arrays("sampled")
-        return Activity(self.names, arrays | slots | self._tokens())
+        return Activity(self.names, self.arrays | slots | self._tokens())
 
     def _tokens(self) -> dict[str, np.ndarray]:
         pair_N, count_N, sum_N = self.pairs
         first = _first(pair_N >> 32, -count_N, TOKENS)
         feature_N, token_N = pair_N[first] >> 32, pair_N[first] & 0xFFFFFFFF
         place = feature_N, np.arange(len(first)) - np.searchsorted(feature_N, feature_N)
-        rows_V = np.bincount(self.tokens_CS[self.kept_CS], minlength=int(self.tokens_CS.max()) + 1)
+        rows_V = np.bincount(self.tokens_CS[self.arrays["kept"]], minlength=int(self.tokens_CS.max()) + 1)
         out = {}
         for name, values, dtype in (
             ("token", token_N, np.uint32),

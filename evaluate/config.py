@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from evaluate.spellings import check_apart, check_not_empty
+from evaluate.spellings import check_words
 from harvest.config import ComputeDtype, Device, ModelConfig, Seed, Settings, check_different
 
 EVALUATE_VERSION = 7
@@ -80,8 +80,7 @@ class ReasonScoreConfig(Settings):
     @field_validator("words")
     @classmethod
     def _check_words(cls, words: tuple[str, ...]) -> tuple[str, ...]:
-        check_not_empty(words)
-        check_apart(words)
+        check_words(words, apart=True)
         return words
 
     @model_validator(mode="after")
@@ -118,7 +117,7 @@ class SteeringConfig(Settings):
     @field_validator("words")
     @classmethod
     def _check_words(cls, words: tuple[str, ...]) -> tuple[str, ...]:
-        check_not_empty(words)
+        check_words(words)
         return words
 
     @model_validator(mode="after")

@@ -40,8 +40,9 @@ class Rates(NamedTuple):
 def analyse(subject: Subject, by_group: dict[str, tuple[int, np.ndarray]]) -> Section | None:
     """Comparisons of sources and of models; their rates go to `diff-<hook>.npz`. None where there are none.
 
-    `by_group` has the kept rows of each source, and each feature's density there. Raises UserError for a second model
-    that does not fit.
+    `by_group` has the kept rows of each source, and each feature's density there, (F,).
+
+    Raises UserError for a second model that does not fit.
     """
     config, known = subject.config.diff, subject.contexts.sources
     if config is None:
@@ -53,7 +54,8 @@ def analyse(subject: Subject, by_group: dict[str, tuple[int, np.ndarray]]) -> Se
         a, b = (Rates(name, *by_group[name]) for name in names)
         pairs["sources"] = (a, b)
     if config.model:
-        *pairs["models"], more["renamed_tokens"] = compare_models(subject, config, config.model)
+        a, b, more["renamed_tokens"] = compare_models(subject, config, config.model)
+        pairs["models"] = (a, b)
     if not pairs:
         return None
     arrays = {f"{kind}_{side}": r.rate_F for kind, pair in pairs.items() for side, r in zip("ab", pair, strict=True)}

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluate.figures import definitions
 from evaluate.groups import Groups
 from evaluate.intervals import with_intervals
 from evaluate.subject import Subject
@@ -30,38 +31,22 @@ from train.checkpoint import SavedSae
 from train.config import ExcludeConfig
 from train.exclusion import Exclusion
 
-ABLATED = ("zero_ablated", "mean_ablated", "zero_ablated_all_rows")
+NAMES = tuple(definitions()["downstream"])
 REBUILT = ("sae", "sae_all_rows")
 POSITIONS_AT_ONCE = 64  # logits of more positions leave the cache between two passes
 
-NAMES = (
-    *("contexts", "ce_clean", "ce_sae", "ce_mean_ablated", "ce_zero_ablated", "ce_loss_score", "kl_sae"),
-    *("ce_sae_all_rows", "ce_zero_ablated_all_rows", "ce_loss_score_all_rows", "kl_sae_all_rows"),
-)
 
-
-def analyse(subject: Subject, mean_D: Tensor) -> dict[str, dict[str, Any]] | None:
-    """Figures of the first held-out contexts by group; None where `evaluate.downstream` is null.
-
-    `mean_D` is the mean of the kept held-out rows.
-    """
-    config = subject.config.downstream
+def analyse(subject: Subject, mean_D: Tensor) -> dict[str, dict[str, Any]]:
+    """Figures of the first held-out contexts by group. `mean_D` is the mean of the kept held-out rows."""
+    config, saved = subject.config.downstream, subject.saved
     if config is None:
-        return None
+        return {}
     count = min(config.contexts, subject.contexts.count("holdout"))
     tokens = subject.contexts.read("holdout", "tokens", 0, count)
     groups = {name: mask_C[:count] for name, mask_C in subject.groups.items()}
     with subject.progress("downstream", tokens.size, "tokens") as progress:
-        return downstream(
-            subject.model(),
-            subject.saved,
-            subject.exclude,
-            mean_D,
-            tokens,
-            groups,
-            config.batch_contexts,
-            progress,
-        )
+        size = config.batch_contexts
+        return downstream(subject.model(), saved, subject.exclude, mean_D, tokens, groups, size, progress)
 
 
 @torch.inference_mode()
@@ -76,8 +61,7 @@ def downstream(
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Figures for all contexts and for each group. `tokens` is (contexts, S)."""
-    losses: dict[str, list[np.ndarray]] = {name: [] for name in ("clean", *REBUILT, *ABLATED)}
-    divergences: dict[str, list[np.ndarray]] = {name: [] for name in REBUILT}
+    values: dict[str, list[np.ndarray]] = {}  # of each context, (B,) a batch
     no_text = model.behind(saved.hook).no_text  # then every row 0 is the same to all texts, and one pass serves them
     of_zeros_1SV = None
     for start in range(0, len(tokens), batch_contexts):
@@ -85,7 +69,7 @@ def downstream(
         ids_BS = torch.from_numpy(tokens_BS.astype(np.int64)).to(model.device)
         acts, output = model.read(ids_BS)
         acts_BSD, clean_BSV = acts[saved.hook], output.logits
-        losses["clean"].append(_cross_entropy(clean_BSV, ids_BS))
+        values.setdefault("ce_clean", []).append(_cross_entropy(clean_BSV, ids_BS))
         for name, value_BSD in _variants(acts_BSD.float(), tokens_BS, saved, exclude, mean_D).items():
             if name == "zero_ablated_all_rows" and of_zeros_1SV is not None:
                 logits_BSV = of_zeros_1SV.expand(len(ids_BS), -1, -1)
@@ -94,15 +78,14 @@ def downstream(
                     logits_BSV = model.model(ids_BS, use_cache=False).logits
                 if name == "zero_ablated_all_rows" and no_text:
                     of_zeros_1SV = logits_BSV[:1].clone()
-            losses[name].append(_cross_entropy(logits_BSV, ids_BS))
+            values.setdefault(f"ce_{name}", []).append(_cross_entropy(logits_BSV, ids_BS))
             if name in REBUILT:
-                divergences[name].append(_divergence(clean_BSV, logits_BSV))
+                values.setdefault(f"kl_{name}", []).append(_divergence(clean_BSV, logits_BSV))
         if progress:
             progress.advance(ids_BS.numel())
-    loss = {name: np.concatenate(parts) for name, parts in losses.items()}
-    divergence = {name: np.concatenate(parts) for name, parts in divergences.items()}
+    joined = {name: np.concatenate(parts) for name, parts in values.items()}
     masks = {"all": np.ones(len(tokens), bool), **groups}
-    return {name: _figures(loss, divergence, mask_C) for name, mask_C in masks.items() if mask_C.any()}
+    return {group: _figures(joined, mask_C) for group, mask_C in masks.items() if mask_C.any()}
 
 
 def _variants(
@@ -143,19 +126,17 @@ def _divergence(clean_BSV: Tensor, other_BSV: Tensor) -> np.ndarray:
     return torch.cat(parts, 1).double().mean(1).cpu().numpy()
 
 
-def _figures(loss: dict[str, Any], divergence: dict[str, Any], chosen: np.ndarray) -> dict[str, Any]:
-    ce_C = {name: values[chosen] for name, values in loss.items()}
-    kl_C = {name: values[chosen] for name, values in divergence.items()}
+def _figures(values: dict[str, np.ndarray], chosen: np.ndarray) -> dict[str, Any]:
+    count = int(chosen.sum())
 
     def figures_of(weights_KC: np.ndarray) -> dict[str, np.ndarray]:
-        total = weights_KC.sum(1)  # contexts are of one length
-        ce = {name: weights_KC @ values / total for name, values in ce_C.items()}
-        out = {f"ce_{name}": value for name, value in ce.items()}
+        # Contexts are of one length, so that the mean over them is that over positions.
+        out = {name: weights_KC @ values_C[chosen] / weights_KC.sum(1) for name, values_C in values.items()}
         for rows in ("", "_all_rows"):
-            span = ce[f"zero_ablated{rows}"] - ce["clean"]
-            gained = ce[f"zero_ablated{rows}"] - ce[f"sae{rows}"]
+            span = out[f"ce_zero_ablated{rows}"] - out["ce_clean"]
+            gained = out[f"ce_zero_ablated{rows}"] - out[f"ce_sae{rows}"]
             out[f"ce_loss_score{rows}"] = np.divide(gained, span, out=np.full_like(span, np.nan), where=span != 0)
-        return out | {f"kl_{name}": weights_KC @ values / total for name, values in kl_C.items()}
+        return out
 
-    figures = with_intervals(figures_of, int(chosen.sum()), NAMES[1:])
-    return {"contexts": int(chosen.sum())} | {n: v for n, v in figures.items() if np.isfinite(v).all()}
+    figures = with_intervals(figures_of, count, NAMES[1:])
+    return {"contexts": count} | {name: value for name, value in figures.items() if np.isfinite(value).all()}

@@ -6,7 +6,7 @@ features/<hook>/123.html      one feature
 Tokens are untrusted text. Everything is escaped, what does not show (line breaks, controls, marks of
 direction) is named, and a content security policy allows nothing but the one style and the one script below.
 
-Shape suffixes: F d_sae, K features that have a page.
+Shape suffixes: D d_in, F d_sae, K features that have a page.
 """
 
 import base64

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluate.figures import EVERY, KEPT
+from evaluate.figures import EVERY, KEPT, definitions
 from evaluate.groups import Groups
 from evaluate.intervals import with_intervals
 from evaluate.subject import Encoded
@@ -20,7 +20,7 @@ from train.checkpoint import SavedSae
 
 DENSE = 0.1  # a feature that fires in more than a tenth of the rows
 BLOCKS = 1024  # of contexts, for intervals: memory stays flat
-NAMES = ("rows", "l0", "explained_variance", "explained_variance_legacy", "mse", "cosine", "norm_ratio")
+NAMES = tuple(definitions()["fidelity"])
 
 
 class Fidelity(NamedTuple):

@@ -20,7 +20,7 @@ FILE = "metrics.json"
 SCHEMA = 2
 KEPT, EVERY = "outliers_excluded", "all_rows"  # which rows were counted
 
-Definitions = dict[str, dict[str, dict[str, str]]]
+Definitions = dict[str, dict[str, dict[str, str]]]  # section -> name -> title, unit, text
 
 
 class Figure(NamedTuple):
@@ -34,6 +34,9 @@ class Figure(NamedTuple):
     interval: tuple[float, float] | None = None  # 95%
     unit: str = ""
     definition: str = ""
+
+
+STORED = Figure._fields[:6]  # the rest is found in the definitions
 
 
 class Section(NamedTuple):
@@ -54,12 +57,10 @@ class Measured(NamedTuple):
 
     def figure(self, name: str, section: str = "", rows: str = "", source: str = "all") -> Figure | None:
         """The first figure of this name; those without outliers come first. None where it was not measured."""
-        wanted = (
-            f
-            for f in self.figures
-            if f.name == name and f.source == source and section in ("", f.section) and rows in ("", f.rows)
-        )
-        return next(wanted, None)
+        for f in self.figures:
+            if (f.name, f.source) == (name, source) and section in ("", f.section) and rows in ("", f.rows):
+                return f
+        return None
 
     def value(self, name: str, section: str = "", rows: str = "", source: str = "all") -> float | None:
         """The value of the figure that `figure` gives."""
@@ -105,15 +106,12 @@ def figures_of(
 
 def write_figures(directory: Path, evaluation: Evaluation) -> None:
     """Write metrics.json. A figure's unit and definition are stored once, in `definitions`."""
-    stored = ("section", "name", "rows", "source", "value", "interval")
     saes = [
-        sae._asdict() | {"figures": [{name: getattr(f, name) for name in stored} for f in sae.figures]}
+        sae._asdict() | {"figures": [dict(zip(STORED, figure, strict=False)) for figure in sae.figures]}
         for sae in evaluation.saes
     ]
     about = [
-        {"section": section, "name": name, **of}
-        for section, by in evaluation.definitions.items()
-        for name, of in by.items()
+        {"section": s, "name": n, **of} for s, by_name in evaluation.definitions.items() for n, of in by_name.items()
     ]
     write_sealed(directory / FILE, {"schema": SCHEMA, **evaluation._asdict(), "saes": saes, "definitions": about})
 
@@ -123,19 +121,18 @@ def read_figures(directory: Path) -> Evaluation:
 
     Raises UserError when metrics.json is missing, damaged or of another version.
     """
-    raw = read_json(directory / FILE)
+    path = directory / FILE
+    raw = read_json(path)
     if raw.get("schema") != SCHEMA:
-        raise UserError(
-            f"{directory / FILE}: schema: {raw.get('schema')!r}: this code reads {SCHEMA}; `make eval` makes it anew"
-        )
+        raise UserError(f"{path}: schema: {raw.get('schema')!r}: this code reads {SCHEMA}; `make eval` makes it anew")
     try:
         about: Definitions = {}
         for each in raw["definitions"]:
             about.setdefault(each.pop("section"), {})[each.pop("name")] = each
-        read = {"saes": tuple(_measured(sae, about) for sae in raw["saes"]), "definitions": about}
-        return Evaluation(**{name: raw[name] for name in Evaluation._fields} | read)
+        saes = tuple(_measured(sae, about) for sae in raw["saes"])
+        return Evaluation(**{name: raw[name] for name in Evaluation._fields} | {"saes": saes, "definitions": about})
     except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{directory / FILE}: damaged: {error!r}; `make eval` makes it anew") from None
+        raise UserError(f"{path}: damaged: {error!r}; `make eval` makes it anew") from None
 
 
 def _measured(sae: dict[str, Any], about: Definitions) -> Measured:
@@ -143,9 +140,8 @@ def _measured(sae: dict[str, Any], about: Definitions) -> Measured:
     for row in sae["figures"]:
         of = about.get(row["section"], {}).get(row["name"], {})
         interval = tuple(row["interval"]) if row["interval"] else None
-        texts = {"unit": of.get("unit", ""), "definition": of.get("text", "")}
-        figures.append(Figure(**row | texts | {"interval": interval}))
-    return Measured(**sae | {"figures": tuple(figures)})
+        figures.append(Figure(**row | {"interval": interval}, unit=of.get("unit", ""), definition=of.get("text", "")))
+    return Measured(**{**sae, "figures": tuple(figures)})
 
 
 def text(value: float | None, name: str = "") -> str:

@@ -58,39 +58,31 @@ class _Noise(LogitsProcessor):
         return scores + torch.from_numpy(noise).repeat_interleave(self.repeats, 0).to(scores)
 
 
-def prompt_texts(tokenizer: Any, prompts: Sequence[str], chat: bool | None) -> list[str]:
-    """The prompts as the model reads them: as a user's turn where the tokenizer has a chat template.
+def prompt_ids(
+    tokenizer: Any, prompts: Sequence[str], chat: bool | None = None, bos: str | None = None
+) -> list[list[int]]:
+    """Token ids of the prompts, as a user's turn where the tokenizer has a chat template and `chat` is not False.
 
-    `chat` False leaves them as they are. Raises UserError for an empty prompt, and for `chat` True
-    without a template.
+    They begin with a BOS exactly where the documents or contexts of the sample do (`bos`, as in `Contexts.bos`), and
+    never with two. None: what the tokenizer or its chat template does by itself. Raises UserError for an empty prompt,
+    and for `chat` True without a template.
     """
-    for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
-            raise UserError(f"prompt {number + 1} of {len(prompts)} is empty; give it text or leave it out")
-    has_template = has_chat_template(tokenizer)
-    if chat and not has_template:
+            raise UserError(f"prompt {number} of {len(prompts)} is empty; give it text or leave it out")
+    templated = chat is not False and has_chat_template(tokenizer)
+    if chat and not templated:
         raise UserError("--chat: this model's tokenizer has no chat template; use --no-chat")
-    if chat is False or not has_template:
-        return list(prompts)
     try:
-        return [render(tokenizer, [{"role": "user", "content": p}], add_generation_prompt=True) for p in prompts]
+        texts = [
+            render(tokenizer, [{"role": "user", "content": p}], add_generation_prompt=True) if templated else p
+            for p in prompts
+        ]
     except Refused as refused:
         raise UserError(
             f"the model's chat template cannot write a prompt as a user's turn ({refused}); mend it, or use "
             "`steer --no-chat` and evaluate.steering=null"
         ) from None
-
-
-def prompt_ids(
-    tokenizer: Any, prompts: Sequence[str], chat: bool | None = None, bos: str | None = None
-) -> list[list[int]]:
-    """Token ids of the prompts, as the model reads them; `chat` as in `prompt_texts`.
-
-    They begin with a BOS exactly where the documents or contexts of the sample do (`bos`, as in `Contexts.bos`), and
-    never with two. None: what the tokenizer or its chat template does by itself.
-    """
-    texts = prompt_texts(tokenizer, prompts, chat)
-    templated = texts != list(prompts)
     ids = [tokenizer(text, add_special_tokens=not templated and bos is None)["input_ids"] for text in texts]
     first = tokenizer.bos_token_id
     if bos is None or first is None:
@@ -135,14 +127,16 @@ def complete(
     out: list[list[Completion]] = []
     for start in range(0, len(ids), at_once):
         part = ids[start : start + at_once]
-        ids_BS, mask_BS = _left_padded(part, pad, model.device)
+        width = max(map(len, part))
+        ids_BS = torch.tensor([[pad] * (width - len(row)) + row for row in part], device=model.device)
+        mask_BS = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in part], device=model.device)
         with model.added(hook, interventions_ID.to(model.device).repeat(len(part), 1)):
             written_BS = causal.generate(
                 ids_BS.repeat_interleave(count, 0),
                 attention_mask=mask_BS.repeat_interleave(count, 0),
                 logits_processor=_processors(sampling, range(start, start + len(part)), count),
             )
-        rows = [_completion(tokenizer, row, ends) for row in written_BS[:, ids_BS.shape[1] :].tolist()]
+        rows = [_completion(tokenizer, row, ends) for row in written_BS[:, width:].tolist()]
         out += [rows[i : i + count] for i in range(0, len(rows), count)]
         if progress:
             progress.advance(len(rows))
@@ -165,21 +159,13 @@ def _end_tokens(causal: Any, tokenizer: Any) -> set[int]:
     return {token for token in ends | {tokenizer.eos_token_id} if token is not None}
 
 
-def _left_padded(ids: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, ids))
-    padded = [[pad] * (width - len(row)) + row for row in ids]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
-    return torch.tensor(padded, device=device), torch.tensor(mask, device=device)
-
-
 def _processors(sampling: Sampling, prompts: range, repeats: int) -> LogitsProcessorList:
-    out = LogitsProcessorList()
-    if sampling.temperature > 0:
-        out.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_p < 1:
-            out.append(TopPLogitsWarper(sampling.top_p))
-        out.append(_Noise(sampling.seed, prompts, repeats))
-    return out
+    if not sampling.temperature:
+        return LogitsProcessorList()
+    top_p = [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+    return LogitsProcessorList(
+        [TemperatureLogitsWarper(sampling.temperature), *top_p, _Noise(sampling.seed, prompts, repeats)]
+    )
 
 
 def _completion(tokenizer: Any, ids: list[int], ends: set[int]) -> Completion:

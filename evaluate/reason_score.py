@@ -23,9 +23,8 @@ import torch
 from evaluate.config import ReasonScoreConfig
 from evaluate.figures import Section, figures_of
 from evaluate.subject import Encoded, Subject, feed
-from evaluate.words import Groups, find_words, overrepresented, word_groups
+from evaluate.words import find_words, overrepresented, word_groups
 from harvest.activation_rows import RowBatch, model_rows, stored_rows
-from harvest.contexts import Contexts
 from harvest.files import replacing
 from train.checkpoint import SavedSae
 
@@ -88,32 +87,6 @@ class WordSums:
         return Sums(self.sums_GF.cpu().numpy(), self.rows_G)
 
 
-class Placed:
-    """Finds a vocabulary in the contexts of rows, and counts its matches there once."""
-
-    def __init__(
-        self, contexts: Contexts, words: Groups, config: ReasonScoreConfig, sources: list[int], wanted: dict[str, int]
-    ) -> None:
-        """`wanted` is how many contexts of each split count, from the first on; `sources` are indices."""
-        self.contexts, self.words, self.config, self.sources, self.wanted = contexts, words, config, sources, wanted
-        self.matches_W = np.zeros(len(words), np.int64)
-        self.seen = {split: np.zeros(count, bool) for split, count in wanted.items()}
-
-    def __call__(self, rows: RowBatch) -> tuple[np.ndarray, np.ndarray]:
-        """In the window of each word, bool (W, B), and counted, bool (B,)."""
-        first, last = int(rows.context.min()), int(rows.context.max())
-        found = find_words(
-            self.contexts.read(rows.split, "tokens", first, last - first + 1), self.words, self.config.window
-        )
-        wanted_B = np.isin(rows.source, self.sources) & (rows.context < self.wanted[rows.split])
-        here = np.unique(rows.context[wanted_B])
-        new = here[~self.seen[rows.split][here]]
-        self.matches_W += found.matches_WC[:, new - first].sum(1)
-        self.seen[rows.split][new] = True
-        counted_B = wanted_B & rows.kept & ~np.isin(rows.token, self.config.ignored_token_ids)
-        return found.inside_WCS[:, rows.context - first, rows.position], counted_B
-
-
 def reason_score(sums: Sums, unit_F: np.ndarray, alpha: float) -> ReasonScore:
     """Scores from sums. `unit_F` turns activations into what is compared; words without rows are not in `sums`."""
     means_GF = sums.of_acts_GF * unit_F / np.maximum(sums.rows_G, 1)[:, None]
@@ -143,11 +116,24 @@ class Scoring:
         if config.contexts and count < config.contexts:
             asked = f"({config.contexts:,} asked for)"
             print(f"evaluate.reason_score: {count:,} contexts, all that there are {asked}", flush=True)
-        self.wanted = {"holdout": min(count, heldout), "train": max(0, count - heldout)}
-        words = word_groups(config.words, subject.tokenizer())
-        self.words = list(words)
-        self.placed = Placed(contexts, words, config, self.chosen, self.wanted)
-        self.sums = WordSums(subject.saved, len(words), self.placed, subject.store.geometry.chunk_rows)
+        self.wanted = {"holdout": min(count, heldout), "train": max(0, count - heldout)}  # from the first on
+        self.seen = {split: np.zeros(number, bool) for split, number in self.wanted.items()}
+        self.words = word_groups(config.words, subject.tokenizer())
+        self.matches_W = np.zeros(len(self.words), np.int64)
+        self.sums = WordSums(subject.saved, len(self.words), self.place, subject.store.geometry.chunk_rows)
+
+    def place(self, rows: RowBatch) -> tuple[np.ndarray, np.ndarray]:
+        """In the window of each word, bool (W, B), and counted, bool (B,). A context's matches are counted once."""
+        first, last = int(rows.context.min()), int(rows.context.max())
+        tokens_CS = self.subject.contexts.read(rows.split, "tokens", first, last - first + 1)
+        found = find_words(tokens_CS, self.words, self.config.window)
+        wanted_B = np.isin(rows.source, self.chosen) & (rows.context < self.wanted[rows.split])
+        here = np.unique(rows.context[wanted_B])
+        new = here[~self.seen[rows.split][here]]
+        self.matches_W += found.matches_WC[:, new - first].sum(1)
+        self.seen[rows.split][new] = True
+        counted_B = wanted_B & rows.kept & ~np.isin(rows.token, self.config.ignored_token_ids)
+        return found.inside_WCS[:, rows.context - first, rows.position], counted_B
 
     def _read_training(self) -> bool:
         """Read the training rows that are wanted; whether the model had to give them, as the store lacks some."""
@@ -170,11 +156,8 @@ class Scoring:
     def section(self) -> Section:
         """Scores of all features go to `reason_score-<hook>.npz`; the best of them are listed."""
         by_model = self._read_training()
-        sums, contexts = self.sums.result(), self.subject.contexts
-        counts = {
-            split: int(np.isin(contexts.read(split, "source", 0, count), self.chosen).sum()) if count else 0
-            for split, count in self.wanted.items()
-        }
+        sums = self.sums.result()
+        counts = {split: int(seen_C.sum()) for split, seen_C in self.seen.items()}
         absent = [word for word, rows in zip(self.words, sums.rows_G, strict=False) if not rows]
         figures: dict[str, Any] = {
             "contexts": sum(counts.values()),
@@ -184,21 +167,20 @@ class Scoring:
             "model_passes": int(by_model),
         }
         lists: dict[str, Any] = {
-            "sources": [contexts.sources[number] for number in self.chosen],
+            "sources": [self.subject.contexts.sources[number] for number in self.chosen],
             "rows_from": "model" if by_model else "store",
             "alpha": self.config.alpha,
             "window": list(self.config.window),
             "words": [
                 {"word": word, "matches": int(matches), "rows": int(rows)}
-                for word, matches, rows in zip(self.words, self.placed.matches_W, sums.rows_G, strict=False)
+                for word, matches, rows in zip(self.words, self.matches_W, sums.rows_G, strict=False)
             ],
             "absent_words": absent,
             "suggested_words": self._suggested(),
         }
         if absent:
-            print(
-                f"evaluate.reason_score.words: not in the text read, so left out: {', '.join(absent)}", file=sys.stderr
-            )
+            said = f"evaluate.reason_score.words: not in the text read, so left out: {', '.join(absent)}"
+            print(said, file=sys.stderr)
         if figures["rows_inside"]:
             self._score(sums, figures, lists)
         else:
@@ -213,7 +195,8 @@ class Scoring:
         keep_G = [*(present := np.flatnonzero(sums.rows_G[:-2])), -2, -1]
         unit_F = saved.sae.W_dec.double().norm(dim=1).cpu().numpy() / saved.statistics.scale
         found = reason_score(Sums(sums.of_acts_GF[keep_G], sums.rows_G[keep_G]), unit_F, config.alpha)
-        names = [self.words[i] for i in present]
+        words = list(self.words)
+        names = [words[i] for i in present]
         with replacing(self.subject.file("reason_score", ".npz")) as partial, partial.open("wb") as file:
             arrays = {name[: name.rindex("_")]: values for name, values in found._asdict().items()}
             np.savez(file, words=np.array(names), **arrays)

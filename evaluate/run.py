@@ -1,4 +1,7 @@
-"""The evaluate stage: every SAE of a training run on held-out text, into metrics.json and report.html."""
+"""The evaluate stage: every SAE of a training run on held-out text, into metrics.json and report.html.
+
+Shape suffixes: C contexts, S positions.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -12,7 +15,7 @@ from evaluate.activity import ActivitySums, write_activity
 from evaluate.config import EvaluateConfig
 from evaluate.feature_pages import pages
 from evaluate.fidelity import NAMES, Fidelity, FidelitySums, density_figures
-from evaluate.figures import KEPT, Evaluation, Measured, Section, definitions, figures_of, write_figures
+from evaluate.figures import KEPT, Evaluation, Figure, Measured, Section, definitions, figures_of, write_figures
 from evaluate.groups import context_groups, finest
 from evaluate.published import load_published
 from evaluate.reason_score import Scoring
@@ -67,7 +70,7 @@ def run(
     store = ActivationStore.open(files_of(upstream.harvest))
     store.check_complete(("holdout",))
     contexts = Contexts(upstream.sample / "contexts") if upstream.sample else None
-    left_out = list(OF_TEXT) if model_config is None else []
+    left_out: list[str] = list(OF_TEXT) if model_config is None else []
     if left_out:
         print(f"evaluate: left out, as ingested rows have no model and no text: {', '.join(left_out)}", flush=True)
     given, text = cast(ModelConfig, model_config), cast(Contexts, contexts)  # None only where nothing reads them
@@ -128,13 +131,9 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
             f"train.exclude: {subject.exclude.model_dump()}: leaves none of the held-out rows of {subject.store.path}"
         )
     sections = _of_rows(subject, heldout)
-    if not left_out and (found := downstream.analyse(subject, heldout.mean_D)):
-        figures = [
-            figure
-            for g, values in found.items()
-            for figure in figures_of("downstream", values, source=g, names=downstream.NAMES)
-        ]
-        sections["downstream"] = Section(figures, {})
+    if not left_out and config.downstream:
+        by_group = {"": downstream.analyse(subject, heldout.mean_D)}
+        sections["downstream"] = Section(_by_group("downstream", by_group, downstream.NAMES), {})
     if scoring:
         sections["reason_score"] = scoring.section()
     if activity:
@@ -154,19 +153,23 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
 def _of_rows(subject: Subject, heldout: Fidelity) -> dict[str, Section | None]:
     """Sections that need the rows alone; densities of all features go to `density-<hook>.npy`."""
     np.save(subject.file("density", ".npy"), heldout.density_F)
-    fidelity = [
-        figure
-        for rows, by_group in heldout.figures.items()
-        for group, values in by_group.items()
-        for figure in figures_of("fidelity", values, rows, group, NAMES)
-    ]
     density, histogram = density_figures(heldout.density_F)
     statistics = subject.saved.statistics._asdict()
     return {
-        "fidelity": Section(fidelity, {}),
+        "fidelity": Section(_by_group("fidelity", heldout.figures, NAMES), {}),
         "features": Section(figures_of("features", density), {"log10_density_histogram": histogram}),
         "statistics": Section(figures_of("statistics", statistics), {}),
     }
+
+
+def _by_group(section: str, found: dict[str, dict[str, dict[str, Any]]], names: Sequence[str]) -> list[Figure]:
+    """The figures of rows -> group -> name."""
+    return [
+        figure
+        for rows, groups in found.items()
+        for group, values in groups.items()
+        for figure in figures_of(section, values, rows, group, names)
+    ]
 
 
 def _load(folder: Path, hook: str, config: EvaluateConfig, store: ActivationStore) -> SavedSae:

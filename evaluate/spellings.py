@@ -22,22 +22,21 @@ def spellings(entry: str) -> list[str]:
     return list(dict.fromkeys(out))
 
 
-def check_not_empty(words: tuple[str, ...]) -> None:
-    """Raise ValueError for a word, or an alternative of one, without a letter."""
-    for entry in words:
-        if any(not word.strip() for word in entry.split("|")):
-            raise ValueError(f"{entry!r}: an empty word, which stands nowhere; leave it out")
+def check_words(words: tuple[str, ...], *, apart: bool = False) -> None:
+    """Raise ValueError for a word, or an alternative of one, without a letter.
 
-
-def check_apart(words: tuple[str, ...]) -> None:
-    """Raise ValueError for two words that would be counted as one, or share a spelling."""
+    With `apart` also for two that are equal, would be counted as one, or share a spelling.
+    """
     named: dict[str, str] = {}
     for entry in words:
-        for key in dict.fromkeys([word_name(entry), *spellings(entry)]):
+        if any(not word.strip() for word in entry.split("|")):
+            raise ValueError(f"{entry!r}: an empty word, which occurs nowhere; leave it out")
+        keys = dict.fromkeys([word_name(entry), *spellings(entry)]) if apart else ()
+        for key in keys:
             if key in named and named[key] != entry:
                 raise ValueError(
                     f"{entry!r}: fold with {named[key]!r} into one word, as both stand for {key!r}; leave one out"
                 )
-        if entry in named.values():
+        if apart and entry in named.values():
             raise ValueError(f"{entry!r}: is named twice")
-        named |= dict.fromkeys([word_name(entry), *spellings(entry)], entry)
+        named |= dict.fromkeys(keys, entry)

@@ -48,19 +48,13 @@ def load_unembedding(model: ModelConfig, commit: str | None, offline: bool) -> U
         whole.set_submodule(skeleton.layer_list, _NoLayers())
 
     loaded = load_weights(skeleton, model, commit, offline, "auto", cut)
-    end = find_end(loaded, skeleton.layer_list)
-    norm, head_VD = loaded.get_submodule(end.norm).float(), loaded.get_submodule(end.head).weight.detach()
+    norm, head = find_end(loaded, skeleton.layer_list)
+    head_VD = head.weight.detach()
     try:
-        return Unembedding(_gain(norm, head_VD.shape[1]), _centres(norm, head_VD.shape[1]), head_VD)
+        return Unembedding(*_gain(norm.float(), head_VD.shape[1]), head_VD)
     except RuntimeError:
-        raise UserError(f"{end.norm} of {type(loaded).__name__} is of another width than its LM head") from None
-
-
-class End(NamedTuple):
-    """Paths of what a model ends with."""
-
-    norm: str
-    head: str
+        kind = f"{type(norm).__name__} of {type(loaded).__name__}"
+        raise UserError(f"the final {kind} is of another width than its LM head") from None
 
 
 class _NoLayers(nn.ModuleList):
@@ -81,15 +75,14 @@ class _NoLayers(nn.ModuleList):
 
 
 @torch.inference_mode()
-def find_end(model: Any, layer_list: str) -> End:
+def find_end(model: Any, layer_list: str) -> tuple[nn.Module, nn.Linear]:
     """The norm that runs last between the layers, which were taken out of the model, and the head.
 
     Others may be registered after it (of per-layer embeddings, of mixers). Raises UserError where there is none, or
     weights stand between the two. Scaling and capping of logits come after the head and leave the order of the tokens.
     """
     kind = type(model).__name__
-    head = find_head(model)
-    layers = model.get_submodule(layer_list)
+    head, layers = find_head(model), model.get_submodule(layer_list)
     names = {module: name for name, module in model.named_modules()}
     ran: list[nn.Module] = []
     with ExitStack() as stack:
@@ -105,8 +98,8 @@ def find_end(model: Any, layer_list: str) -> End:
         raise UserError(f"no final norm and LM head were found in {kind}")
     between = [names[module] for module in before[last + 1 :] if next(module.parameters(), None) is not None]
     if between:
-        raise UserError(f"{between[0]} stands between the final norm and the LM head of {kind}")
-    return End(names[before[last]], names[head])
+        raise UserError(f"{between[0]} is between the final norm and the LM head of {kind}")
+    return before[last], head
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -114,24 +107,15 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 @torch.inference_mode()
-def _gain(norm: nn.Module, d_in: int) -> Tensor:
-    """Factor of each dimension, (D,), as the norm applies it: Gemma's is 1 + weight."""
-    signs_D = _signs(d_in)
-    return (norm(signs_D[None]) - norm(-signs_D[None]))[0] / 2 * signs_D
+def _gain(norm: nn.Module, d_in: int) -> tuple[Tensor, bool]:
+    """The factor of each dimension, (D,), and whether the norm takes the mean off: LayerNorm does, RMSNorm does not.
 
-
-@torch.inference_mode()
-def _centres(norm: nn.Module, d_in: int) -> bool:
-    """Whether a norm takes the mean off, as LayerNorm does and RMSNorm does not."""
-    signs_D = _signs(d_in)
-    return torch.allclose(norm((signs_D + 1)[None]), norm(signs_D[None]), rtol=1e-3, atol=1e-5)
-
-
-def _signs(d_in: int) -> Tensor:
-    """Of mean 0 and mean square 1: neither kind of norm changes it."""
-    signs_D = torch.ones(d_in)
+    As the norm applies it: Gemma's is 1 + weight.
+    """
+    signs_D = torch.ones(d_in)  # of mean 0 and mean square 1: neither kind of norm changes it
     signs_D[1::2] = -1
-    return signs_D
+    gain_D = (norm(signs_D[None]) - norm(-signs_D[None]))[0] / 2 * signs_D
+    return gain_D, torch.allclose(norm((signs_D + 1)[None]), norm(signs_D[None]), rtol=1e-3, atol=1e-5)
 
 
 @torch.inference_mode()

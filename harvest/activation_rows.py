@@ -41,7 +41,7 @@ class RowBatch(NamedTuple):
         return len(self.token)
 
     def at(self, chosen: slice | np.ndarray) -> "RowBatch":
-        """Some of the rows; an array holds indices or is a mask."""
+        """Some of the rows; an array holds indices, (rows,), or is a mask, (B,)."""
         rows = chosen if isinstance(chosen, slice) else torch.from_numpy(chosen)
         acts = {hook: acts_BD[rows] for hook, acts_BD in self.acts.items()}
         return RowBatch(self.split, acts, *(values[chosen] for values in self[2:]))
@@ -81,7 +81,7 @@ def model_rows(
     numbers: np.ndarray,
     batch_contexts: int,
 ) -> Iterator[RowBatch]:
-    """Rows of these contexts (ascending numbers) as the model gives them now, in reading order, on its device."""
+    """Rows of these contexts, ascending (contexts,), as the model gives them now, in reading order, on its device."""
     for start in range(0, len(numbers), batch_contexts):
         here = numbers[start : start + batch_contexts]
         first, inside = int(here[0]), here - here[0]
