@@ -46,6 +46,24 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen:
     )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def widths_found_once():
+    """The widths of a model's hooks are found by running it on fake tensors: once for each model, not each command."""
+    from pipeline import settings_check
+
+    find, known = settings_check._shapes, {}
+
+    def found(model, modules):
+        key = (model.config.to_json_string(), *modules.items())
+        if key not in known:
+            known[key] = find(model, modules)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settings_check, "_shapes", found)
+        yield
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory) -> Path:
     """A folder with tiny assets and a complete run; read only."""

@@ -203,7 +203,7 @@ def hook(patch: pytest.MonkeyPatch, moment: str, edit: Edit) -> None:
 @pytest.mark.parametrize("seed", range(27))
 def test_a_sample_names_the_text_that_it_read(fresh_folder, tmp_path, monkeypatch, seed):
     """Random edits that keep size, time or both: a manifest is there for no other content than was read."""
-    monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", 3)
+    monkeypatch.setattr(packing, "DOCUMENTS_AT_ONCE", 6)
     monkeypatch.setattr(packing, "SAVE_SECONDS", 0.0)
     rng = random.Random(seed)
     moment = MOMENTS[seed % len(MOMENTS)]
