@@ -45,7 +45,6 @@ def write_report(
         diff_charts={sae.hook: _diff_charts(sae.lists.get("diff", {})) for sae in own},
         manifests=manifests,
         text_rows=_text(manifests.get("sample")),
-        waits=_waits(manifests),
         settings={name: _flat(manifest["settings"]) for name, manifest in manifests.items()},
         numerics={name: _flat(manifest["numerics"]) for name, manifest in manifests.items()},
     )
@@ -95,14 +94,6 @@ def _text(sample: dict[str, Any] | None) -> dict[str, Any] | None:
         ],
         "malformed": {name: counts["rows_malformed"] for name, counts in counted.items() if counts["rows_malformed"]},
     }
-
-
-def _waits(manifests: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Seconds that each side of a stream waited for the other, by stage; empty where none did."""
-    waits = {"harvest": manifests["harvest"]["summary"].get("waited_for_training_seconds")}
-    hooks = [figures for figures in manifests["train"]["summary"].values() if isinstance(figures, dict)]
-    waits["train"] = next((hook.get("waited_for_harvest_seconds") for hook in hooks), None)
-    return {stage: seconds for stage, seconds in waits.items() if seconds is not None}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ Shape suffixes: C contexts, S positions.
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -29,6 +29,7 @@ from harvest.contexts import Contexts
 from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
 from harvest.files import UserError
 from harvest.language_model import load_model
+from harvest.stage_directory import Run
 from harvest.store_files import files_of
 from harvest.tokenizer import load_tokenizer, load_whole_tokenizer
 from train.checkpoint import SavedSae, load_sae
@@ -37,28 +38,19 @@ from train.config import ExcludeConfig
 OF_TEXT = ("downstream", "reason_score", "feature_pages", "steering", "diff")  # they need the model or its text
 
 
-class Upstream(NamedTuple):
-    """Directories of the stages before, and their manifests by name."""
-
-    sample: Path | None  # None where the store was ingested: there is no text then
-    harvest: Path
-    train: Path
-    manifests: dict[str, dict[str, Any]]
-
-
 def run(
     model_config: ModelConfig | None,
     model_commit: str | None,
     config: EvaluateConfig,
     also_commits: Sequence[str | None],
-    upstream: Upstream,
+    before: dict[str, Run],
     directory: Path,
     begin: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Write `directory/metrics.json` and `report.html` and return the main figures.
 
-    Without a model and its text, the analyses `OF_TEXT` are left out. `also_commits` are the hub commits of
-    `config.also`, None for local ones.
+    `before` are the runs of the stages before, by name; without a sample there is no text, and the analyses `OF_TEXT`
+    are left out. `also_commits` are the hub commits of `config.also`, None for local ones.
 
     Raises UserError for an SAE that does not fit the store or the model, and for held-out text that is
     damaged or missing.
@@ -67,9 +59,10 @@ def run(
     dtype = resolve_dtype(config.downstream.compute_dtype if config.downstream else "auto", device)
     threads = set_threads(config.runtime.threads, device)
     begin(numerics(device, dtype, threads=threads if device.type == "cpu" else None))
-    store = ActivationStore.open(files_of(upstream.harvest))
+    manifests, trained = {name: run.manifest for name, run in before.items()}, before["train"].path
+    store = ActivationStore.open(files_of(before["harvest"].path))
     store.check_complete(("holdout",))
-    contexts = Contexts(upstream.sample / "contexts") if upstream.sample else None
+    contexts = Contexts(before["sample"].path / "contexts") if "sample" in before else None
     left_out: list[str] = list(OF_TEXT) if model_config is None else []
     if left_out:
         print(f"evaluate: left out, as ingested rows have no model and no text: {', '.join(left_out)}", flush=True)
@@ -82,8 +75,8 @@ def run(
         cache(partial(load_unembedding, given, model_commit, offline)),
         cache(partial(load_whole_tokenizer, given, model_commit, offline)),
     )
-    exclude = ExcludeConfig(**upstream.manifests["train"]["settings"]["exclude"])
-    own = {hook: _load(upstream.train / slug(hook), hook, config, store) for hook in hooks}
+    exclude = ExcludeConfig(**manifests["train"]["settings"]["exclude"])
+    own = {hook: _load(trained / slug(hook), hook, config, store) for hook in hooks}
     statistics = {hook: saved.statistics for hook, saved in own.items()}
     # All of them before the first is measured, so that what does not fit is said at once.
     saes = [("", saved) for saved in own.values()] + [
@@ -96,14 +89,14 @@ def run(
         measured.append(
             measure(Subject(saved, store, exclude, text, *shared, config, device, directory, name), left_out)
         )
-    inputs = {name: manifest["fingerprint"] for name, manifest in upstream.manifests.items()}
+    inputs = {name: manifest["fingerprint"] for name, manifest in manifests.items()}
     steering_texts = {name: {"text": text} for name, text in steering.DEFINITIONS.items()}
     evaluation = Evaluation(
         directory.name, inputs, config.sae, left_out, tuple(measured), definitions() | {"steering": steering_texts}
     )
     write_figures(directory, evaluation)
-    curves = {hook: upstream.train / slug(hook) / "metrics.jsonl" for hook in hooks}
-    write_report(directory / "report.html", evaluation, curves, upstream.manifests)
+    curves = {hook: trained / slug(hook) / "metrics.jsonl" for hook in hooks}
+    write_report(directory / "report.html", evaluation, curves, manifests)
     return {sae.name or sae.hook: _main_figures(sae) for sae in measured}
 
 

@@ -3,6 +3,8 @@
 A shard is a pure function of the settings: its contexts go through the model in whole batches, in
 order, and its rows are permuted by a generator seeded with (seed, split, shard). So neither kills nor
 the number of workers change a byte.
+
+Shape suffixes: C contexts of a shard, B those of a batch, S positions, D d_in.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,11 +21,12 @@ from harvest.config import HarvestConfig, ModelConfig, SampleConfig
 from harvest.contexts import Contexts
 from harvest.device import local_device, numerics, resolve_device, resolve_dtype, set_threads
 from harvest.disk import check_room
-from harvest.files import UserError, is_out_of_memory, read_json
+from harvest.files import UserError, is_out_of_memory
 from harvest.language_model import HookedModel, load_model
 from harvest.products import widens
 from harvest.progress import Progress
 from harvest.shard_buffer import ShardBuffer
+from harvest.stage_directory import Run
 from harvest.store_files import LocalFiles, files_of
 from harvest.store_layout import SPLITS, Geometry
 from harvest.stream import STREAM
@@ -98,7 +101,7 @@ class Harvest:
             stored=config.stored,
         )
         _compile(self.model, config, dtype, sample.context_size)
-        begun = read_json(directory / "begun.json")
+        begun = Run(directory).begun
         attributes = {"seed": sample.seed, "model": begun["inputs"]["model"], "fingerprint": directory.name}
         files = files_of(directory, config.runtime)
         self.store = ActivationStore.create(files, geometry, {**attributes, "numerics": begun["numerics"]})

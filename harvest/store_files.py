@@ -18,7 +18,8 @@ from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from harvest.config import HarvestRuntime
-from harvest.files import UnreachableError, UserError, fsync_path, is_abandoned, read_json, replacing
+from harvest.files import UnreachableError, UserError, fsync_path, is_abandoned, replacing
+from harvest.stage_directory import Run
 
 REDO = "`make verify` finds and marks what is bad, `make harvest` then redoes just that"
 PART_BYTES = 16 << 20  # of an upload; the client gives a request 30 seconds
@@ -272,8 +273,8 @@ def files_of(directory: Path, runtime: HarvestRuntime | None = None) -> Files:
 
     Raises UserError when settings name another place, and as `RemoteFiles` does.
     """
-    begun = directory / "begun.json"
-    place = read_json(begun).get("store") if begun.exists() else None
+    run = Run(directory)
+    place = run.begun.get("store") if run.is_begun else None
     wanted = runtime.store_at(directory.name) if runtime else None
     if wanted and wanted["url"] != (place or {}).get("url"):
         raise UserError(

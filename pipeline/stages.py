@@ -157,13 +157,10 @@ def _evaluate(jobs: Sequence[Job]) -> Iterator[Summary]:
     from evaluate import run as evaluate
 
     for runs, directory, begin, _ in jobs:
-        config, inputs, before = runs.config, runs.inputs, runs.before("evaluate")
-        sample = before["sample"].path if "sample" in before else None
-        manifests = {name: run.manifest for name, run in before.items()}
-        upstream = evaluate.Upstream(sample, before["harvest"].path, before["train"].path, manifests)
+        config, inputs = runs.config, runs.inputs
         also = [resolved_commit(identity) for identity in inputs.also]
         settings, commit = _resolved(config.evaluate, inputs), resolved_commit(inputs.model)
-        yield evaluate.run(config.model, commit, settings, also, upstream, directory, begin)
+        yield evaluate.run(config.model, commit, settings, also, runs.before("evaluate"), directory, begin)
 
 
 def _resolved(config: EvaluateConfig, inputs: Inputs) -> EvaluateConfig:

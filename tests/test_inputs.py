@@ -54,7 +54,7 @@ def model_hash() -> str:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_a_harvest_names_the_weights_that_it_read(run_folder, monkeypatch, seed):
-    """Random edits, two at each moment: whatever they keep and whenever they come, what is complete names what was loaded."""
+    """Random edits, two at each moment: whatever they keep, what is complete names what was loaded."""
     rng = random.Random(seed)
     path = MODEL / rng.choice(["model.safetensors", "model.safetensors", "config.json"])
     keeps_size, keeps_mtime = rng.choice([(True, True), (True, False), (False, True)])

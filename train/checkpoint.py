@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from harvest.files import UserError, file_crc32c, read_json, replacing, write_sealed
+from harvest.stage_directory import Run
 from train.dataloader import Position
 from train.exclusion import InputStatistics
 from train.kinds import sae_class
@@ -25,7 +26,6 @@ from train.sae import Sae
 
 MARKER, TENSORS = "checkpoint.json", "tensors.safetensors"
 WEIGHTS, ABOUT = "sae_weights.safetensors", "sae.json"
-BEGUN = "begun.json"  # of a run's directory, with its fingerprint
 CHECKSUM = "tensors_crc32c"  # of the file of tensors, in the JSON file beside it
 
 
@@ -125,9 +125,8 @@ def run_fingerprint(folder: Path) -> str | None:
     Raises UserError where begun.json of the run is damaged.
     """
     for above in folder.absolute().parents[:3]:
-        if (above / BEGUN).exists():
-            begun = read_json(above / BEGUN)
-            return begun.get("fingerprint") if begun.get("stage") == "train" else None
+        if (run := Run(above)).is_begun:
+            return run.begun.get("fingerprint") if run.begun.get("stage") == "train" else None
     return None
 
 
