@@ -8,14 +8,14 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
-
-from accelerate import PartialState
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harvest.files import UserError, file_crc32c
 from train.dataloader import Reading
 from train.trainer import Stepped, Validation
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 PROJECT = "reasoning-sae"
 SPIKE_LINES = 20  # logged losses whose median a spike is measured against
@@ -29,11 +29,14 @@ class DivergedError(Exception):
         self.step = step
 
 
-def open_tracker(name: str, folder: Path, run_name: str, settings: dict[str, Any]) -> GeneralTracker:
+def open_tracker(name: str, folder: Path, run_name: str, settings: dict[str, Any]) -> "GeneralTracker":
     """A tracker of accelerate's, begun: tensorboard writes below `folder`, the others by their own settings.
 
     Raises UserError when its package is not installed, or it does not start.
     """
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
     kind = LOGGER_TYPE_TO_CLASS[name]
     PartialState(cpu=True)  # trackers log through it; it takes up a process group that is there, and makes none
     try:
@@ -60,7 +63,7 @@ class Metrics:
         path: Path | None,
         keep_bytes: int,
         spike_factor: float | None,
-        tracker: GeneralTracker | None = None,
+        tracker: "GeneralTracker | None" = None,
         losses: Sequence[float] = (),
         crc32c: int | None = None,
     ) -> None:
