@@ -19,7 +19,6 @@ from train.config import TrainConfig
 from train.kernel_choice import KernelChoice
 from train.parallel import SINGLE, FeatureRanks
 from train.sae import Sae
-from train.schedules import decayed_lr, warmed
 from train.step import AUTOGRAD, StepResult, kernels, total
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -90,9 +89,7 @@ class Trainer:
         return rows_BD.to(self.device)
 
     def _kernel(self) -> str:
-        if self.kernels is AUTOGRAD:
-            return "autograd"
-        return "sparse" if self.kernel.sparse else "dense"
+        return "autograd" if self.kernels is AUTOGRAD else self.kernel.name
 
     @torch.no_grad()
     def step(self, rows_BD: Tensor) -> Stepped:
@@ -124,12 +121,12 @@ class Trainer:
         """The result with the terms and l0 of all features, and the norm of all gradients."""
         norms = {name: torch.linalg.vector_norm(gradient) for name, gradient in result.gradients.items()}
         split = [norm for name, norm in norms.items() if self.axes[name] is not None]
-        on_all = [norm for name, norm in norms.items() if self.axes[name] is None]
+        on_all = [norm.unsqueeze(0) for name, norm in norms.items() if self.axes[name] is None]
         parts = [name for name in result.terms if name in coefficients]
         of_ranks = self.ranks.each(torch.stack([*(result.terms[name] for name in parts), result.l0, *split]))
         terms = result.terms | {name: of_ranks[:, i].sum() for i, name in enumerate(parts)}
         result = result._replace(terms=terms, l0=of_ranks[:, len(parts)].sum())
-        return result, torch.linalg.vector_norm(torch.cat([of_ranks[:, len(parts) + 1 :].flatten(), *map(_1d, on_all)]))
+        return result, torch.linalg.vector_norm(torch.cat([of_ranks[:, len(parts) + 1 :].flatten(), *on_all]))
 
     @torch.no_grad()
     def validate(self, rows: Tensor) -> Validation:
@@ -183,5 +180,13 @@ class Trainer:
         self.step_number = step_number
 
 
-def _1d(norm: Tensor) -> Tensor:
-    return norm.unsqueeze(0)
+def decayed_lr(lr: float, step: int, steps: int, decay_fraction: float) -> float:
+    """lr of step 0 ≤ step < steps: constant, then linear towards 0; the last step still moves."""
+    decay = round(steps * decay_fraction)
+    return lr * min(1.0, (steps - step) / decay) if decay else lr
+
+
+def warmed(step: int, steps: int, warmup_fraction: float) -> float:
+    """Part of a coefficient that counts at a step: 0 at the first, linear up to 1, then 1."""
+    warmup = round(steps * warmup_fraction)
+    return min(1.0, step / warmup) if warmup else 1.0

@@ -122,9 +122,9 @@ class Training:
     def take(self, batch: Batch, loader: ActivationLoader, validation_rows: Tensor) -> None:
         """Train on the next batch, and log, validate (on rows as stored, (rows, d_in)) and save when it is time to.
 
-        Raises UserError when the loss is no number or spikes, and OSError when a write behind it failed.
+        Raises UserError when the loss is NaN, infinite or spikes, and OSError when a write behind it failed.
         """
-        self._writer.check()
+        self._writer.wait(only_if_done=True)
         config, stepped = self.config, self.trainer.step(batch.rows_BD)
         step, warmed = self.step, self.step >= round(self.steps * self.config.l1_warmup_fraction)
         self._recent.append(_Fed(step, self.position, batch.next))
