@@ -86,12 +86,9 @@ class ExcludeConfig(Settings):
 
     def check_positions(self, context_size: int) -> None:
         """Raise ValueError for positions that no context has."""
-        beyond = [position for position in self.positions if position >= context_size]
-        if beyond:
-            raise ValueError(
-                f"train.exclude.positions: {beyond[0]}: a context has positions 0 to {context_size - 1} "
-                f"(context_size), so this leaves out nothing"
-            )
+        if beyond := [position for position in self.positions if position >= context_size]:
+            said = f"train.exclude.positions: {beyond[0]}: a context has positions 0 to {context_size - 1}"
+            raise ValueError(f"{said} (context_size), so this leaves out nothing")
 
 
 class SweepConfig(Settings):

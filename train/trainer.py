@@ -63,10 +63,8 @@ class Trainer:
         """
         self.kernels = kernels(sae)
         if ranks.size > 1 and self.kernels is AUTOGRAD:
-            raise UserError(
-                f"train.sae.kind: {sae.kind!r} trains in one process, and {ranks.size} were started; start one, "
-                "or choose train.sae.kind=standard"
-            )
+            said = f"train.sae.kind: {sae.kind!r} trains in one process, and {ranks.size} were started"
+            raise UserError(f"{said}; start one, or choose train.sae.kind=standard")
         self.config, self.steps, self.compute_dtype, self.ranks = config, steps, compute_dtype, ranks
         self.d_sae, self.axes = sae.d_sae, sae.feature_axes() | {"rows_since_fired": 0}
         self.kernel = KernelChoice(config, sae.d_sae)
@@ -98,15 +96,9 @@ class Trainer:
         lr = decayed_lr(config.lr, self.step_number, self.steps, config.lr_decay_fraction)
         warm = warmed(self.step_number, self.steps, config.l1_warmup_fraction)
         coefficients = {name: value * warm for name, value in self.sae.coefficients.items()}
-        result = self.kernels[kernel].step(
-            self.sae,
-            self.on_device(rows_BD),
-            coefficients,
-            self.compute_dtype,
-            self.ranks.sum_over_ranks,
-            self.adam.operands,
-        )
-        result, grad_norm = self._whole(result, coefficients)
+        options = (self.compute_dtype, self.ranks.sum_over_ranks, self.adam.operands)
+        part = self.kernels[kernel].step(self.sae, self.on_device(rows_BD), coefficients, *options)
+        result, grad_norm = self._whole(part, coefficients)
         loss = total(result.terms, coefficients)
         self.kernel.note(result.l0)
         bad = torch.isfinite(grad_norm + loss).logical_not_() & (self.bad_step < 0)
@@ -132,11 +124,12 @@ class Trainer:
     def validate(self, rows: Tensor) -> Validation:
         """Figures of held-out rows as stored (rows, D), in batches of the training size and with its kernel."""
         rebuild, coefficients = self.kernels[self._kernel()].reconstruction, self.sae.coefficients
+        options = (self.compute_dtype, self.ranks.sum_over_ranks, self.adam.operands)
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in rows.split(self.config.batch_size):
             batch_BD = self.on_device(batch)
             x_BD = self.sae.scaled(batch_BD)
-            rebuilt = rebuild(self.sae, batch_BD, self.compute_dtype, self.ranks.sum_over_ranks, self.adam.operands)
+            rebuilt = rebuild(self.sae, batch_BD, *options)
             error_B = rebuilt.error_BD.square().sum(1)
             spread_B = (x_BD - x_BD.mean(0)).square().sum(1).clamp_min(1e-30)  # a last batch of one row has none
             terms = {n: self.ranks.sum(term) if n in coefficients else term for n, term in rebuilt.terms.items()}

@@ -6,7 +6,7 @@ Several of them can be fed from one reading of a store: each takes the batches t
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class Training:
         self._writes = ranks.rank == 0
         self.position = Position()
         self.best_loss: float | None = None
-        metrics_bytes, metrics_crc32c, losses = 0, None, ()
+        logged: dict[str, Any] = {}
         if found:
             checkpoint, tensors = found
             shapes = {name: tuple(tensors[name].shape) if name in tensors else None for name in sae.parameters}
@@ -87,14 +87,14 @@ class Training:
                 raise UserError(f"{folder}: its checkpoint is of an SAE of shapes {shapes}")
             self.trainer.restore(tensors, checkpoint.step, checkpoint.kernel)
             self.position, self.best_loss = checkpoint.position, checkpoint.best_loss
-            metrics_bytes, metrics_crc32c = checkpoint.metrics_bytes, checkpoint.metrics_crc32c
-            losses = checkpoint.losses
+            logged = {"losses": checkpoint.losses, "crc32c": checkpoint.metrics_crc32c}
         runtime, tracker = config.runtime, None
         if runtime.tracker and self._writes:
             settings = config.model_dump(exclude={"runtime", "sweep"}) | {"hook": hook}
             tracker = open_tracker(runtime.tracker, folder, f"{folder.parent.name} {hook}", settings)
         path = folder / "metrics.jsonl" if self._writes else None
-        self.metrics = Metrics(path, metrics_bytes, runtime.spike_factor, tracker, losses, metrics_crc32c)
+        seen = found[0].metrics_bytes if found else 0
+        self.metrics = Metrics(path, seen, runtime.spike_factor, tracker, **logged)
         self.note = ""
         self.on_durable: Callable[[Position], None] | None = None  # told of each position that a resume can start at
         self._saved_window = self.position[:2]
@@ -132,9 +132,8 @@ class Training:
         if step % config.runtime.log_every == 0 or self.done:
             bad_step, dead = int(self.trainer.bad_step), self.trainer.dead_features()
             try:
-                self.note = self.metrics.log_step(
-                    step, config.batch_size, stepped, bad_step, dead, loader.reading, warmed
-                )
+                read = loader.reading
+                self.note = self.metrics.log_step(step, config.batch_size, stepped, bad_step, dead, read, warmed)
             except DivergedError as error:
                 raise self._explained(error, loader) from None
         if step % config.validate_every == 0 or self.done:
