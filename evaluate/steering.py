@@ -1,16 +1,14 @@
 """What a feature does to what the model writes: completions at several strengths, and their words counted.
 
-    x' = x + γ · max_activation_i · W_dec,i / s        at every position, of the prompt and of what is generated
+    x' = x + γ · max_activation_i · direction_i        at every position, of the prompt and of what is generated
 
-γ is the strength, max_activation_i the largest activation of feature i on the kept held-out rows, s the input
-scale: the weights speak of s·x, so a unit of f_i moves x by W_dec,i / s. As arXiv 2503.18878, but for one
-thing: its code sets f_i to γ · max_activation_i where this adds to it. Where the feature is silent, the two are
-the same; adding has the advantage that strength 0 is the model as it is.
+γ is the strength, max_activation_i the largest activation of feature i on the kept held-out rows, direction_i what a
+unit of it adds to a row (W_dec,i / s). The code of arXiv 2503.18878 sets f_i to γ · max_activation_i where this adds
+to it. Where the feature is silent, the two are the same; added, strength 0 is the model as it is.
 
 Shape suffixes: P prompts, G strengths, K features, I interventions, D d_in, B rows of a batch, R resamplings.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,18 +83,11 @@ def analyse(subject: Subject, heldout: Fidelity) -> dict[str, Any] | None:
     strengths = {strength for strength in config.strengths if strength}
     score = subject.config.reason_score
     words = config.words or (score or ReasonScoreConfig()).words
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
+    model, tokenizer, chosen = subject.model(), subject.chat_tokenizer(), dict(zip(wanted, maxima, strict=True))
     with subject.progress("steering", len(prompts) * (1 + len(wanted) * len(strengths)), "completions") as progress:
-        found = steer(
-            subject.model(),
-            subject.chat_tokenizer(),
-            subject.saved,
-            dict(zip(wanted, maxima, strict=True)),
-            config.strengths,
-            prompts,
-            Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed),
-            bos=subject.contexts.bos,
-            progress=progress,
-        )
+        options = {"bos": subject.contexts.bos, "progress": progress}
+        found = steer(model, tokenizer, subject.saved, chosen, config.strengths, prompts, sampling, **options)
     features = [figures(steered, words) | {"examples": _examples(steered)} for steered in found]
     return {"words": list(words), "max_new_tokens": config.max_new_tokens, "features": features}
 
@@ -147,12 +138,11 @@ def check_features(features: Sequence[int], d_sae: int, setting: str) -> None:
 
 
 def check_strengths(strengths: Sequence[float], setting: str) -> None:
-    """Raise UserError for a strength that is no number, or beyond any use."""
+    """Raise UserError for a strength that is NaN, infinite or beyond any use."""
+    largest = LARGEST_STRENGTH
     for strength in strengths:
-        if not math.isfinite(strength) or abs(strength) > LARGEST_STRENGTH:
-            raise UserError(
-                f"{setting}: {strength}: a strength is a number from -{LARGEST_STRENGTH:g} to {LARGEST_STRENGTH:g}"
-            )
+        if not abs(strength) <= largest:
+            raise UserError(f"{setting}: {strength}: a strength is a number from -{largest:g} to {largest:g}")
 
 
 def check_fit(model: HookedModel, saved: SavedSae, name: str = "this model") -> None:
@@ -218,22 +208,12 @@ def steer(
     interventions_ID = torch.cat(
         [torch.zeros_like(vectors_KD[:1]), (vectors_KD.unsqueeze(1) * steps.view(1, -1, 1)).flatten(0, 1)]
     )
-    rows = complete(
-        model,
-        tokenizer,
-        saved.hook,
-        prompts,
-        interventions_ID,
-        sampling,
-        chat=chat,
-        bos=bos,
-        batch_sequences=batch_sequences,
-        progress=progress,
-    )
+    options: dict[str, Any] = {"chat": chat, "bos": bos, "batch_sequences": batch_sequences, "progress": progress}
+    rows = complete(model, tokenizer, saved.hook, prompts, interventions_ID, sampling, **options)
     out = []
-    for k, (feature, maximum) in enumerate(maxima.items()):
-        mine = slice(1 + k * len(nonzero), 1 + (k + 1) * len(nonzero))
-        completions = [[row[0], *row[mine]] for row in rows]
+    for feature, maximum in maxima.items():
+        first = 1 + len(out) * len(nonzero)
+        completions = [[row[0], *row[first : first + len(nonzero)]] for row in rows]
         out.append(Steered(feature, maximum, (0.0, *nonzero), tuple(prompts), completions))
     return out
 
@@ -244,12 +224,10 @@ def word_pattern(words: Sequence[str]) -> re.Pattern[str]:
     Raises UserError where there is no word at all.
     """
     parts = []
-    for word in (part.strip() for entry in words for part in entry.split("|")):
-        if word:
-            first = (
-                f"[{word[0]}{word[0].upper()}]" if word == word.lower() and word[0].isalpha() else re.escape(word[0])
-            )
-            parts.append(first + r"\s+".join(re.escape(piece) for piece in word[1:].split(" ")))
+    for word in filter(None, (part.strip() for entry in words for part in entry.split("|"))):
+        either = word == word.lower() and word[0].isalpha()
+        first = f"[{word[0]}{word[0].upper()}]" if either else re.escape(word[0])
+        parts.append(first + r"\s+".join(re.escape(piece) for piece in word[1:].split(" ")))
     if not parts:
         raise UserError(f"words: {list(words)!r}: there is no word to count")
     return re.compile(rf"(?<!\w)(?:{'|'.join(parts)})(?!\w)")
@@ -270,23 +248,18 @@ def figures(steered: Steered, words: Sequence[str]) -> dict[str, Any]:
     def length(chosen: np.ndarray) -> np.ndarray:
         return tokens_PG[chosen].mean(1)
 
-    by_strength: list[dict[str, Any]] = [{"strength": strength} for strength in steered.strengths]
-    rates = rate(everyone)[0]
+    by_strength: list[dict[str, Any]] = []
+    for g, strength in enumerate(steered.strengths):
+        line = {"strength": strength, "words": int(counts_PG[:, g].sum()), "ended": float(ended_PG[:, g].mean())}
+        by_strength.append(line)
     for name, statistic in (("words_per_100_tokens", rate), ("tokens", length)):
         value_G, resampled_RG = statistic(everyone)[0], statistic(picks)
         for g, line in enumerate(by_strength):
             line[name] = _with_interval(value_G[g], resampled_RG[:, g])
             line[f"{name}_change"] = _with_interval(value_G[g] - value_G[0], resampled_RG[:, g] - resampled_RG[:, 0])
-    for g, line in enumerate(by_strength):
-        line["words"] = int(counts_PG[:, g].sum())
-        line["ended"] = float(ended_PG[:, g].mean())
-    return {
-        "feature": steered.feature,
-        "max_activation": steered.max_activation,
-        "prompts": len(steered.prompts),
-        "rises": bool((np.diff(rates[np.argsort(steered.strengths)]) > 0).all()),
-        "by_strength": by_strength,
-    }
+    rises = (np.diff(rate(everyone)[0][np.argsort(steered.strengths)]) > 0).all()
+    head = {"feature": steered.feature, "max_activation": steered.max_activation, "prompts": len(steered.prompts)}
+    return head | {"rises": bool(rises), "by_strength": by_strength}
 
 
 def _with_interval(value: float, resampled: np.ndarray) -> dict[str, float]:

@@ -29,7 +29,7 @@ def find_architecture(model: ModelConfig, offline: bool) -> Architecture:
 
     Raises UserError when neither folder, hub, cache nor shipped facts have it.
     """
-    local = Path(model.name)
+    local, shipped = Path(model.name), shipped_folder(model)
     if local.is_dir():
         return Architecture(load_skeleton(model, None, offline=True), f"{local}/config.json", local, True)
     reachable = not offline and hub_answers()
@@ -37,14 +37,13 @@ def find_architecture(model: ModelConfig, offline: bool) -> Architecture:
         skeleton = load_skeleton(model, model.revision, offline=not reachable)
         return Architecture(skeleton, "the hub" if reachable else "the hub's local cache", None, True)
     except UserError:
-        folder = shipped_folder(model)
-        if not folder.is_dir():
+        if not shipped.is_dir():
             raise
-    skeleton = load_skeleton(ModelConfig(name=str(folder)), None, offline=True)
-    origin = f"configs/models/{folder.name}/config.json, as the hub cannot be reached"
-    return Architecture(skeleton, origin, folder, False)
+    origin = f"configs/models/{shipped.name}/config.json, as the hub cannot be reached"
+    skeleton = load_skeleton(ModelConfig(name=str(shipped)), None, offline=True)
+    return Architecture(skeleton, origin, shipped, False)
 
 
 def shipped_folder(model: ModelConfig) -> Path:
-    """Where the facts of a hub model would stand."""
+    """Where the facts of a hub model would be."""
     return SHIPPED / model.name.replace("/", "--")

@@ -14,7 +14,7 @@ def test_writes_go_on_beside_and_in_order():
 
     writer = BackgroundWriter()
     writer.submit(slow)
-    writer.check()
+    writer.wait(only_if_done=True)
     assert done == []
     go.set()
     writer.submit(lambda: done.append(2))

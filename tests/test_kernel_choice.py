@@ -13,7 +13,7 @@ def choice(kernel: str = "auto") -> KernelChoice:
 def choices(l0s: list[float], made: KernelChoice) -> list[bool]:
     out = []
     for l0 in l0s:
-        out.append(made.sparse)
+        out.append(made.name == "sparse")
         made.note(torch.tensor(l0))
     return out
 

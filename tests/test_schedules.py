@@ -1,6 +1,6 @@
 import pytest
 
-from train.schedules import decayed_lr, warmed
+from train.trainer import decayed_lr, warmed
 
 
 def test_lr_at_its_corners():

@@ -31,8 +31,7 @@ class Adam:
     def __init__(self, parameters: dict[str, Tensor], compute_dtype: torch.dtype) -> None:
         """`parameters`: float32, of any shapes, changed in place."""
         self.parameters = parameters
-        self.exp_avg = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(weight) for name, weight in parameters.items()}
+        self.exp_avg, self.exp_avg_sq = ({n: torch.zeros_like(w) for n, w in parameters.items()} for _ in range(2))
         self.operands = {
             n: weight.to(compute_dtype) if weight.dim() > 1 else weight for n, weight in parameters.items()
         }
@@ -46,7 +45,7 @@ class Adam:
 
     def weights_changed(self) -> None:
         """Make the operands anew, after the parameters were written from outside."""
-        copy_operands(self.parameters, self.operands)
+        _copy_operands(self.parameters, self.operands)
 
 
 def plain_update(
@@ -64,11 +63,10 @@ def plain_update(
         lr=numbers.lr, beta1=numbers.betas[0], beta2=numbers.betas[1], eps=numbers.eps,
         amsgrad=False, weight_decay=0.0, maximize=False,
     )  # fmt: skip
-    copy_operands(parameters, operands)
+    _copy_operands(parameters, operands)
 
 
-def copy_operands(parameters: Tensors, operands: Tensors) -> None:
-    """Write the parameters, of any shapes, into those operands that are tensors of their own."""
+def _copy_operands(parameters: Tensors, operands: Tensors) -> None:
     for name, weight in parameters.items():
         if operands[name] is not weight:
             operands[name].copy_(weight)

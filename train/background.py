@@ -16,20 +16,13 @@ class BackgroundWriter:
         self.wait()
         self._pending = self._executor.submit(write)
 
-    def check(self) -> None:
-        """Raise what a finished write raised; waits for none."""
-        if self._pending and self._pending.done():
-            self.wait()
-
-    def wait(self) -> None:
-        """Wait for the write under way."""
-        pending, self._pending = self._pending, None
-        if pending:
+    def wait(self, only_if_done: bool = False) -> None:
+        """Wait for the write under way, or just raise what a finished one raised."""
+        if self._pending and (self._pending.done() or not only_if_done):
+            pending, self._pending = self._pending, None
             pending.result()
 
     def close(self) -> None:
         """Wait for the write under way, and take no more."""
-        try:
+        with self._executor:
             self.wait()
-        finally:
-            self._executor.shutdown()

@@ -90,17 +90,9 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | No
     _check_run(path / MARKER, about)
     try:
         tensors = _load_tensors(path / TENSORS, about)
-        checkpoint = Checkpoint(
-            step=about["step"],
-            position=Position(**about["position"]),
-            best_loss=about["best_loss"],
-            metrics_bytes=about["metrics_bytes"],
-            kernel=about["kernel"],
-            statistics=InputStatistics(**about["statistics"]),
-            losses=about.get("losses", ()),
-            metrics_crc32c=about.get("metrics_crc32c"),
-            fingerprint=about.get("fingerprint"),
-        )
+        fields = {name: about[name] for name in Checkpoint._fields if name in about}
+        fields |= {"position": Position(**about["position"]), "statistics": InputStatistics(**about["statistics"])}
+        checkpoint = Checkpoint(**fields)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
         before = f"the one before it, {complete[-2].name}" if len(complete) > 1 else "the start"
         raise UserError(f"{path}: damaged ({error}); delete this folder to resume from {before}") from None

@@ -48,16 +48,14 @@ class SaeConfig(Settings):
             raise ValueError("set exactly one of d_sae and expansion_factor (null takes one away)")
         if self.kind not in KINDS:
             raise ValueError(f"kind: {self.kind!r}: known kinds are {', '.join(KINDS)}")
+        own = self.hyperparameters()
+        if missing := [name for name, value in own.items() if value is None]:
+            raise ValueError(f"kind {self.kind} needs {missing[0]}")
         for kind, about in KINDS.items():
-            for name in about.hyperparameters:
-                value, own = getattr(self, name), name in KINDS[self.kind].hyperparameters
-                if own and value is None:
-                    raise ValueError(f"kind {self.kind} needs {name}")
-                if not own and value is not None:
-                    raise ValueError(
-                        f"{name} = {value:g} is a setting of kind {kind}, and kind is {self.kind}; "
-                        f"{name}=null takes it away"
-                    )
+            for name in set(about.hyperparameters) - set(own):
+                if (value := getattr(self, name)) is not None:
+                    said = f"{name} = {value:g} is a setting of kind {kind}, and kind is {self.kind}"
+                    raise ValueError(f"{said}; {name}=null takes it away")
         return self
 
     def hyperparameters(self) -> dict[str, Any]:
@@ -88,12 +86,9 @@ class ExcludeConfig(Settings):
 
     def check_positions(self, context_size: int) -> None:
         """Raise ValueError for positions that no context has."""
-        beyond = [position for position in self.positions if position >= context_size]
-        if beyond:
-            raise ValueError(
-                f"train.exclude.positions: {beyond[0]}: a context has positions 0 to {context_size - 1} "
-                f"(context_size), so this leaves out nothing"
-            )
+        if beyond := [position for position in self.positions if position >= context_size]:
+            said = f"train.exclude.positions: {beyond[0]}: a context has positions 0 to {context_size - 1}"
+            raise ValueError(f"{said} (context_size), so this leaves out nothing")
 
 
 class SweepConfig(Settings):
@@ -108,8 +103,7 @@ class SweepConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "SweepConfig":
-        for name in type(self).model_fields:
-            values = getattr(self, name)
+        for name, values in self:
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} names a value twice")
         return self
@@ -208,10 +202,10 @@ class TrainConfig(Settings):
         """The single settings that a sweep stands for; without one, these settings."""
         if self.sweep is None:
             return [self]
-        values = [getattr(self.sweep, name) or (None,) for name in ("l1_coefficient", "lr", "d_sae")]
+        swept = {name: values for name, values in self.sweep if values}
         out = []
-        for l1_coefficient, lr, d_sae in itertools.product(*values):
-            sae = {"l1_coefficient": l1_coefficient, "d_sae": d_sae}
-            changed = {"sae": self.sae.model_copy(update={k: v for k, v in sae.items() if v is not None})}
-            out.append(self.model_copy(update=changed | {"sweep": None} | ({"lr": lr} if lr is not None else {})))
+        for values in itertools.product(*swept.values()):
+            chosen = dict(zip(swept, values, strict=True))
+            lr = chosen.pop("lr", self.lr)
+            out.append(self.model_copy(update={"sae": self.sae.model_copy(update=chosen), "lr": lr, "sweep": None}))
         return out

@@ -15,16 +15,15 @@ MARKER, CARD = "export.json", "README.md"
 def new_export(folder: Path, about: dict[str, Any], force: bool) -> Iterator[Path]:
     """A partial folder to fill, which becomes `folder` when all is written; export.json holds `about` and its files.
 
-    Raises UserError for a folder that is there: one that is no export of ours is never touched, an export
-    only with `force`, and only while it holds nothing but what the export wrote.
+    Raises UserError where `folder` holds anything: what the export did not write is never touched, an export only with
+    `force`.
     """
     _check_free(folder, force)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial, old = partial_name(folder), folder.with_name(f".{folder.name}.old")
     for path in (partial, old):
         shutil.rmtree(path, ignore_errors=True)
     try:
-        partial.mkdir()
+        partial.mkdir(parents=True)
         yield partial
         sums = {n: {"bytes": (partial / n).stat().st_size, "crc32c": file_crc32c(partial / n)} for n in _files(partial)}
         write_sealed(partial / MARKER, {"schema": 1, **about, "files": sums})
@@ -67,21 +66,17 @@ def check_exported(folder: Path, marker: dict[str, Any]) -> None:
 
 
 def _check_free(folder: Path, force: bool) -> None:
-    if folder.is_symlink():
-        raise UserError(f"{folder}: is a link; choose the folder itself, or another one, with --to")
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if folder.is_symlink() or folder.is_file():
+        kind = "a link" if folder.is_symlink() else "a file"
+        raise UserError(f"{folder}: is {kind}; choose the folder itself, or another one, with --to")
+    if not folder.exists() or not any(folder.iterdir()):
         return
-    if not folder.is_dir():
-        raise UserError(f"{folder}: is a file; choose another folder with --to")
     try:
         marker = read_marker(folder)
     except UserError as error:
         raise UserError(f"{error}; nothing was written. Choose another folder with --to") from None
-    strange = sorted(set(_files(folder)) - {*marker["files"], MARKER})
-    if strange:
-        raise UserError(
-            f"{folder}: holds {strange[0]}, which the export did not write; choose another folder with --to"
-        )
+    if strange := sorted(set(_files(folder)) - {*marker["files"], MARKER}):
+        raise UserError(f"{folder}: holds {strange[0]}, which is not of the export; choose another folder with --to")
     if not force:
         raise UserError(
             f"{folder}: holds an export already; --force writes it anew (a README.md that was edited is lost), "

@@ -8,29 +8,26 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from harvest.files import UserError, file_crc32c
 from train.dataloader import Reading
 from train.trainer import Stepped, Validation
-
-if TYPE_CHECKING:
-    from accelerate.tracking import GeneralTracker
 
 PROJECT = "reasoning-sae"
 SPIKE_LINES = 20  # logged losses whose median a spike is measured against
 
 
 class DivergedError(Exception):
-    """The loss is no number, or far above what it was, at a step."""
+    """The loss is NaN or infinite, or far above what it was, at a step."""
 
     def __init__(self, step: int, reason: str) -> None:
         super().__init__(reason)
         self.step = step
 
 
-def open_tracker(name: str, folder: Path, run_name: str, settings: dict[str, Any]) -> "GeneralTracker":
-    """A tracker of accelerate's, begun: tensorboard writes below `folder`, the others by their own settings.
+def open_tracker(name: str, folder: Path, run_name: str, settings: dict[str, Any]) -> Any:
+    """A tracker of accelerate's, begun: tensorboard writes below `folder`, the others where their own settings say.
 
     Raises UserError when its package is not installed, or it does not start.
     """
@@ -43,8 +40,7 @@ def open_tracker(name: str, folder: Path, run_name: str, settings: dict[str, Any
         tracker = kind("tensorboard", folder) if kind.requires_logging_directory else kind(PROJECT, name=run_name)
         tracker.main_process_only = False  # rank 0 alone makes one
         tracker.start()
-        flat = {key: value if isinstance(value, int | float) else str(value) for key, value in settings.items()}
-        tracker.store_init_configuration(flat)
+        tracker.store_init_configuration({key: str(value) for key, value in settings.items()})
     except ModuleNotFoundError as error:
         raise UserError(
             f"train.runtime.tracker: {name!r}: {error.name} is not installed; "
@@ -55,6 +51,14 @@ def open_tracker(name: str, folder: Path, run_name: str, settings: dict[str, Any
     return tracker
 
 
+class _Mark(NamedTuple):
+    """When a line was written, for the speed since then."""
+
+    time: float
+    step: int
+    reading: Reading
+
+
 class Metrics:
     """Appends to metrics.jsonl, cut at a resume to what the checkpoint had seen; `path` None writes nothing."""
 
@@ -63,13 +67,13 @@ class Metrics:
         path: Path | None,
         keep_bytes: int,
         spike_factor: float | None,
-        tracker: "GeneralTracker | None" = None,
+        tracker: Any = None,
         losses: Sequence[float] = (),
         crc32c: int | None = None,
     ) -> None:
         """`losses`: the last ones that were logged before a resume; `crc32c`: of the file up to `keep_bytes`.
 
-        Raises UserError for a file that is shorter than `keep_bytes`, or is another.
+        Raises UserError for a file that is shorter than `keep_bytes`, or has changed.
         """
         self._file, self._tracker, self._spike_factor = None, tracker, spike_factor
         self.losses: deque[float] = deque(losses, maxlen=SPIKE_LINES)
@@ -99,28 +103,26 @@ class Metrics:
             self._file.write((json.dumps(line) + "\n").encode())
             self._file.flush()
         if self._tracker:
-            kind, step = line["kind"], line["step"]
             flat = line | line.get("timings", {})
-            figures = {f"{kind}/{k}": v for k, v in flat.items() if isinstance(v, int | float)}
-            self._tracker.log(figures, step=step)
+            figures = {f"{line['kind']}/{name}": v for name, v in flat.items() if isinstance(v, int | float)}
+            self._tracker.log(figures, step=line["step"])
 
     def log_step(
         self, step: int, batch_size: int, stepped: Stepped, bad_step: int, dead: int, reading: Reading, warmed: bool
     ) -> str:
         """Write a step's figures and return the note for the progress bar.
 
-        `bad_step` is the first step whose loss or gradient was no number, or −1. Raises DivergedError for one, and
-        once λ is `warmed` for a loss above spike_factor times the median of the last logged ones.
+        `bad_step` is the first step whose loss or gradient was NaN or infinite, or −1. Raises DivergedError for one,
+        and once penalties are `warmed` for a loss above spike_factor times the median of the last logged ones.
         """
         found = stepped.result
         tensors = {"loss": stepped.loss, **found.terms}
         tensors |= {name: getattr(found, name) for name in ("l0", "explained_variance", "explained_variance_legacy")}
         figures = {name: float(value) for name, value in tensors.items()} | {"grad_norm": float(stepped.grad_norm)}
         loss = figures["loss"]
-        if bad_step >= 0:
-            raise DivergedError(bad_step + 1, f"the loss is no number at step {bad_step + 1}")
-        if not all(map(math.isfinite, figures.values())):
-            raise DivergedError(step, f"the loss is no number at step {step} (loss {loss:g})")
+        if bad_step >= 0 or not all(map(math.isfinite, figures.values())):
+            first = bad_step + 1 if bad_step >= 0 else step
+            raise DivergedError(first, f"the loss is NaN or infinite at step {first}")
         if self._spike_factor and len(self.losses) == SPIKE_LINES:
             usual = statistics.median(self.losses)
             if loss > self._spike_factor * usual:
@@ -128,15 +130,17 @@ class Metrics:
         if warmed:
             self.losses.append(loss)
         now = _Mark(time.monotonic(), step, reading)
-        timings = now.since(self._last, batch_size) if self._last else {}
+        timings = _timings(self._last, now, batch_size) if self._last else {}
         self._last = now
         head = {"kind": "train", "step": step, "tokens": step * batch_size, "kernel": stepped.kernel}
         coefficients = {f"{name}_coefficient": value for name, value in stepped.coefficients.items()}
         schedule = {"lr": stepped.lr, **coefficients, "dead_features": dead}
         self._write(head | figures | schedule | {"timings": timings})
-        waits = timings.get("stall_fraction", 0) > 0.1
-        note = f"L0 {figures['l0']:.1f}  EV {figures['explained_variance']:.3f}"
-        return f"{note}  waits for the disk {timings['stall_fraction']:.0%} of the time" if waits else note
+        note, stalled = (
+            f"L0 {figures['l0']:.1f}  EV {figures['explained_variance']:.3f}",
+            timings.get("stall_fraction", 0),
+        )
+        return f"{note}  waits for the disk {stalled:.0%} of the time" if stalled > 0.1 else note
 
     def log_validation(self, step: int, validation: Validation) -> None:
         """Write the figures of held-out rows."""
@@ -149,37 +153,27 @@ class Metrics:
 
     def close(self) -> None:
         """Close file and tracker."""
-        try:
-            if self._file:
-                self._file.close()
-        finally:
-            if self._tracker:
-                self._tracker.finish()
+        if self._file:
+            self._file.close()
+        if self._tracker:
+            self._tracker.finish()
 
 
-class _Mark(NamedTuple):
-    """When a line was written, for the speed since then."""
-
-    time: float
-    step: int
-    reading: Reading
-
-    def since(self, before: "_Mark", batch_size: int) -> dict[str, float]:
-        seconds = max(self.time - before.time, 1e-9)
-        stall = self.reading.stall_seconds - before.reading.stall_seconds
-        return {
-            "tokens_per_second": round((self.step - before.step) * batch_size / seconds),
-            "gigabytes_read_per_second": round((self.reading.bytes - before.reading.bytes) / seconds / 1e9, 3),
-            "stall_ms_per_step": round(1000 * stall / (self.step - before.step), 2),
-            "stall_fraction": round(stall / seconds, 3),
-            "pool_fill": round(self.reading.pool_fill, 3),
-        }
+def _timings(before: _Mark, now: _Mark, batch_size: int) -> dict[str, float]:
+    seconds, steps = max(now.time - before.time, 1e-9), now.step - before.step
+    stall = now.reading.stall_seconds - before.reading.stall_seconds
+    return {
+        "tokens_per_second": round(steps * batch_size / seconds),
+        "gigabytes_read_per_second": round((now.reading.bytes - before.reading.bytes) / seconds / 1e9, 3),
+        "stall_ms_per_step": round(1000 * stall / steps, 2),
+        "stall_fraction": round(stall / seconds, 3),
+        "pool_fill": round(now.reading.pool_fill, 3),
+    }
 
 
 def last_figures(folder: Path) -> dict[str, Any]:
     """The last training and validation figures of a folder, for the summary."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    last = {line["kind"]: line for line in map(json.loads, lines)}
+    last = {line["kind"]: line for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())}
     train, validation = last.get("train", {}), last.get("validation", {})
     out = {f"heldout {name}": validation[name] for name in Validation._fields if name in validation}
     return {"steps": train.get("step"), "dead_features": train.get("dead_features"), **out}

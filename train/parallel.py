@@ -1,10 +1,9 @@
 """One SAE trained by several processes: the features are split over ranks, b_dec is on all of them.
 
-Every rank sees the same rows and holds columns of W_enc and rows of W_dec, with their gradients and Adam's
-moments. A step exchanges the ranks' parts of x̂ in float32 (64 MB at 4096 × 4096) and five numbers;
-splitting rows instead would exchange all gradients (2.1 GB at 4096 × 65,536).
-Results equal those of one process up to the order of sums; the same number of ranks gives the same bytes.
-b_dec is updated by each rank from the same summed numbers, and so stays equal without an exchange.
+Every rank sees the same rows and holds its features' part of every tensor. A step exchanges the ranks' parts of x̂ in
+float32 (64 MB at 4096 × 4096) and five numbers; splitting rows instead would exchange all gradients (2.1 GB at
+4096 × 65,536). Results equal those of one process up to the order of sums; the same number of ranks gives the same
+bytes. b_dec is updated by each rank from the same summed numbers, and so stays equal without an exchange.
 
 Shape suffixes: R ranks, K numbers of each.
 """
@@ -13,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -125,11 +125,10 @@ class FeatureRanks:
         out = {}
         for name, tensor in whole.items():
             axis = axes[name.rpartition(".")[2]]
-            mine = tensor
             if axis is not None:
                 features = self.features(tensor.shape[axis])
-                mine = tensor.narrow(axis, features.start, len(features))
-            out[name] = mine.clone(memory_format=torch.contiguous_format)
+                tensor = tensor.narrow(axis, features.start, len(features))
+            out[name] = tensor.clone(memory_format=torch.contiguous_format)
         return out
 
     def gather(self, tensors: Mapping[str, Tensor], axes: Axes, d_sae: int) -> dict[str, Tensor]:
@@ -142,21 +141,18 @@ class FeatureRanks:
         out = {}
         for name, mine in tensors.items():
             axis = axes[name.rpartition(".")[2]]
+            if self.rank and axis is not None:
+                dist.send(mine, 0)
             if self.rank:
-                if axis is not None:
-                    dist.send(mine, 0)
-            elif axis is None:
-                out[name] = mine.to("cpu", copy=True)
-            else:
-                shape = [*mine.shape[:axis], d_sae, *mine.shape[axis + 1 :]]
-                out[name] = torch.empty(shape, dtype=mine.dtype)
-                for rank in range(self.size):
-                    features = self.features(d_sae, rank)
-                    place = out[name].narrow(axis, features.start, len(features))
-                    part = mine if rank == 0 else torch.empty(place.shape, dtype=mine.dtype, device=mine.device)
-                    if rank:
-                        dist.recv(part, rank)
-                    place.copy_(part)
+                continue
+            parts = [mine.to("cpu", copy=True)]
+            for rank in range(1, self.size if axis is not None else 1):
+                shape = list(mine.shape)
+                shape[axis or 0] = len(self.features(d_sae, rank))
+                part = torch.empty(shape, dtype=mine.dtype, device=mine.device)
+                dist.recv(part, rank)
+                parts.append(part.cpu())
+            out[name] = torch.cat(parts, axis or 0)
         return out
 
 
@@ -175,23 +171,24 @@ def _join(backend: str, me: str, seconds: float) -> None:
             f"{me}: where the processes meet is not said (MASTER_ADDR={address or ''}, MASTER_PORT={port}); start them "
             f"with torchrun or accelerate launch, {unset}"
         )
-    failed: list[Exception] = []
+    met: Future[None] = Future()
 
     def join() -> None:
         try:
             dist.init_process_group(backend, timeout=TIMEOUT)
+            met.set_result(None)
         except Exception as error:
-            failed.append(error)
+            met.set_exception(error)
 
-    thread = threading.Thread(target=join, name="join-ranks", daemon=True)
-    thread.start()
+    threading.Thread(target=join, name="join-ranks", daemon=True).start()
     began = time.monotonic()
-    while thread.is_alive() and time.monotonic() - began < seconds:
-        thread.join(0.1)
-    if failed:
-        reason = (str(failed[0]).strip().splitlines() or [type(failed[0]).__name__])[0]
-        raise UserError(f"{me}: the processes cannot meet at {address}:{port} ({reason}); choose another port, {unset}")
-    if thread.is_alive():
+    while not met.done() and time.monotonic() - began < seconds:
+        time.sleep(0.05)
+    if met.done() and (error := met.exception()):
+        raise UserError(
+            f"{me}: the processes cannot meet at {address}:{port} ({_reason(error)}); choose another port, {unset}"
+        )
+    if not met.done():
         raise UserError(
             f"{me}: the other processes did not come to {address}:{port} within {duration(seconds)} "
             f"(train.runtime.peers_seconds); start all of them with torchrun or accelerate launch, {unset}"
@@ -208,10 +205,12 @@ def _finish(work: Any) -> None:
             work.wait(timedelta(seconds=SIGNALS_AFTER))
             return
         except RuntimeError as error:
-            if not work.is_completed():
-                continue
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"train: another process of this training has ended ({reason}); start all of them again, to go on "
-                "from the last checkpoint"
-            ) from None
+            if work.is_completed():
+                raise UserError(
+                    f"train: another process of this training has ended ({_reason(error)}); start all of them again, "
+                    "to go on from the last checkpoint"
+                ) from None
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

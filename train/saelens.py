@@ -37,14 +37,14 @@ def folded(sae: Sae) -> Sae:
     return replace(sae, parameters=weights | scaled, scale=1.0)
 
 
-def saelens_config(sae: Sae, metadata: dict[str, Any]) -> dict[str, Any]:
-    """cfg.json of SAELens 6 for a folded SAE; `metadata` names model, hook and data.
+def write_saelens_folder(folder: Path, sae: Sae, metadata: dict[str, Any]) -> None:
+    """Write sae_weights.safetensors and cfg.json of one SAE into a new folder; `metadata` names model, hook and data.
 
     Raises UserError where SAELens has no SAE with the same f.
     """
     if sae.saelens is None:
         raise UserError(f"an SAE of kind {sae.kind} cannot be exported: SAELens has none with the same activations")
-    return {
+    config = {
         "architecture": sae.saelens,
         **sae.settings(),
         "d_in": sae.d_in,
@@ -56,14 +56,6 @@ def saelens_config(sae: Sae, metadata: dict[str, Any]) -> dict[str, Any]:
         "reshape_activations": "none",
         "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
     }
-
-
-def write_saelens_folder(folder: Path, sae: Sae, metadata: dict[str, Any]) -> None:
-    """Write sae_weights.safetensors and cfg.json of one SAE into a new folder.
-
-    Raises UserError as `saelens_config` does.
-    """
-    config = saelens_config(sae, metadata)
     folder.mkdir(parents=True)
     weights = {name: weight.contiguous().cpu() for name, weight in folded(sae).parameters.items()}
     with replacing(folder / WEIGHTS) as partial:
@@ -105,9 +97,8 @@ class SaelensConfig:
         old = self.get("activation_fn_kwargs", {})  # where form 5 has k
         self.fields = (old if isinstance(old, dict) else {}) | self.fields
         self.rule = {name: self._count(name) for name in self.of_kind.rule}
-        for name, value in self.rule.items():
-            if value > self.d_sae:
-                raise UserError(f"{path}: {name}: {value}: more than d_sae = {self.d_sae}")
+        if above := [name for name, value in self.rule.items() if value > self.d_sae]:
+            raise UserError(f"{path}: {above[0]}: {self.rule[above[0]]}: more than d_sae = {self.d_sae}")
 
     def get(self, name: str, default: Any) -> Any:
         """A field; the default where it is absent or null."""

@@ -46,7 +46,7 @@ def sparse_step(
     """
     ops = operations or operations_for(x_BD.device)
     x_BD, weights, l1_coefficient = sae.scaled(x_BD), operands or sae.parameters, coefficients["l1"]
-    B, norm_F, W_dec = x_BD.shape[0], sae.W_dec.norm(dim=1), decoder(sae, weights, compute_dtype, ops)
+    B, norm_F, W_dec = x_BD.shape[0], sae.W_dec.norm(dim=1), _decoder(sae, weights, compute_dtype, ops)
     active = active_features(weights["W_enc"], sae.b_enc, x_BD, compute_dtype, ops)
     error_BD = residual(active, W_dec, sae.b_dec, x_BD, ops, sum_over_ranks)
     error = error_BD.to(W_dec.dtype)
@@ -77,15 +77,15 @@ def sparse_reconstruction(
     ops = operations_for(x_BD.device)
     x_BD, weights = sae.scaled(x_BD), operands or sae.parameters
     active = active_features(weights["W_enc"], sae.b_enc, x_BD, compute_dtype, ops)
-    W_dec = decoder(sae, weights, compute_dtype, ops)
+    W_dec = _decoder(sae, weights, compute_dtype, ops)
     error_BD = residual(active, W_dec, sae.b_dec, x_BD, ops, sum_over_ranks)
     l1_N = active.f_N * sae.W_dec.norm(dim=1)[active.feature_N]
     l1_B = torch.segment_reduce(l1_N, "sum", offsets=active.offset_B)
     return Reconstruction(error_BD, {"mse": error_BD.square().sum(1), "l1": l1_B}, active.offset_B.diff())
 
 
-def decoder(sae: Sae, weights: Tensors, compute_dtype: torch.dtype, ops: Operations) -> Tensor:
-    """W_dec (F, D) as the gathers take it: in compute_dtype on CUDA, else in float32."""
+def _decoder(sae: Sae, weights: Tensors, compute_dtype: torch.dtype, ops: Operations) -> Tensor:
+    # In compute_dtype on CUDA, else in float32.
     return sae.W_dec if ops is PLAIN else weights["W_dec"].to(compute_dtype)
 
 

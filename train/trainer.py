@@ -19,7 +19,6 @@ from train.config import TrainConfig
 from train.kernel_choice import KernelChoice
 from train.parallel import SINGLE, FeatureRanks
 from train.sae import Sae
-from train.schedules import decayed_lr, warmed
 from train.step import AUTOGRAD, StepResult, kernels, total
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -64,10 +63,8 @@ class Trainer:
         """
         self.kernels = kernels(sae)
         if ranks.size > 1 and self.kernels is AUTOGRAD:
-            raise UserError(
-                f"train.sae.kind: {sae.kind!r} trains in one process, and {ranks.size} were started; start one, "
-                "or choose train.sae.kind=standard"
-            )
+            said = f"train.sae.kind: {sae.kind!r} trains in one process, and {ranks.size} were started"
+            raise UserError(f"{said}; start one, or choose train.sae.kind=standard")
         self.config, self.steps, self.compute_dtype, self.ranks = config, steps, compute_dtype, ranks
         self.d_sae, self.axes = sae.d_sae, sae.feature_axes() | {"rows_since_fired": 0}
         self.kernel = KernelChoice(config, sae.d_sae)
@@ -90,9 +87,7 @@ class Trainer:
         return rows_BD.to(self.device)
 
     def _kernel(self) -> str:
-        if self.kernels is AUTOGRAD:
-            return "autograd"
-        return "sparse" if self.kernel.sparse else "dense"
+        return "autograd" if self.kernels is AUTOGRAD else self.kernel.name
 
     @torch.no_grad()
     def step(self, rows_BD: Tensor) -> Stepped:
@@ -101,15 +96,9 @@ class Trainer:
         lr = decayed_lr(config.lr, self.step_number, self.steps, config.lr_decay_fraction)
         warm = warmed(self.step_number, self.steps, config.l1_warmup_fraction)
         coefficients = {name: value * warm for name, value in self.sae.coefficients.items()}
-        result = self.kernels[kernel].step(
-            self.sae,
-            self.on_device(rows_BD),
-            coefficients,
-            self.compute_dtype,
-            self.ranks.sum_over_ranks,
-            self.adam.operands,
-        )
-        result, grad_norm = self._whole(result, coefficients)
+        options = (self.compute_dtype, self.ranks.sum_over_ranks, self.adam.operands)
+        part = self.kernels[kernel].step(self.sae, self.on_device(rows_BD), coefficients, *options)
+        result, grad_norm = self._whole(part, coefficients)
         loss = total(result.terms, coefficients)
         self.kernel.note(result.l0)
         bad = torch.isfinite(grad_norm + loss).logical_not_() & (self.bad_step < 0)
@@ -124,22 +113,23 @@ class Trainer:
         """The result with the terms and l0 of all features, and the norm of all gradients."""
         norms = {name: torch.linalg.vector_norm(gradient) for name, gradient in result.gradients.items()}
         split = [norm for name, norm in norms.items() if self.axes[name] is not None]
-        on_all = [norm for name, norm in norms.items() if self.axes[name] is None]
+        on_all = [norm.unsqueeze(0) for name, norm in norms.items() if self.axes[name] is None]
         parts = [name for name in result.terms if name in coefficients]
         of_ranks = self.ranks.each(torch.stack([*(result.terms[name] for name in parts), result.l0, *split]))
         terms = result.terms | {name: of_ranks[:, i].sum() for i, name in enumerate(parts)}
         result = result._replace(terms=terms, l0=of_ranks[:, len(parts)].sum())
-        return result, torch.linalg.vector_norm(torch.cat([of_ranks[:, len(parts) + 1 :].flatten(), *map(_1d, on_all)]))
+        return result, torch.linalg.vector_norm(torch.cat([of_ranks[:, len(parts) + 1 :].flatten(), *on_all]))
 
     @torch.no_grad()
     def validate(self, rows: Tensor) -> Validation:
         """Figures of held-out rows as stored (rows, D), in batches of the training size and with its kernel."""
         rebuild, coefficients = self.kernels[self._kernel()].reconstruction, self.sae.coefficients
+        options = (self.compute_dtype, self.ranks.sum_over_ranks, self.adam.operands)
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in rows.split(self.config.batch_size):
             batch_BD = self.on_device(batch)
             x_BD = self.sae.scaled(batch_BD)
-            rebuilt = rebuild(self.sae, batch_BD, self.compute_dtype, self.ranks.sum_over_ranks, self.adam.operands)
+            rebuilt = rebuild(self.sae, batch_BD, *options)
             error_B = rebuilt.error_BD.square().sum(1)
             spread_B = (x_BD - x_BD.mean(0)).square().sum(1).clamp_min(1e-30)  # a last batch of one row has none
             terms = {n: self.ranks.sum(term) if n in coefficients else term for n, term in rebuilt.terms.items()}
@@ -183,5 +173,13 @@ class Trainer:
         self.step_number = step_number
 
 
-def _1d(norm: Tensor) -> Tensor:
-    return norm.unsqueeze(0)
+def decayed_lr(lr: float, step: int, steps: int, decay_fraction: float) -> float:
+    """lr of step 0 ≤ step < steps: constant, then linear towards 0; the last step still moves."""
+    decay = round(steps * decay_fraction)
+    return lr * min(1.0, (steps - step) / decay) if decay else lr
+
+
+def warmed(step: int, steps: int, warmup_fraction: float) -> float:
+    """Part of a coefficient that counts at a step: 0 at the first, linear up to 1, then 1."""
+    warmup = round(steps * warmup_fraction)
+    return min(1.0, step / warmup) if warmup else 1.0

@@ -5,7 +5,7 @@ Several of them can be fed from one reading of a store: each takes the batches t
 
 from collections import deque
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ class Training:
         self._writes = ranks.rank == 0
         self.position = Position()
         self.best_loss: float | None = None
-        metrics_bytes, metrics_crc32c, losses = 0, None, ()
+        logged: dict[str, Any] = {}
         if found:
             checkpoint, tensors = found
             shapes = {name: tuple(tensors[name].shape) if name in tensors else None for name in sae.parameters}
@@ -84,14 +84,14 @@ class Training:
                 raise UserError(f"{folder}: its checkpoint is of an SAE of shapes {shapes}")
             self.trainer.restore(tensors, checkpoint.step, checkpoint.kernel)
             self.position, self.best_loss = checkpoint.position, checkpoint.best_loss
-            metrics_bytes, metrics_crc32c = checkpoint.metrics_bytes, checkpoint.metrics_crc32c
-            losses = checkpoint.losses
+            logged = {"losses": checkpoint.losses, "crc32c": checkpoint.metrics_crc32c}
         runtime, tracker = config.runtime, None
         if runtime.tracker and self._writes:
             settings = config.model_dump(exclude={"runtime", "sweep"}) | {"hook": hook}
             tracker = open_tracker(runtime.tracker, folder, f"{folder.parent.name} {hook}", settings)
         path = folder / "metrics.jsonl" if self._writes else None
-        self.metrics = Metrics(path, metrics_bytes, runtime.spike_factor, tracker, losses, metrics_crc32c)
+        seen = found[0].metrics_bytes if found else 0
+        self.metrics = Metrics(path, seen, runtime.spike_factor, tracker, **logged)
         self.note = ""
         self._writer = BackgroundWriter()
         self._recent: deque[_Fed] = deque(maxlen=runtime.log_every)
@@ -117,9 +117,9 @@ class Training:
     def take(self, batch: Batch, loader: ActivationLoader, validation_rows: Tensor) -> None:
         """Train on the next batch, and log, validate (on rows as stored, (rows, d_in)) and save when it is time to.
 
-        Raises UserError when the loss is no number or spikes, and OSError when a write behind it failed.
+        Raises UserError when the loss is NaN, infinite or spikes, and OSError when a write behind it failed.
         """
-        self._writer.check()
+        self._writer.wait(only_if_done=True)
         config, stepped = self.config, self.trainer.step(batch.rows_BD)
         step, warmed = self.step, self.step >= round(self.steps * self.config.l1_warmup_fraction)
         self._recent.append(_Fed(step, self.position, batch.next))
@@ -127,9 +127,8 @@ class Training:
         if step % config.runtime.log_every == 0 or self.done:
             bad_step, dead = int(self.trainer.bad_step), self.trainer.dead_features()
             try:
-                self.note = self.metrics.log_step(
-                    step, config.batch_size, stepped, bad_step, dead, loader.reading, warmed
-                )
+                read = loader.reading
+                self.note = self.metrics.log_step(step, config.batch_size, stepped, bad_step, dead, read, warmed)
             except DivergedError as error:
                 raise self._explained(error, loader) from None
         if step % config.validate_every == 0 or self.done:
