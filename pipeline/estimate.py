@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from harvest.disk import limit_in_shards
 from harvest.progress import duration, size_text
 from pipeline.architecture import Architecture, find_architecture
 from pipeline.config import PipelineConfig
@@ -146,8 +145,6 @@ def plan(
     obstacles = lacks + memory.obstacles(config.harvest.batch_contexts)
     if streams and not memory.holds_stream:
         obstacles.append(f"a stream does not fit into {size_text(memory.free)}")
-    if streams and s.steps * train.batch_size > rows:
-        obstacles.append("a stream is one epoch only")
     stored = (g.train_shards + g.holdout_shards) * g.shard_rows
     harvest, training = harvest_seconds(s, here, stored, True), train_seconds(config, s, here, s.saes, True)
     taken = f"harvest {_hours(harvest)}, training {_hours(training)}; {size_text(needed)} of disk"
@@ -213,7 +210,7 @@ def _machine(config: PipelineConfig, s: Sizes, measured: Measured, speed: Speed)
         ),
         (
             "memory, stream",
-            f"{size_text(memory.harvest + memory.train)} on one device, which both sides hold at once",
+            f"{size_text(memory.harvest + memory.train)} on one device: the model and the SAEs",
         ),
         ("harvest writes", f"{_rate(written)}; the disk here: {_rate(measured.disk_write.value)}"),
         ("training reads", f"{_rate(wanted)}; the disk here: {_rate(measured.disk_read.value)}"),
@@ -222,7 +219,7 @@ def _machine(config: PipelineConfig, s: Sizes, measured: Measured, speed: Speed)
     for obstacle in obstacles:
         yield f"warning: {obstacle}"
     if not obstacles and not memory.holds_stream:
-        yield f"warning: a stream does not fit into {size_text(memory.free)}; it needs a device for each side"
+        yield f"warning: a stream does not fit into {size_text(memory.free)}"
     if _slower(measured.disk_write.value, written):
         yield "warning: the harvest would be bound by the disk here"
     if _slower(measured.disk_read.value, wanted):
@@ -233,15 +230,20 @@ def _machine(config: PipelineConfig, s: Sizes, measured: Measured, speed: Speed)
 def ways(config: PipelineConfig, s: Sizes, speed: Speed) -> list[tuple[str, ...]]:
     """Disk and hours of the three ways to feed an SAE, for one and for a sweep of five, on one such machine."""
     g, train = s.geometry, config.train
-    limit, heldout = config.harvest.runtime.disk_limit, g.holdout_shards * g.shard_rows
-    held = f"disk_limit={limit}" if limit else "two windows and a shard"
+    heldout = g.holdout_shards * g.shard_rows
     stored, seen = g.train_shards * g.shard_rows, s.steps * train.batch_size
     kept = s.contexts + s.trained(train.runtime.keep_last, 1)
     hours = f"{'GPU hours' if speed.is_gpu else 'hours'} of one such machine"
     rows: list[tuple[str, ...]] = [(hours, "disk, one SAE", "one SAE", f"{SWEEP} SAEs", "")]
     for way in (
         Way("full store", s.store, stored + heldout, False, "any further SAE trains from it"),
-        Way("stream", streamed_bytes(config, s), seen + heldout, False, f"{held}; taking turns on the device"),
+        Way(
+            "stream",
+            streamed_bytes(config, s),
+            seen + heldout,
+            False,
+            "two windows; every epoch pays the forward passes again",
+        ),
         Way("regenerate in a buffer", 0, seen, True, "as others do: every SAE pays the forward passes again"),
     ):
         taken = []
@@ -250,17 +252,13 @@ def ways(config: PipelineConfig, s: Sizes, speed: Speed) -> list[tuple[str, ...]
             training = train_seconds(config, s, speed, saes, way.disk > 0)
             passes = saes if way.each_pays else 1
             taken.append(None if harvest is None or training is None else passes * harvest + training)
-        cells = ["one epoch only"] * 2 if way.name == "stream" and seen > stored else [_hours(h) for h in taken]
-        rows.append((f"  {way.name}", size_text(way.disk + kept), *cells, way.note))
+        rows.append((f"  {way.name}", size_text(way.disk + kept), *map(_hours, taken), way.note))
     return rows
 
 
 def streamed_bytes(config: PipelineConfig, s: Sizes) -> int:
-    """Bytes of activations that a stream has on the disk at once: two windows and a shard unless a limit is set."""
-    g, window = s.geometry, config.train.window_shards
-    limit = config.harvest.runtime.disk_limit
-    shards = limit_in_shards(limit, s.shard, window, g.train_shards) if limit else 2 * window + 1
-    return s.holdout + min(shards, g.train_shards) * s.shard
+    """Bytes of activations that a stream has on the disk at once: held-out ones and two windows."""
+    return s.holdout + min(2 * config.train.window_shards, s.geometry.train_shards) * s.shard
 
 
 def harvest_seconds(s: Sizes, speed: Speed, tokens: int, stores: bool) -> float | None:

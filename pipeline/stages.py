@@ -317,9 +317,8 @@ def _run_one(stage: str, runs: AnyRuns, begin_run: Begin) -> dict[str, Any] | No
     if stage == "harvest":
         from harvest import run as harvest
 
-        return harvest.run(
-            config.model, commit, config.sample, config.harvest, here("sample"), here("harvest"), begin_run
-        )
+        settings = config.model, commit, config.sample, config.harvest
+        return harvest.Harvest(*settings, here("sample"), here("harvest"), begin_run).run()
     from evaluate import run as evaluate
 
     manifests = {name: read_manifest(here(name)) for name in STAGES[:3]}
