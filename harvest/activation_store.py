@@ -26,7 +26,7 @@ import google_crc32c
 import numpy as np
 
 from harvest import array_files
-from harvest.array_files import Chunks, StoredArray
+from harvest.array_files import Chunks, StoredArray, Written
 from harvest.files import UserError, json_bytes, parse_json
 from harvest.store_files import REDO, Files, LocalFiles, damaged
 from harvest.store_layout import (
@@ -43,6 +43,7 @@ from harvest.store_layout import (
 )
 from harvest.stored_forms import FILL, as_stored, from_stored, room, row_arrays
 
+NORM_SUMS = ("mean_norm", "sum", "sum_of_squares")  # of a shard's norms, in its record
 CONSUMED = (
     "a stream (`make stream`) has deleted training rows that it had read; `make stream` makes them again as it trains, "
     "`python -m pipeline harvest --force` makes the whole store"
@@ -117,18 +118,16 @@ class ActivationStore:
 
         Raises UserError when it is damaged.
         """
-        record = parse_json(self.files.read(_record_name(split, shard)), self.record_path(split, shard))
-        files, norms = record.get("files"), record.get("norms")
-        figures = [norms.get(hook) for hook in self.geometry.hooks] if isinstance(norms, dict) else [None]
-        if (
-            not isinstance(files, dict)
-            or not all(_has(file, ("bytes", "crc32c"), int) for file in files.values())
-            or record.get("rows") != self.geometry.shard_rows
-            or not all(_has(norm, ("mean_norm", "sum", "sum_of_squares"), float) for norm in figures)
-        ):
+        record: Any = parse_json(self.files.read(_record_name(split, shard)), self.record_path(split, shard))
+        try:
+            numbers = [record["files"][name][key] for name in self.shard_files(split, shard) for key in Written._fields]
+            norms = [record["norms"][hook][key] for hook in self.geometry.hooks for key in NORM_SUMS]
+            is_sound = record["rows"] == self.geometry.shard_rows and {*map(type, numbers)} == {int}
+            is_sound &= {*map(type, norms)} == {float} and len(record["files"]) == len(self.shard_files(split, shard))
+        except (KeyError, TypeError, AttributeError):
+            is_sound = False
+        if not is_sound:
             raise damaged(self.record_path(split, shard), "damaged: it does not describe a shard")
-        if sorted(files) != sorted(self.shard_files(split, shard)):
-            raise damaged(self.record_path(split, shard), "damaged: it does not list the shard's files")
         return record
 
     def records(self, split: str) -> list[dict[str, Any]]:
@@ -146,26 +145,21 @@ class ActivationStore:
 
     def complete_shards(self, split: str) -> set[int]:
         """Shards that are wholly written and still there, as sound records say."""
-        shards = sorted(self.recorded_shards(split))
-        there = self._each(partial(self._is_complete, split), shards)
-        return {shard for shard, is_there in zip(shards, there, strict=True) if is_there}
-
-    def _is_complete(self, split: str, shard: int) -> bool:
-        try:
-            return not self.record(split, shard).get("consumed")
-        except UserError:
-            return False
+        return self._shards_where(split, consumed=False)
 
     def consumed_shards(self) -> set[int]:
         """Training shards that a stream has read and deleted."""
-        shards = sorted(self.recorded_shards("train"))
-        return {s for s, gone in zip(shards, self._each(self._is_consumed, shards), strict=True) if gone}
+        return self._shards_where("train", consumed=True)
 
-    def _is_consumed(self, shard: int) -> bool:
-        try:
-            return bool(self.record("train", shard).get("consumed"))
-        except UserError:
-            return False
+    def _shards_where(self, split: str, consumed: bool) -> set[int]:
+        def fits(shard: int) -> bool:
+            try:
+                return self.record(split, shard).get("consumed", False) is consumed
+            except UserError:
+                return False
+
+        shards = sorted(self.recorded_shards(split))
+        return {shard for shard, found in zip(shards, self._each(fits, shards), strict=True) if found}
 
     def shard_files(self, split: str, shard: int) -> list[str]:
         """Names of the files with a shard's rows, in the order in which they are written."""
@@ -320,19 +314,10 @@ class ActivationStore:
         array_files.read(self.files, array, shard, chunk, self._chunks[file], out)
 
 
-def _has(value: Any, names: Sequence[str], kind: type) -> bool:
-    """Whether a value of a record is an object that has numbers of a kind under these names."""
-    return isinstance(value, dict) and all(type(value.get(name)) is kind for name in names)
-
-
 def _record_name(split: str, shard: int) -> str:
     return f"{split}/shards/{shard:05d}.json"
 
 
 def _norm_sums(norms: np.ndarray) -> dict[str, float]:
     norms = norms.astype(np.float64)
-    return {
-        "mean_norm": float(norms.mean()),
-        "sum": float(norms.sum()),
-        "sum_of_squares": float(np.square(norms).sum()),
-    }
+    return dict(zip(NORM_SUMS, map(float, (norms.mean(), norms.sum(), np.square(norms).sum())), strict=True))

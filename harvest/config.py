@@ -188,11 +188,10 @@ class HarvestRuntime(Settings):
         coerce_numbers_to_str=True,
         pattern=r"(?i)^[0-9]+([.][0-9]+)? ?(shards?|windows?|b|[kmgt]i?b)?$",
     )
-    """Of `make stream` only: how much of the training rows is on the disk at once, as bytes, `500GB`, `1.5 TB`,
-    `12 shards` or `3 windows` (of train.window_shards). At least two windows and one shard a worker."""
+    """Of `make stream` only: the most that its training rows may take on the disk, as bytes, `500GB`, `1.5 TB`,
+    `12 shards` or `3 windows` (of train.window_shards). It takes two windows, and refuses a lower limit."""
     wait_seconds: float = Field(default=600, ge=0)
-    """How long one of several workers waits without anything new: the others for the first files of worker 0,
-    worker 0 in the end for their shards. More than a shard takes; with a job array, more than the last job queues."""
+    """How long a worker waits for worker 0 to begin the harvest; with a job array, more than that job queues."""
 
     def store_at(self, fingerprint: str) -> dict[str, Any] | None:
         """What begun.json and the manifest keep of where a store lies; None where it is in the run's folder."""

@@ -9,17 +9,7 @@ from harvest.progress import size_text
 from harvest.store_layout import Geometry, stored_arrays
 
 BLOCK = 4096  # a file takes whole blocks of the file system
-UNITS = {
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
+UNITS = {f"{prefix}{i}b": (1024 if i else 1000) ** n for n, prefix in enumerate(["", *"kmgt"]) for i in ("", "i")}
 LIMIT = re.compile(r"(\d+(?:\.\d+)?) ?(shards?|windows?|[kmgt]?i?b)?", re.IGNORECASE)
 
 

@@ -47,21 +47,12 @@ class Progress:
 
     The speed is that of the last marks, about a minute: the first steps of a stage are slower than those that follow.
     The closing line has the mean. `start` is what an earlier run had done already; it does not count for the speed.
-    With a `path`, {done, total, unit, seconds_left} is kept there for `status`. `quiet` counts in silence; without
-    `closing_line` the end of the work is not told.
+    With a `path`, {done, total, unit, seconds_left} is kept there for `status`. `quiet` counts in silence.
     """
 
     def __init__(
-        self,
-        title: str,
-        total: int,
-        unit: str,
-        start: int = 0,
-        path: Path | None = None,
-        quiet: bool = False,
-        closing_line: bool = True,
+        self, title: str, total: int, unit: str, start: int = 0, path: Path | None = None, quiet: bool = False
     ) -> None:
-        self._closing_line = closing_line
         self.title, self.total, self.unit, self.done = title, total, unit, start
         self.path, self.quiet = None if quiet else path, quiet
         self._first = _Mark(time.monotonic(), start)
@@ -84,7 +75,7 @@ class Progress:
     ) -> None:
         if self._bar:
             self._bar.stop()
-        elif kind is None and self._closing_line:
+        elif kind is None:
             self._line()
 
     def advance(self, amount: int, note: str = "") -> None:

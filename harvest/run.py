@@ -33,36 +33,6 @@ from harvest.stream import STREAM
 from harvest.workers import Shard, Workers, missing_text
 
 
-def run(
-    model_config: ModelConfig,
-    model_commit: str | None,
-    sample: SampleConfig,
-    config: HarvestConfig,
-    sample_directory: Path,
-    directory: Path,
-    begin: Callable[[dict[str, Any]], None],
-) -> dict[str, Any] | None:
-    """Write this worker's missing shards into the store; the summary once all workers' are there, else None.
-
-    Raises UserError for a model or hook that cannot be had, and for a NaN or infinity in an activation.
-    """
-    harvest = Harvest(model_config, model_commit, sample, config, sample_directory, directory, begin)
-    (directory / STREAM).unlink(missing_ok=True)  # from here on it is to be whole
-    missing = harvest.missing()
-    mine = [shard for shard in harvest.workers.share(harvest.every) if shard in missing]
-    harvest.check_room(len(missing))
-    rows, done = harvest.store.geometry.shard_rows, len(harvest.workers.share(harvest.every)) - len(mine)
-    path, quiet = directory / "progress.json", harvest.workers.rank > 0
-    total = (done + len(mine)) * rows
-    with Progress("harvest", total, "tokens", start=done * rows, path=path, quiet=quiet) as progress:
-        harvest.make(mine, progress.advance)
-    if missing := harvest.missing():
-        print(missing_text(missing, len(harvest.every)), flush=True)
-        return None
-    harvest.store.files.sweep(alone=True)
-    return store_summary(harvest.store)
-
-
 class Harvest:
     """A model, the contexts that it reads and the store that it fills, as one worker sees them."""
 
@@ -76,7 +46,10 @@ class Harvest:
         directory: Path,
         begin: Callable[[dict[str, Any]], None],
     ) -> None:
-        """`begin` is called with the numerics before the first byte is written. Raises UserError as `run` does."""
+        """`begin` is called with the numerics before the first byte is written.
+
+        Raises UserError for a model or hook that cannot be had.
+        """
         self.directory, self.workers = directory, Workers.from_environment()
         self._batch_contexts, self._seed = config.batch_contexts, sample.seed
         device = local_device(resolve_device(config.runtime.device))
@@ -108,6 +81,49 @@ class Harvest:
         self.every = [Shard(split, n) for split in ("holdout", "train") for n in range(geometry.shards(split))]
         files.sweep(alone=False)
 
+    def run(self) -> dict[str, Any] | None:
+        """Write this worker's missing shards; the summary of the store once all workers' are there, else None.
+
+        Raises UserError as `write_shards` does, and when the disk has no room.
+        """
+        (self.directory / STREAM).unlink(missing_ok=True)  # from here on the store is to be whole
+        missing, share, rows = self.missing(), self.workers.share(self.every), self.store.geometry.shard_rows
+        mine = [shard for shard in share if shard in missing]
+        self.check_room(len(missing))
+        path, quiet = self.directory / "progress.json", self.workers.rank > 0
+        start, total = (len(share) - len(mine)) * rows, len(share) * rows
+        with Progress("harvest", total, "tokens", start=start, path=path, quiet=quiet) as progress:
+            self._make(mine, progress.advance)
+        if missing := self.missing():
+            print(missing_text(missing, len(self.every)), flush=True)
+            return None
+        self.store.files.sweep(alone=True)
+        return store_summary(self.store)
+
+    def make_share(
+        self, shards: Sequence[Shard], advance: Callable[[int], None] | None, interrupted: Callable[[], bool]
+    ) -> None:
+        """Write this worker's part of shards, with a progress of its own where there is no `advance`.
+
+        Begins no further shard once it is interrupted. Raises UserError as `write_shards` does.
+        """
+        mine = self.workers.share(shards)
+        admitted = (shard for shard in mine if not interrupted())
+        if advance:
+            self._make(admitted, advance)
+            return
+        rows = len(mine) * self.store.geometry.shard_rows
+        with Progress("harvest", rows, "tokens", quiet=self.workers.rank > 0) as progress:
+            self._make(admitted, progress.advance)
+
+    def _make(self, shards: Iterable[Shard], advance: Callable[[int], None]) -> None:
+        threads = torch.get_num_threads()  # training sets its own
+        torch.set_num_threads(self._threads)
+        try:
+            write_shards(self.model, self._contexts, self.store, shards, self._batch_contexts, self._seed, advance)
+        finally:
+            torch.set_num_threads(threads)
+
     def missing(self) -> list[Shard]:
         """The shards that are not in the store, held-out ones first."""
         there = {split: self.store.complete_shards(split) for split in SPLITS}
@@ -117,34 +133,6 @@ class Harvest:
         """Raise UserError when so many shards do not fit on the disk of a local store."""
         if isinstance(self.store.files, LocalFiles):
             check_room(self.directory, shards, self.store.geometry)
-
-    def make(self, shards: Iterable[Shard], advance: Callable[[int], None]) -> None:
-        """Write shards; `advance` is called with the tokens of every batch.
-
-        Raises UserError for a NaN or infinity, and when memory is too small.
-        """
-        threads = torch.get_num_threads()  # training sets its own
-        torch.set_num_threads(self._threads)
-        try:
-            write_shards(self.model, self._contexts, self.store, shards, self._batch_contexts, self._seed, advance)
-        finally:
-            torch.set_num_threads(threads)
-
-    def make_share(
-        self, shards: Sequence[Shard], advance: Callable[[int], None] | None, interrupted: Callable[[], bool]
-    ) -> None:
-        """Write this worker's part of shards as `make` does, with a progress of its own where there is no `advance`.
-
-        Begins no further shard once it is interrupted.
-        """
-        mine = self.workers.share(shards)
-        admitted = (shard for shard in mine if not interrupted())
-        if advance:
-            self.make(admitted, advance)
-            return
-        rows = len(mine) * self.store.geometry.shard_rows
-        with Progress("harvest", rows, "tokens", quiet=self.workers.rank > 0) as progress:
-            self.make(admitted, progress.advance)
 
 
 def _compile(model: HookedModel, config: HarvestConfig, dtype: torch.dtype, context_size: int) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from harvest.disk import limit_in_shards
 from harvest.progress import duration, size_text
 from pipeline.architecture import Architecture, find_architecture
 from pipeline.config import PipelineConfig
@@ -71,8 +70,6 @@ def plan(config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, f
         yield f"warning: {obstacle}{'' if runtime.store else '; harvest will refuse to start'}"
     if bounded and total > free >= needed:
         yield f"warning: the disk of {root} has room for `make stream` alone, which keeps harvest.runtime.disk_limit"
-        if s.steps * train.batch_size > s.rows:
-            obstacles.append("a stream is one epoch only")
     for machine in (here, *([] if here.is_gpu else _elsewhere(config, s))):
         yield from _machine(config, s, here, machine)
     yield ""
@@ -133,14 +130,13 @@ def _machine(config: PipelineConfig, s: Sizes, here: Machine, machine: Machine) 
 
 def _ways(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:
     """Disk and hours of the three ways to feed an SAE, for one and for a sweep of five, on one such machine."""
-    limit, heldout = config.harvest.runtime.disk_limit, s.geometry.holdout_shards * s.geometry.shard_rows
-    held = f"disk_limit={limit}" if limit else "two windows and a shard"
-    seen = s.steps * config.train.batch_size
+    heldout, seen = s.geometry.holdout_shards * s.geometry.shard_rows, s.steps * config.train.batch_size
+    again = "two windows; every epoch pays the forward passes again"
     unit = "GPU hours" if machine.is_gpu else "hours"
     rows: list[tuple[str, ...]] = [(f"{unit} of one such machine", "disk, one SAE", "one SAE", f"{SWEEP} SAEs", "")]
     for name, disk, tokens, each_pays, note in (
         ("full store", s.store, s.rows + heldout, False, "any further SAE trains from it"),
-        ("stream", streamed_bytes(config, s), seen + heldout, False, f"{held}; taking turns on the device"),
+        ("stream", streamed_bytes(config, s), seen + heldout, False, again),
         ("regenerate in a buffer", 0, seen, True, "as others do: every SAE pays the forward passes again"),
     ):
         cells = []
@@ -148,17 +144,13 @@ def _ways(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:
             harvest = harvest_seconds(s, machine, tokens * (saes if each_pays else 1))
             training = train_seconds(config, s, machine, saes)
             cells.append(_hours(None if harvest is None or training is None else harvest + training))
-        if name == "stream" and seen > s.rows:
-            cells = ["one epoch only"] * 2
         rows.append((f"  {name}", size_text(disk + s.contexts + s.trained(1)), *cells, note))
     return table(rows)
 
 
 def streamed_bytes(config: PipelineConfig, s: Sizes) -> int:
-    """Bytes of activations that a stream has on the disk at once: two windows and a shard unless a limit is set."""
-    window, every, limit = config.train.window_shards, s.geometry.train_shards, config.harvest.runtime.disk_limit
-    shards = limit_in_shards(limit, s.shard, window, every) if limit else 2 * window + 1
-    return s.holdout + min(shards, every) * s.shard
+    """Bytes of activations that a stream has on the disk at once: held-out ones and two windows."""
+    return s.holdout + min(2 * config.train.window_shards, s.geometry.train_shards) * s.shard
 
 
 def harvest_seconds(s: Sizes, machine: Machine, tokens: int) -> float | None:

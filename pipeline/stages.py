@@ -131,8 +131,8 @@ def _harvest(jobs: Sequence[Job]) -> Iterator[Summary]:
 
     for runs, directory, begin, _ in jobs:
         config, commit = runs.config, resolved_commit(runs.inputs.model)
-        contexts = runs.directory("sample")
-        yield harvest.run(config.model, commit, config.sample, config.harvest, contexts, directory, begin)
+        settings = config.model, commit, config.sample, config.harvest
+        yield harvest.Harvest(*settings, runs.directory("sample"), directory, begin).run()
 
 
 def _take_given(jobs: Sequence[Job]) -> Iterator[Summary]:

@@ -70,9 +70,7 @@ def test_a_bounded_disk_needs_room_for_its_part_alone():
     text = lines(GPU, "harvest.runtime.disk_limit=300GB", free=10**12)
     assert "warning: the disk of runs has room for `make stream` alone" in text
     assert text.splitlines()[-1].startswith("in short, on this machine: it fits; ")
-    twice = ("harvest.runtime.disk_limit=300GB", "train.training_tokens=2_000_000_000")
-    assert "a stream is one epoch only" in lines(GPU, *twice, free=10**12).splitlines()[-1]
-    assert "the disk of runs lacks 2" in lines(GPU, "harvest.runtime.disk_limit=300GB", free=10**11)
+    assert "the disk of runs lacks 86 GB" in lines(GPU, "harvest.runtime.disk_limit=300GB", free=10**11)
 
 
 def test_a_store_in_a_bucket_takes_no_disk():
@@ -81,9 +79,12 @@ def test_a_store_in_a_bucket_takes_no_disk():
     assert "warning: the disk" not in text
 
 
-def test_a_bounded_disk_serves_one_epoch_alone():
-    text = lines(GPU, "train.training_tokens=3_000_000_000")
-    assert "one epoch only" in next(line for line in text.splitlines() if line.startswith("  stream"))
+def test_every_epoch_of_a_stream_pays_the_forward_passes():
+    def stream(*settings: str) -> str:
+        return next(line for line in lines(GPU, *settings).splitlines() if line.startswith("  stream"))
+
+    assert "two windows; every epoch pays the forward passes" in stream()
+    assert stream() != stream("train.training_tokens=3_000_000_000")
 
 
 def test_it_measures_this_machine_and_leaves_nothing(finished, fresh_folder, monkeypatch):

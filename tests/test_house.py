@@ -207,7 +207,7 @@ def test_what_is_repeated_is_found(one, other, count):
         ("def f(): pass", "f: has no docstring"),
         ("def _f(): pass", None),
         ("class C:\n    'x'\n    def f(self): pass", "C.f: has no docstring"),
-        ("class C(Sae):\n    'x'\n    def decode(self): pass", None),
+        ("class C(Files):\n    'x'\n    def size(self): pass", None),
         ("def f():\n    'x'\n    if y: raise UserError('y')", "raises"),
         ("def f():\n    'x. Raises UserError for y.'\n    raise UserError('y')", None),
         ("def f():\n    'x'\n    try: g()\n    except E: raise", None),

@@ -70,14 +70,10 @@ class ReadingOrder(NamedTuple):
         """Pools of a window."""
         return -(-len(self.chunks_of_window(window)) // self.pool_chunks)
 
-    def shards_of_window(self, window: int) -> tuple[int, int]:
-        """The first shard of a window, and the one after its last."""
-        first = window * self.window_shards
-        return first, min(first + self.window_shards, self.shards)
-
     def chunks_of_window(self, window: int) -> np.ndarray:
-        """Numbers of the chunks of a window, in stored order."""
-        first, last = self.shards_of_window(window)
+        """Numbers of the chunks of a window, in stored order, (chunks,)."""
+        first = window * self.window_shards
+        last = min(first + self.window_shards, self.shards)
         return np.arange(first * self.chunks_per_shard, last * self.chunks_per_shard)
 
     def chunks(self, at: Position) -> np.ndarray:
