@@ -20,7 +20,7 @@ from harvest import run as harvest_run
 from harvest.config import ModelConfig
 from harvest.files import UserError
 from harvest.hooked_model import HookedModel, first_tensor
-from harvest.language_model import load_model, load_skeleton
+from harvest.language_model import load_model
 
 TOKENS = torch.arange(24).view(2, 12)
 CPU = torch.device("cpu")
@@ -68,9 +68,10 @@ def quick():
     """One thread, as more would wait for each other, and one module tree for all loads of a folder."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    skeletons = cache(harvest.language_model.load_skeleton)
     with pytest.MonkeyPatch.context() as patch:
         for module in (harvest.language_model, unembedding):
-            patch.setattr(module, "load_skeleton", cache(load_skeleton))
+            patch.setattr(module, "load_skeleton", skeletons)
         yield
     torch.set_num_threads(threads)
 
@@ -83,7 +84,7 @@ def made(folder: Any, kind: str, config: Any = None) -> Case:
 
 def traced(folder: Any, kind: str, whole: Any) -> Case:
     model = ModelConfig(name=str(folder))
-    layer_list = load_skeleton(model, None, True).layer_list
+    layer_list = harvest.language_model.load_skeleton(model, None, True).layer_list
     seen: dict[str, list[Tensor | None]] = {}
     inside = tuple(f"{layer_list}.{number}." for number in (0, 1))
     layers = {f"{layer_list}.{number}" for number in range(len(whole.get_submodule(layer_list)))}
