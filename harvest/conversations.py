@@ -197,7 +197,7 @@ def _problem(row: dict[str, Any]) -> Reading:
     problem, reasoning, solution = (row.get(name) for name in COLUMNS["reasoning"])
     question = Turn("user", _plain(problem, "problem"))
     column = split_answer(_plain(reasoning, "deepseek_reasoning"))
-    if column.reasoning is None:  # no tags, or such that do not pair
+    if column.reasoning is None:  # no tags, or tags that do not pair
         column = column._replace(reasoning=reasoning, after="")
     answer = split_answer(solution if isinstance(solution, str) and solution.strip() else "", column.reasoning)
     # Where the column holds the whole answer, what follows the reasoning is the solution.

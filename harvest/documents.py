@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 
 from harvest.chat_template import ChatTemplate, has_chat_template, template_markers, writes_bos
-from harvest.config import ModelConfig, SampleConfig
+from harvest.config import SampleConfig
 from harvest.conversations import Turn
 from harvest.files import UserError
 from harvest.templates import BOS, MARKERS, THINK, THINK_END, TOOL_MARKERS, Refused, Segment
-from harvest.tokenizer import SegmentTokenizer, embedding_rows, load_whole_tokenizer
+from harvest.tokenizer import SegmentTokenizer
 
 SHOWN = 6  # names of added tokens in a line
 
@@ -79,7 +79,7 @@ class DocumentTokenizer(SegmentTokenizer):
         """What a user should know of how text is read, a line each."""
         out = self.chat.notes() if self.chat else []
         if self.bos != "none":
-            out.append(f"a BOS ({self.whole.id_to_token(self.bos_id or 0)}) stands at the start of each {self.bos}")
+            out.append(f"a BOS ({self.whole.id_to_token(self.bos_id or 0)}) begins each {self.bos}")
         added = self.whole.get_added_tokens_decoder().values()
         special = [token.content for token in added if token.special]
         others = [token.content for token in added if token.content in self.protected and not token.special]
@@ -100,16 +100,6 @@ class DocumentTokenizer(SegmentTokenizer):
                 f"sample.template: writes the marker {marker!r}, which is no token of this model's tokenizer; choose "
                 "the template that the model was trained with"
             )
-
-
-def load_document_tokenizer(model: ModelConfig, commit: str | None, config: SampleConfig) -> DocumentTokenizer:
-    """The tokenizer of a sample's documents.
-
-    Raises UserError as `load_tokenizer` does, and as `DocumentTokenizer`.
-    """
-    offline = config.runtime.offline
-    rows = embedding_rows(model, commit, offline)
-    return DocumentTokenizer(load_whole_tokenizer(model, commit, offline), config, rows)
 
 
 def _adds_bos(loaded: Any) -> bool:

@@ -26,10 +26,11 @@ from zarr.codecs import Crc32cCodec
 from harvest.config import ModelConfig, SampleConfig
 from harvest.contexts import NO_STRATUM, SPLITS, write_checksums
 from harvest.disk import check_room_for_contexts
-from harvest.documents import DocumentTokenizer, load_document_tokenizer
+from harvest.documents import DocumentTokenizer
 from harvest.packing import PackedSource
 from harvest.progress import Progress
 from harvest.sources import unpacked_bytes
+from harvest.tokenizer import embedding_rows, load_whole_tokenizer
 
 
 def run(
@@ -47,7 +48,8 @@ def run(
     """
     begin({name: version(name) for name in ("tokenizers", "datasets")})
     _say_what_is_used(config)
-    tokenizer = load_document_tokenizer(model, model_commit, config)
+    where = (model, model_commit, config.runtime.offline)
+    tokenizer = DocumentTokenizer(load_whole_tokenizer(*where), config, embedding_rows(*where))
     for line in tokenizer.notes():
         print(f"sample: {line}")
     scratch = directory / "scratch"
@@ -88,7 +90,7 @@ def _say_what_is_used(config: SampleConfig) -> None:
     if given and settings:
         are = "are" if len(settings) > 1 else "is"
         names = ", ".join(f"sample.{name}" for name in settings)
-        print(f"{names}: {are} not applied to {', '.join(given)}: token ids (`rows: tokens`) are taken as they stand")
+        print(f"{names}: {are} not applied to {', '.join(given)}: token ids (`rows: tokens`) are taken as they are")
 
 
 def contexts_by_source(config: SampleConfig, split: str) -> list[int]:

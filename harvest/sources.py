@@ -210,7 +210,7 @@ def _open_hub(source: Source, commit: str | None, offline: bool) -> Rows:
             "with what was fetched"
         )
     else:
-        table = data.with_format("arrow")[:]
+        table: Any = data.with_format("arrow")[:]
         return Rows(batches(table.to_batches(), table.column_names))
     raise UserError(f"sample.sources ({source.name}).path: {source.path!r}: {reason}")
 

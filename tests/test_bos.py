@@ -40,7 +40,7 @@ def with_template(fresh_folder) -> Path:
 def test_the_model_s_own_template_from_the_settings_to_the_contexts(with_template):
     ran = pipeline("sample", *MODEL)
     assert ran.status == 0, ran.out
-    assert "sample: a BOS (<｜begin▁of▁sentence｜>) stands at the start of each document" in ran.out
+    assert "sample: a BOS (<｜begin▁of▁sentence｜>) begins each document" in ran.out
     assert "sample: the chat template has no place for reasoning" not in ran.out  # the tokenizer has R1's tags
     assert "sample: text that spells one of the tokenizer's 7 special tokens (<|endoftext|>, " in ran.out
     assert "or markers <think>, </think> stays text" in ran.out

@@ -181,7 +181,7 @@ def test_contexts_are_the_stream_of_documents_with_a_bos_where_it_is_set(with_bo
             assert (tokens[split] == first).sum() == (count if bos == "context" else 0)
     assert summary["bos"] == bos
     assert read_json(only(with_bos, "runs/sample/*/contexts/zarr.json"))["attributes"]["bos"] == bos
-    assert (f"a BOS ({BOS}) stands at the start of each {bos}" in out) is (bos != "none")
+    assert (f"a BOS ({BOS}) begins each {bos}" in out) is (bos != "none")
 
 
 # What is counted.
