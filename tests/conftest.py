@@ -19,6 +19,7 @@ from harvest.files import read_json, write_sealed
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
+TWO_HOOKS = "harvest.hooks=[model.layers.1,model.layers.0]"
 
 
 class Ran(NamedTuple):
@@ -58,6 +59,20 @@ def finished(tmp_path_factory) -> Path:
         assert ran.status == 0, ran.out
     finally:
         os.chdir(before)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_hooks(finished, tmp_path_factory) -> Path:
+    """A folder with two hooks harvested, and an SAE of each at two learning rates from one reading; read only."""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(finished / "assets", folder / "assets")
+    shutil.copytree(finished / "runs" / "sample", folder / "runs" / "sample")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for stage in ("harvest", "train"):
+            ran = pipeline(stage, TWO_HOOKS, "train.sweep.lr=[1e-3,3e-3]")
+            assert ran.status == 0, ran.out
     return folder
 
 
