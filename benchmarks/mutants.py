@@ -42,6 +42,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".mutants"
 PACKAGES = ("pipeline", "evaluate", "train", "harvest")
 COVERAGE = "[run]\nparallel = true\ncontext = ${{MUTANTS_CONTEXT-}}\npatch = _exit, fork\ndata_file = {}\nsource = {}\n"
+WORKERS = min(os.cpu_count() or 1, 8)
+OWN = ("MUTANTS_", "COVERAGE_", "PYTEST_")  # variables that are not the tests'
 PATIENCE = 30  # seconds for a test, beside five times what it takes
 SWAPS = {
     "Lt": ("LtE", "Gt"), "LtE": ("Lt", "GtE"), "Gt": ("GtE", "Lt"), "GtE": ("Gt", "LtE"),
@@ -63,11 +65,6 @@ class Mutant(NamedTuple):
     text: str
 
 
-def swapped(op: ast.AST) -> Iterator[ast.AST]:
-    """The operators in whose place this one is a likely mistake."""
-    yield from (getattr(ast, name)() for name in SWAPS.get(type(op).__name__, ()))
-
-
 def replacements(node: ast.AST) -> Iterator[str]:
     """Source of each fault that can take the place of a node."""
 
@@ -76,12 +73,16 @@ def replacements(node: ast.AST) -> Iterator[str]:
         vars(new).update(fields)
         return ast.unparse(new)
 
+    def swapped(op: ast.AST) -> list[ast.AST]:
+        return [getattr(ast, name)() for name in SWAPS.get(type(op).__name__, ())]
+
     match node:
         case ast.Compare(ops=[op]):
             yield from (f"({changed(ops=[new])})" for new in swapped(op))
+        case ast.BinOp(left=ast.JoinedStr() | ast.Constant(value=str())) | ast.BinOp(right=ast.JoinedStr()):
+            return
         case ast.BinOp(op=op) | ast.BoolOp(op=op):
-            if not any(isinstance(n, ast.JoinedStr) or isinstance(getattr(n, "value", 0), str) for n in ast.walk(node)):
-                yield from (f"({changed(op=new)})" for new in swapped(op))
+            yield from (f"({changed(op=new)})" for new in swapped(op))
         case ast.UnaryOp(op=ast.Not()):
             yield f"({ast.unparse(node.operand)})"
         case ast.Constant(value=bool()):
@@ -169,16 +170,16 @@ class Recorder:
 
     def users(self, context: str) -> list[str]:
         """The passed tests of a context: the test itself, or all that use a shared fixture."""
-        if context in self.fixtures:
-            return [context] if context not in self.failed else []
         base, _, name = context.partition(" ")
-        return [t for t, used in self.fixtures.items() if name in used and t.startswith(base) and t not in self.failed]
+        uses = {test for test, names in self.fixtures.items() if name in names and test.startswith(base)}
+        return sorted(({context} if context in self.fixtures else uses) - self.failed)
 
 
 def record(tree: Path, tests: list[str]) -> dict[str, Any]:
-    """Run a tree's tests under coverage: lines to tests, tests in their order with seconds, modules to import."""
+    """Run a tree's tests under coverage: contexts of each line, their tests, seconds of tests, modules to import."""
     import coverage
 
+    before = dict(os.environ)
     settings = tree / "coverage.ini"
     settings.write_text(COVERAGE.format(tree / "coverage.data", ",".join(str(tree / p) for p in PACKAGES)))
     os.environ["COVERAGE_PROCESS_START"] = str(settings)  # for the processes that tests start
@@ -190,22 +191,24 @@ def record(tree: Path, tests: list[str]) -> dict[str, Any]:
     measured.save()
     measured.combine()
     data = measured.get_data()
-    users = {context: recorder.users(context) for context in {*data.measured_contexts(), *recorder.seconds} - {""}}
-    seconds = dict.fromkeys((test for used in users.values() for test in used), 0.0)
-    together = {test: test for test in seconds}  # tests that share a fixture of their file run one after another
-    for context, used in users.items():
+    contexts = sorted({*data.measured_contexts(), *recorder.seconds} - {""})
+    number = {context: place for place, context in enumerate(contexts)}
+    users = [recorder.users(context) for context in contexts]
+    seconds: dict[str, float] = defaultdict(float)
+    for context, used in zip(contexts, users, strict=True):
         for test in used:
             seconds[test] += recorder.seconds[context]
-            if ".py " in context and context != test:
-                together[test] = test.partition("::")[0]
-    quickest: dict[str, float] = {}
-    for test, group in together.items():
-        quickest[group] = min(seconds[test], quickest.get(group, seconds[test]))
-    order = sorted(seconds, key=lambda test: (quickest[together[test]], together[test], seconds[test]))
     found = {str(Path(file).relative_to(tree)): data.contexts_by_lineno(file) for file in data.measured_files()}
-    lines = {file: {n: sorted({*c} & {*users}) for n, c in numbers.items()} for file, numbers in found.items()}
-    others = [n for n, m in sys.modules.items() if str(tree) not in str(getattr(m, "__file__", None) or tree)]
-    return {"seconds": {test: seconds[test] for test in order}, "users": users, "lines": lines, "modules": others}
+    return {
+        "users": users,
+        "shared": [number[context] for context in contexts if context not in recorder.fixtures],
+        "seconds": seconds,
+        "lines": {
+            file: {n: [number[c] for c in at if c] for n, at in places.items()} for file, places in found.items()
+        },
+        "environment": {n: v for n, v in os.environ.items() if before.get(n) != v and not n.startswith(OWN)},
+        "modules": [n for n, m in sys.modules.items() if str(tree) not in str(getattr(m, "__file__", None) or tree)],
+    }
 
 
 class Chosen:
@@ -280,12 +283,17 @@ def make_map(tree: Path, key: str, tests: list[str]) -> dict[str, Any]:
 
 
 def tests_of(mutant: Mutant, found: dict[str, Any], uses: dict[str, set[tuple[str, str]]]) -> dict[str, float]:
-    """The tests that touch a mutant, in their order, with the seconds of each."""
-    places = {(mutant.file, str(line)) for line in mutant.lines}
-    places.update(*(uses[name] for name in mutant.names))
+    """The tests that touch a mutant with the seconds of each, quick files first, last those of shared fixtures."""
+    places = {(mutant.file, str(line)) for line in mutant.lines}.union(*(uses[name] for name in mutant.names))
     contexts = {context for file, line in places for context in found["lines"].get(file, {}).get(line, ())}
-    tests = {test for context in contexts for test in found["users"][context]}
-    return {test: seconds for test, seconds in found["seconds"].items() if test in tests}
+    seconds, shared, out = found["seconds"], {*found["shared"]}, {}
+    for part in (contexts - shared, contexts & shared):
+        by_file = defaultdict(list)
+        for test in {test for context in part for test in found["users"][context]} - out.keys():
+            by_file[test.partition("::")[0]].append((seconds[test], test))
+        for tests in sorted(by_file.values(), key=lambda tests: sum(taken for taken, _ in tests) / len(tests)):
+            out |= {test: taken for taken, test in sorted(tests)}
+    return out
 
 
 def named_lines(sources: dict[str, bytes]) -> dict[str, set[tuple[str, str]]]:
@@ -311,12 +319,13 @@ def run(trees: list[Path], sources: dict[str, bytes], todo: list[tuple[Mutant, d
     def begin(mutant: Mutant, tests: dict[str, float]) -> None:
         source = sources[mutant.file]
         mutated = source[: mutant.start] + mutant.text.encode() + source[mutant.end :]
-        lines = difflib.unified_diff(source.decode().splitlines(), mutated.decode().splitlines(), n=0)
+        lines = [*difflib.unified_diff(source.decode().splitlines(), mutated.decode().splitlines(), n=0)][2:]
         result = {
             "place": f"{mutant.file}:{len(source[: mutant.start + 1].splitlines())}",
-            "diff": [line for line in lines if line[:2] not in ("--", "++", "@@")],
+            "diff": [line for line in lines if not line.startswith("@@")],
             "tests": len(tests),
             "killed_by": None,
+            "seconds": 0.0,
         }
         out.append(result)
         if tests:
@@ -367,7 +376,6 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--files", nargs="*", default=["*"], help="only in files that match, as 'train/*.py'")
     parser.add_argument("--tests", nargs="*", default=["tests"], help="only these tests, as tests/test_step.py")
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--least", type=float, default=0.9, help="killed share from which the exit status is 0")
     arguments = parser.parse_args()
 
@@ -379,11 +387,12 @@ def main() -> int:
     chosen = [f for f in sources if any(fnmatch.fnmatch(f, pattern) for pattern in arguments.files)]
     every = [mutant for file in chosen for mutant in mutants(file, sources[file])]
     sample = random.Random(arguments.seed).sample(every, min(arguments.count, len(every)))
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ["OMP_NUM_THREADS"] = "1"
     CACHE.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
-        trees = [copy_of_the_tree(Path(folder) / str(n)) for n in range(arguments.workers)]
+        trees = [copy_of_the_tree(Path(folder) / str(n)) for n in range(WORKERS)]
         found = make_map(trees[0], key, arguments.tests)
+        os.environ |= found["environment"]  # libraries read it when they are imported
         for name in found["modules"]:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
