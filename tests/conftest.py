@@ -1,9 +1,10 @@
 """A complete run of configs/tiny.yaml, made once, and one on real text; tests that change one copy it."""
 
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,12 +15,13 @@ from typer.testing import CliRunner
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub, whose library reads this when it is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, as transformers does
-os.fsync = lambda _file: None  # tests kill processes, never the machine; a tenth of their time would go here
 
 import real
 import tiny
 
 from harvest.files import read_json, write_sealed
+
+os.fsync = lambda _file: None  # tests kill processes, never the machine; a tenth of their time would go here
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
@@ -42,13 +44,16 @@ def pipeline(*arguments: str, config: Path = TINY) -> Ran:
     return Ran(result.exit_code, result.output)
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen:
-    """`python -m pipeline` as a process of its own."""
-    command = [sys.executable, "-m", "pipeline", *arguments, "--config", str(TINY)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def start(*arguments: str, cwd: Path) -> ForkProcess:
+    """The same in a process of its own: a fork of this one, which has imported everything."""
+
+    def run() -> None:
+        os.chdir(cwd)
+        sys.exit(pipeline(*arguments).status)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 @pytest.fixture(scope="session")

@@ -84,8 +84,8 @@ def test_killed_and_resumed_gives_the_same_bytes(finished, run_folder):
     deadline = time.monotonic() + 60
     while not list(run_folder.glob("runs/train/*/*/checkpoints/0000000[3-9]")) and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     ran = pipeline("train")
     assert ran.status == 0, ran.out
     assert "resumes" in ran.out
