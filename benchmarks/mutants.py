@@ -104,7 +104,8 @@ def record(tree: Path, tests: list[str]) -> dict[str, Any]:
     measured = coverage.Coverage(config_file=str(settings))
     recorder = Recorder(measured)
     measured.start()
-    pytest.main([f"--basetemp={tree}/tmp", *tests], plugins=[recorder])
+    if pytest.main([f"--basetemp={tree}/tmp", *tests], plugins=[recorder]) > pytest.ExitCode.TESTS_FAILED:
+        raise ValueError(f"{tests}: pytest could not run them")
     measured.stop()
     measured.save()
     measured.combine()
