@@ -1,13 +1,16 @@
 """Harvest and training side by side on a bounded disk: the same SAE, never more shards than allowed, nothing lost."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import contents, only, pipeline, start
+from conftest import ROOT, TINY, contents, only, pipeline
 
 from harvest import stream as streams
 from harvest.activation_store import ActivationStore
@@ -21,6 +24,15 @@ ONE_EPOCH = "train.epochs=1"
 # One row of sixteen is left out, so that the last steps read the first window again.
 SHORT = (ONE_EPOCH, "train.exclude.positions=[0]", "sample.train_tokens=3072")
 LIMIT = "harvest.runtime.disk_limit=5 shards"
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen:
+    """`python -m pipeline` as a process of its own."""
+    command = [sys.executable, "-m", "pipeline", *arguments, "--config", str(TINY)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def weights(folder: Path) -> dict[str, bytes]:
