@@ -17,7 +17,7 @@ RUN = .venv/bin/python -m pipeline
 LAUNCH = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-node $(PROCS) -m pipeline,$(RUN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all harvest stream train eval status verify prune estimate dry-run export test test-browser chromium check
+.PHONY: help setup all harvest stream train eval status verify prune estimate dry-run export test test-browser chromium check mutants
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -97,3 +97,6 @@ check: setup .venv/.dev ## style, types, the direction of imports, and the rules
 	.venv/bin/basedpyright
 	.venv/bin/lint-imports
 	.venv/bin/python -m pytest --noconftest tests/test_house.py
+
+mutants: setup .venv/.dev ## plant small faults in the code, and see which the tests miss; ARGS="--count 20 --files 'train/*.py'"
+	.venv/bin/python benchmarks/mutants.py $(ARGS)

@@ -1,24 +1,31 @@
 """A complete run of configs/tiny.yaml, made once, and one on real text; tests that change one copy it."""
 
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub, whose library reads this when it is imported
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, as transformers does
 
 import real
 import tiny
 
 from harvest.files import read_json, write_sealed
 
+os.fsync = lambda _file: None  # tests kill processes, never the machine; a tenth of their time would go here
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
+TWO_HOOKS = "harvest.hooks=[model.layers.1,model.layers.0]"
 
 
 class Ran(NamedTuple):
@@ -37,13 +44,16 @@ def pipeline(*arguments: str, config: Path = TINY) -> Ran:
     return Ran(result.exit_code, result.output)
 
 
-def start(*arguments: str, cwd: Path) -> subprocess.Popen:
-    """`python -m pipeline` as a process of its own."""
-    command = [sys.executable, "-m", "pipeline", *arguments, "--config", str(TINY)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
-    return subprocess.Popen(
-        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+def start(*arguments: str, cwd: Path) -> ForkProcess:
+    """The same in a process of its own: a fork of this one, which has imported everything."""
+
+    def run() -> None:
+        os.chdir(cwd)
+        sys.exit(pipeline(*arguments).status)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,6 +86,20 @@ def finished(tmp_path_factory) -> Path:
         assert ran.status == 0, ran.out
     finally:
         os.chdir(before)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def two_hooks(finished, tmp_path_factory) -> Path:
+    """A folder with two hooks harvested, and an SAE of each at two learning rates from one reading; read only."""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(finished / "assets", folder / "assets")
+    shutil.copytree(finished / "runs" / "sample", folder / "runs" / "sample")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for stage in ("harvest", "train"):
+            ran = pipeline(stage, TWO_HOOKS, "train.sweep.lr=[1e-3,3e-3]")
+            assert ran.status == 0, ran.out
     return folder
 
 

@@ -1,5 +1,4 @@
 import shutil
-import signal
 import time
 
 import numpy as np
@@ -40,8 +39,8 @@ def test_killed_and_started_again_gives_the_same_store(finished, fresh_folder):
     deadline = time.monotonic() + 300
     while not list(fresh_folder.glob("runs/harvest/*/store/*/shards/*.json")) and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     store = only(fresh_folder, "runs/harvest/*/store")
     assert not (store.parent / "manifest.json").exists()
     ran = pipeline("harvest")

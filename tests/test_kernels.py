@@ -1,14 +1,10 @@
 """The Triton kernels against their plain torch twins, on a GPU where there is one, else interpreted.
 
-Triton's interpreter must be chosen before anything imports triton, so it gets a process of its own. The
-tiles are cut down so that small shapes have several, and a short last one.
+tests/conftest.py chooses the interpreter before anything imports triton. The tiles are cut down so that small shapes
+have several, and a short last one.
 
 Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros.
 """
-
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -25,18 +21,12 @@ from train import kernels  # noqa: E402
 from train.kernels import TRITON  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if DEVICE == "cpu" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
+    pytest.skip(
+        f"triton {triton.__version__}: its interpreter fails with NumPy 2.4, 3.9 does not", allow_module_level=True
+    )
 B, D, F = 6, 85, 23
 L1 = {"l1": 5.0}
-
-
-@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the kernels run in this process")
-def test_kernels_in_the_interpreter() -> None:
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9):
-        pytest.skip(f"triton {triton.__version__}: its interpreter fails with NumPy 2.4, 3.9 does not")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout + run.stderr
 
 
 def batch(firing: str = "some") -> tuple[Sae, Tensor]:
@@ -60,8 +50,6 @@ def entries(sae: Sae, x_BD: Tensor) -> tuple[ByRow, ByFeature]:
 
 
 class TestKernels:
-    __test__ = DEVICE == "cuda" or INTERPRETED
-
     @pytest.fixture(autouse=True)
     def small_tiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, size in {"EXTRACT_TILE": 16, "D_TILE": 64, "N_TILE": 4, "F_TILE": 8, "ADAM_TILE": 128}.items():

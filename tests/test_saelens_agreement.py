@@ -18,7 +18,7 @@ from harvest.language_model import load_model
 from train.checkpoint import load_sae
 from train.config import ExcludeConfig
 
-CONTEXTS = 2
+CONTEXTS, LENGTH = 2, 32
 RELATIVE = 1e-3
 
 
@@ -52,7 +52,7 @@ def measured(real_run, tmp_path_factory):
         assert pipeline("export", *real.SETTINGS, "--to", str(folder), config=real.CONFIG).status == 0
     saved = load_sae(only(real_run, f"runs/train/*/{real.HOOK}"))
     contexts = Contexts(only(real_run, "runs/sample/*/contexts"))
-    tokens = contexts.read("holdout", "tokens", 0, CONTEXTS)
+    tokens = contexts.read("holdout", "tokens", 0, CONTEXTS)[:, :LENGTH]
     ids = torch.from_numpy(tokens.astype(np.int64))
     name = str(real_run / "assets/smollm2-135m")
     model = load_model(ModelConfig(name=name), None, [real.HOOK], torch.float32, torch.device("cpu"), with_head=True)

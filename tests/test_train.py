@@ -84,8 +84,8 @@ def test_killed_and_resumed_gives_the_same_bytes(finished, run_folder):
     deadline = time.monotonic() + 60
     while not list(run_folder.glob("runs/train/*/*/checkpoints/0000000[3-9]")) and time.monotonic() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     ran = pipeline("train")
     assert ran.status == 0, ran.out
     assert "resumes" in ran.out
@@ -287,6 +287,13 @@ def test_bfloat16_products_train_too(run_folder):
     last = [json.loads((f / "metrics.jsonl").read_text().splitlines()[-1]) for f in folders]
     assert abs(last[0]["explained_variance"] - last[1]["explained_variance"]) < 0.02
     assert load_sae(folders[-1]).sae.W_enc.dtype == torch.float32
+    weights = folders[-1] / "sae_weights.safetensors"
+    whole = weights.read_bytes()
+    for path in (folders[-1].parent / "manifest.json", folders[-1] / "sae.json", weights):
+        path.unlink()
+    ran = pipeline("train", "train.compute_dtype=bfloat16")
+    assert "resumes" in ran.out
+    assert weights.read_bytes() == whole
 
 
 def test_both_kernels_are_used_and_agree(finished, run_folder):

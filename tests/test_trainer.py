@@ -141,3 +141,9 @@ def test_validation_is_at_the_full_penalty(kernel: str):
     loss = error + 0.3 * f @ training.sae.W_dec.norm(dim=1)
     assert found.loss == pytest.approx(loss.mean().item(), rel=1e-5)
     assert found.l0 == pytest.approx((f > 0).sum(1).float().mean().item())
+
+
+@pytest.mark.parametrize("kernel", ["dense", "sparse"])
+def test_a_feature_at_its_threshold_is_not_active(kernel: str):
+    """Rows of zeros, and biases of zero."""
+    assert trainer(8, 12, 10, kernel=kernel).validate(torch.zeros(256, 8)).l0 == 0
