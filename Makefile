@@ -10,6 +10,8 @@ PYTHON ?= python3
 # Processes that share the harvest's shards, and that training splits the features over: one a GPU, or PROCS on a CPU.
 GPUS ?= 1
 PROCS ?= $(GPUS)
+# Each loads torch and makes the runs that tests share: 1 GB and 20 s a process.
+TEST_PROCESSES ?= 2
 RUN = .venv/bin/python -m pipeline
 
 # After Ctrl-C a checkpoint is written; the launcher's own patience is 30 s. It would set OMP_NUM_THREADS to 1 itself,
@@ -80,7 +82,7 @@ export: setup ## write the trained SAEs as SAELens folders with a model card
 	@$(RUN) export --config $(CONFIG) $(SET) $(ARGS)
 
 test: setup .venv/.dev ## the tests
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 test-browser: setup .venv/.dev chromium ## report and feature pages in headless Chromium
 	.venv/bin/python -m pytest -m browser tests/browser

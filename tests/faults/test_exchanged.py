@@ -129,17 +129,6 @@ def test_figures_of_the_same_sae_by_other_settings(runs):
     assert f"holds the figures of another run ({other.name})" in command("compare", str(mine)).out
 
 
-def test_figures_of_another_run_of_an_earlier_version(runs):
-    """Without a fingerprint of their own, they still name the SAE that they are of."""
-    mine, other = directory("evaluate"), directory("evaluate", SEED, *QUICK)
-    metrics = read_json(other / "metrics.json")
-    del metrics["fingerprint"]
-    write_sealed(mine / "metrics.json", metrics)
-    unlisted(mine)
-    ran = command("compare", str(mine))
-    assert ran.status == 1 and f"another run ({directory('train', SEED).name})" in ran.out
-
-
 @pytest.mark.parametrize("stage", ["train", "evaluate"])
 def test_runs_that_traded_places(runs, stage):
     settings = QUICK if stage == "evaluate" else []
