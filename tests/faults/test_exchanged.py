@@ -8,7 +8,7 @@ import pytest
 from conftest import contents, only, pipeline, unlisted
 from test_compare import run as command
 
-from harvest.files import UserError, read_json, write_sealed
+from harvest.files import UserError, read_json
 from train.checkpoint import load_sae
 
 HOOK = "model.layers.1"
