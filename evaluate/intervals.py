@@ -11,8 +11,6 @@ import numpy as np
 RESAMPLES = 1000
 QUANTILES = (0.025, 0.975)
 
-DEFINITION = "[low, high] of 95%: percentiles of 1,000 bootstrap resamples of contexts, seed 0"
-
 
 def with_intervals(
     figures_of: Callable[[np.ndarray], Mapping[str, np.ndarray]], contexts: int, names: tuple[str, ...]
