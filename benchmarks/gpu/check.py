@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
 
 
 FULL = Sizes(4096, 65_536, 4096, 16_384, 524_800, 1024, 64, 12)
-SMALL = Sizes(96, 512, 64, 256, 0, 16, 8, 3)
+SMALL = Sizes(96, 512, 64, 256, 0, 16, 8, 10)
 
 
 class Place:

@@ -1,7 +1,7 @@
 """Training from a store of made-up rows: killed and resumed, and once more in another process, gives the same bytes.
 
-All kinds of SAE, each in three processes beside each other. λ and the rate are high, so that L0 falls and a run of a kind
-with fast steps goes from the dense to the sparse one. The kill is SIGKILL right after a step, once a checkpoint of an
+All kinds of SAE, each in three processes beside each other. The rate is high, so that L0 falls and a run of a kind with
+fast steps goes from the dense to the sparse one. The kill is SIGKILL right after a step, once a checkpoint of an
 earlier step is complete; what is compared is every checkpoint, the weights and the metrics but for their timings.
 
     python -m benchmarks.gpu.training STORE OUT SETTINGS [STEP]    # one run, killed after STEP; the check starts these
@@ -55,15 +55,14 @@ def make_store(directory: Path, place: Place) -> None:
 def settings(kind: str, d_sae: int, place: Place, **more: Any) -> dict[str, Any]:
     """Of a run of STEPS steps, for JSON."""
     own = {name: VALUES[name] for name in KINDS[kind].hyperparameters if name in VALUES}
-    own |= {"l1_coefficient": 300.0} if "l1_coefficient" in own else {}
     runtime = {"log_every": 5, "checkpoint_every": CHECKPOINT_EVERY, "spike_factor": None, "threads": 1}
     return {
         "sae": {"kind": kind, "d_sae": d_sae, **own},
         "training_tokens": STEPS * place.sizes.batch,
         "batch_size": place.sizes.batch,
-        "lr": 1e-2,
+        "lr": 3e-3,
         "l1_warmup_fraction": 0.05,
-        "sparse_below": 0.05,
+        "sparse_below": 0.25,
         "window_shards": 4,
         "pool_rows": 4 * place.sizes.batch,
         "validation_rows": 2 * place.sizes.batch,
@@ -109,8 +108,8 @@ def differences(one: dict[str, str], other: dict[str, str]) -> list[str]:
     return sorted(name for name in one.keys() | other.keys() if one.get(name) != other.get(name))
 
 
-def jobs(place: Place, store: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A name and settings for each kind, and for the standard SAE with each of its steps alone."""
+def jobs(place: Place) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A name and settings for each kind; only the standard one is wide, for its checkpoints are on the disk."""
     s = place.sizes
     for kind in KINDS:
         yield kind, settings(kind, s.narrow_d_sae if kind == "standard" else s.narrow_d_sae // 4, place)
@@ -122,7 +121,7 @@ def run(place: Place) -> None:
     make_store(store, place)
     with ThreadPoolExecutor(TOGETHER if place.on_gpu else 2) as pool:
         started = {}
-        for name, about in jobs(place, store):
+        for name, about in jobs(place):
             outs = [place.folder / f"{name}-{way}" for way in ("undisturbed", "again", "killed")]
             ways = [pool.submit(undisturbed, store, out, about) for out in outs[:2]]
             started[name] = outs, [*ways, pool.submit(killed_and_resumed, store, outs[2], about, KILLED_AFTER)]
