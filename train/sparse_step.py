@@ -9,8 +9,8 @@ Time grows with L0, so `dense_step` is faster while L0 is high. Memory: one bloc
 some 40 bytes a non-zero, never a (B, F) or (N, D) array on the CPU. Every sum has one owner and a fixed
 order (no atomics): equal inputs and threads give equal bytes.
 
-On CUDA the gathers are the Triton kernels of `train.kernels`, from operands in compute_dtype, elsewhere
-the plain functions of `train.nonzeros`, in float32.
+On CUDA (from Ampere on) the gathers are the Triton kernels of `train.kernels`, from operands in
+compute_dtype, elsewhere the plain functions of `train.nonzeros`, in float32.
 
 Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros.
 """
@@ -20,6 +20,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from harvest.device import is_ampere
 from train.nonzeros import PLAIN, ByRow, Operations, by_feature
 from train.sae import Sae
 from train.step import Reconstruction, StepResult, SumOverRanks, Tensors, result
@@ -100,8 +101,8 @@ def residual(
 
 
 def operations_for(device: torch.device) -> Operations:
-    """The Triton kernels on CUDA, plain torch elsewhere (where triton need not be installed)."""
-    if device.type != "cuda":
+    """The Triton kernels on CUDA from Ampere on, plain torch elsewhere (where triton need not be installed)."""
+    if not is_ampere(device):
         return PLAIN
     from train.kernels import TRITON
 
@@ -114,8 +115,8 @@ def active_features(W_enc: Tensor, b_enc: Tensor, x_BD: Tensor, compute_dtype: t
     Raises ValueError at 2³¹ or more of them: the places in them are int32.
     """
     B = x_BD.shape[0]
-    # A GPU needs no cache-sized blocks, and the host waits for each block's count.
-    rows = B if x_BD.is_cuda else min(B, BLOCK_ROWS)
+    # The kernels need no cache-sized blocks, and the host waits for each block's count.
+    rows = min(B, BLOCK_ROWS) if ops is PLAIN else B
     W_enc, x_BD = W_enc.to(compute_dtype), x_BD.to(compute_dtype)
     # One block for all products: fresh pages for each cost the CPU more than the extraction does.
     block = torch.empty(rows, len(b_enc), dtype=compute_dtype, device=x_BD.device)

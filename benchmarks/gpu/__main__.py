@@ -5,8 +5,8 @@
     .venv/bin/python -m benchmarks.gpu --only kernels --only training
 
 Each check is a process of its own with a limit of its own, the most telling first. Its result is a line of
-OUT/results.jsonl as soon as it ends; OUT/table.md, in the form of benchmarks/results.md, is written anew each time; what the
-checks print is in OUT/log.txt. Ends with 1 if a check failed. Without a GPU it says so, and runs what Triton's
+OUT/results.jsonl as soon as it ends; OUT/table.md, in the form of benchmarks/results.md, is written anew each time;
+what the checks print is in OUT/log.txt. Ends with 1 if a check failed. Without a GPU it says so, and runs what Triton's
 interpreter and the CPU can, on small tensors.
 
 A GPU machine without network: benchmarks/gpu/wheels.py packs what it lacks.
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from datetime import date
 from importlib import import_module
 from pathlib import Path
@@ -50,6 +51,7 @@ CHECKS = (
     Check("suite", 120, "the tests of kernels, steps and trainer"),
     Check("full_training", 150, "the paper's width, killed and resumed: the same bytes; peak memory"),
 )
+NOT_RUN = "not run: no time left"
 LEAST_SECONDS = 10  # a check is not begun with less
 
 
@@ -58,11 +60,24 @@ def run_check(check: Check, limit: float, out: Path, scratch: Path | None) -> di
     notes, began, status = out / "notes.jsonl", time.monotonic(), "passed"
     notes.write_text("")
     print(f"{check.name}: {check.says} (at most {limit:.0f} s)", flush=True)
-    with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder, (out / "log.txt").open("ab+") as log:
+    with (
+        tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as folder,
+        (out / "log.txt").open("ab+") as log,
+    ):
         log.write(f"== {check.name}\n".encode())
         log.flush()
         printed = log.tell()
-        command = [sys.executable, "-m", "benchmarks.gpu", "--run", check.name, "--folder", folder, "--notes", str(notes)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu",
+            "--run",
+            check.name,
+            "--folder",
+            folder,
+            "--notes",
+            str(notes),
+        ]
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         try:
             if process.wait(limit):
@@ -71,10 +86,8 @@ def run_check(check: Check, limit: float, out: Path, scratch: Path | None) -> di
             status = f"out of time after {limit:.0f} s"
         finally:
             if process.poll() is None or status != "passed":
-                try:
+                with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
             process.wait()
         log.seek(printed)
         text = log.read().decode(errors="replace")
@@ -85,23 +98,37 @@ def run_check(check: Check, limit: float, out: Path, scratch: Path | None) -> di
     failed = status != "passed"
     print(text if failed else f"  {figures}", flush=True)
     print(f"{check.name}: {status} in {time.monotonic() - began:.1f} s", flush=True)
-    result = {"check": check.name, "status": status, "seconds": round(time.monotonic() - began, 1), "limit": round(limit)}
+    result = {
+        "check": check.name,
+        "status": status,
+        "seconds": round(time.monotonic() - began, 1),
+        "limit": round(limit),
+    }
     return result | {"figures": figures, **({"error": text[-20_000:]} if failed else {})}
 
 
 def table(results: list[dict[str, Any]], machine: str) -> str:
     """The results in Markdown."""
-    lines = [f"## `make check-gpu` ({machine}, {date.today()})", "", "| check | result | s | figures |", "|---|---|---|---|"]
+    lines = [
+        f"## `make check-gpu` ({machine}, {date.today()})",
+        "",
+        "| check | result | s | figures |",
+        "|---|---|---|---|",
+    ]
     for result in results:
         figures = "; ".join(f"{name} {_short(value)}" for name, value in result["figures"].items())
-        lines.append(f"| {result['check']} | {result['status']} | {result['seconds']:g} | {figures.replace('|', '/')} |")
+        lines.append(
+            f"| {result['check']} | {result['status']} | {result['seconds']:g} | {figures.replace('|', '/')} |"
+        )
     return "\n".join(lines) + "\n"
 
 
 def _short(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_short(part)}" for name, part in value.items())
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else f"{value:,.0f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    return str(value)
 
 
 def check_all(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -121,7 +148,12 @@ def check_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     for check in (c for c in CHECKS if not options.only or c.name in options.only):
         limit = min(check.seconds, end - time.monotonic())
         if limit < LEAST_SECONDS:
-            result: dict[str, Any] = {"check": check.name, "status": "not run: no time left", "seconds": 0, "figures": {}}
+            result: dict[str, Any] = {
+                "check": check.name,
+                "status": NOT_RUN,
+                "seconds": 0,
+                "figures": {},
+            }
             print(f"{check.name}: {result['status']}", flush=True)
         else:
             result = run_check(check, limit, out, options.scratch)
@@ -151,7 +183,7 @@ def main() -> None:
         return
     results = check_all(options)
     print((options.out / "table.md").read_text())
-    failed = [r["check"] for r in results if r["status"] != "passed" and not r["status"].startswith("not run")]
+    failed = [r["check"] for r in results if r["status"] != "passed" and r["status"] != NOT_RUN]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

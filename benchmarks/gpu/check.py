@@ -56,7 +56,13 @@ class Place:
 def start(arguments: Sequence[str], cwd: Path | None = None, **environment: str) -> subprocess.Popen[bytes]:
     """`python -m arguments` of this clone, whatever the folder."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "0", **environment}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": path,
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "0",
+        **environment,
+    }
     return subprocess.Popen([sys.executable, "-m", *arguments], cwd=cwd or ROOT, env=environment)
 
 

@@ -1,7 +1,7 @@
 """Training at the paper's width: killed after a checkpoint and resumed, the same weights and metrics; and its memory.
 
-As benchmarks/gpu/training.py, once, for the standard SAE. One checkpoint of 6.4 GB and two copies of the weights a run, so
-it is the disk that takes the time.
+As benchmarks/gpu/training.py, once, for the standard SAE. One checkpoint of 6.4 GB and two copies of the weights a run,
+so it is the disk that takes the time.
 """
 
 from concurrent.futures import ThreadPoolExecutor

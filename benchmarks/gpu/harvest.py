@@ -1,7 +1,8 @@
 """Rows of 20 layers of the 8B shape: the same bytes from two processes, eager and compiled, and tokens a second.
 
-Weights are random, of one seed, made on the device. Two processes, each with a cache of compiled code of its own, write
-the same shards at the same time; then the first one alone measures: the bare forward pass, ours to memory and to a disk.
+Weights are random, of one seed, made on the device. Two processes, each with a cache of compiled code of its own,
+write the same shards at the same time; then the first one alone measures: the bare forward pass, ours to memory and to
+a disk.
 `ours` counts from the first token to the last file; `steady` leaves out the first two shards and the last one.
 
     python -m benchmarks.gpu.harvest OUT    # one process's bytes, as JSON; the check starts it
@@ -137,7 +138,7 @@ def run(place: Place) -> None:
         different = [file for file in mine if mine[file] != theirs[name].get(file)]
         assert not different, f"{name}: two processes wrote different {different}"
     acts = [{f: d for f, d in mine.items() if "/acts/" in f} for mine in found.values()]
-    assert acts[0] and all(len(set(mine.values())) == len(mine) for mine in acts), "shards are alike"
+    assert all(len(set(mine.values())) == len(mine) == COMPARED_SHARDS for mine in acts), "shards are alike"
     place.note(files_alike=sum(map(len, found.values())))
     shards = place.sizes.timed_shards
     for name in ("compiled", "eager"):

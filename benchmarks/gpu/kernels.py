@@ -88,7 +88,7 @@ def on_triton(device: torch.device):
         return nullcontext()
     from train.kernels import TRITON
 
-    return mock.patch("train.sparse_step.operations_for", lambda _device: TRITON)
+    return mock.patch("train.sparse_step.operations_for", return_value=TRITON)
 
 
 def check_kind(kind: str, case: Case) -> dict[str, float]:
@@ -137,15 +137,17 @@ def check_operations(case: Case, triton: Operations) -> dict[str, float]:
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         W_dec, error, x = (tensor.to(dtype) for tensor in (sae.W_dec, error_BD, x_BD))
+        wide = {tensor: tensor.float() for tensor in (W_dec, error, x)}  # by identity
         calls = {
-            "residual": lambda W, e, x: (active, W, sae.b_dec, x_BD),
-            "row_dots": lambda W, e, x: (active, e, W),
-            "decoder_sums": lambda W, e, x: (by, f_N, e, sae.W_dec, scale_F),
-            "encoder_sums": lambda W, e, x: (by, f_N, x),
+            "residual": (active, W_dec, sae.b_dec, x_BD),
+            "row_dots": (active, error, W_dec),
+            "decoder_sums": (by, f_N, error, sae.W_dec, scale_F),
+            "encoder_sums": (by, f_N, x),
         }
         for name, arguments in calls.items():
-            ours = getattr(triton, name)(*arguments(W_dec, error, x))
-            plain = getattr(PLAIN, name)(*arguments(W_dec.float(), error.float(), x.float()))
+            ours = getattr(triton, name)(*arguments)
+            widened = (wide.get(a, a) if isinstance(a, Tensor) else a for a in arguments)
+            plain = getattr(PLAIN, name)(*widened)
             found[f"{name} {dtype}".replace("torch.", "")] = e = error_of(ours, plain)
             assert e <= 1e-5, f"{name} from {dtype}, {tuple(x_BD.shape)} x {sae.d_sae}: {e:.1e} from its twin"
             del ours, plain
@@ -177,8 +179,8 @@ def check_past_int32(B: int, D: int, F: int, device: torch.device) -> None:
     pre_BF, b_enc = torch.randn(B, F, dtype=torch.bfloat16, device=device), torch.full((F,), -3.0, device=device)
     ours = TRITON.extract(pre_BF, b_enc)
     parts = [PLAIN.extract(rows, b_enc) for rows in pre_BF.split(B // 4)]  # nonzero takes no more than 2³¹ elements
-    for name, mine, plain in zip(("count", "feature", "f"), ours, zip(*parts, strict=True), strict=True):
-        assert torch.equal(mine.long() if name != "f" else mine, torch.cat(plain).to(mine.dtype if name == "f" else torch.long)), name
+    for mine, plain in zip(ours, zip(*parts, strict=True), strict=True):
+        assert torch.equal(mine.to(plain[0].dtype), torch.cat(plain)), "extract past 2³¹"
     del pre_BF, ours, parts
 
     edge, rows = 64, 8
@@ -190,9 +192,10 @@ def check_past_int32(B: int, D: int, F: int, device: torch.device) -> None:
     small = active._replace(feature_N=torch.arange(len(ends), dtype=torch.int32, device=device).repeat(rows))
     by, by_small = by_feature(active, F), by_feature(small, len(ends))
     scale_F = torch.rand(F, device=device)
+    both = ((TRITON, active, W_dec), (PLAIN, small, W_dec[ends]))
     pairs = {
-        "residual": [ops.residual(a, W, b_dec, x_BD) for ops, a, W in ((TRITON, active, W_dec), (PLAIN, small, W_dec[ends]))],
-        "row_dots": [ops.row_dots(a, x_BD, W) for ops, a, W in ((TRITON, active, W_dec), (PLAIN, small, W_dec[ends]))],
+        "residual": [ops.residual(listed, W, b_dec, x_BD) for ops, listed, W in both],
+        "row_dots": [ops.row_dots(listed, x_BD, W) for ops, listed, W in both],
     }
     sums = TRITON.decoder_sums(by, f_N[by.order_N], x_BD, W_dec, scale_F)
     pairs["decoder_sums"] = [
@@ -215,14 +218,15 @@ def check_past_int32(B: int, D: int, F: int, device: torch.device) -> None:
     adam_update(*tensors, numbers)
     plain_update(*kept, numbers)
     for mine, plain in zip(tensors, kept, strict=True):
-        torch.testing.assert_close(mine["W"].view(-1)[-5000:], plain["W"], rtol=1e-2 if mine is tensors[-1] else 1e-4, atol=1e-6)
+        rtol = 1e-4 if plain["W"].dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(mine["W"].view(-1)[-5000:], plain["W"], rtol=rtol, atol=1e-6)
 
 
 def run(place: Place) -> None:
     """The check."""
     s, device = place.sizes, place.device
     shapes = [(s.batch, s.d_in, s.d_sae, 3.0 if place.on_gpu else 2.0)]
-    shapes += [(b, *odd, 2.0) for b, odd in ((1, (577, 4609)), (4095, (577, 4609)))] if place.on_gpu else [(5, 85, 131, 1.0)]
+    shapes += [(B, 577, 4609, 2.0) for B in (1, 4095)] if place.on_gpu else [(5, 85, 131, 1.0)]
     for kind in KINDS:
         for B, D, F, deviations in shapes:
             place.note(**{f"{kind} {B}x{D}x{F}": check_kind(kind, lattice(kind, B, D, F, device, deviations))})

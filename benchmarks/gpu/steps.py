@@ -14,8 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu.check import Place
 from benchmarks.gpu.kernels import new_sae
-from benchmarks.train_step import Arm, measure, time_arm
-from benchmarks.train_step import with_update
+from benchmarks.train_step import Arm, measure, time_arm, with_update
 from train.config import KINDS
 from train.sae import Sae
 from train.step import Kernel, kernels

@@ -18,7 +18,16 @@ def run(place: Place) -> None:
         place.note(tests="pytest is not installed")
         return
     files = [f"tests/test_{name}.py" for name in (FILES if place.on_gpu else CPU_FILES)]
-    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=short", "-p", "no:xdist", "--continue-on-collection-errors"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-rfE",
+        "--tb=short",
+        "-p",
+        "no:xdist",
+        "--continue-on-collection-errors",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run([*command, *files], cwd=ROOT, env=environment, text=True, capture_output=True)
     print(ran.stdout[-15_000:], ran.stderr[-2000:], flush=True)

@@ -26,7 +26,8 @@ from benchmarks.gpu.check import Place, finish, start
 from benchmarks.gpu.kernels import VALUES
 from harvest.activation_store import ActivationStore, Geometry, ShardRows
 from train.config import KINDS, TrainConfig
-from train.run import Task, run as run_training
+from train.run import Task
+from train.run import run as run_training
 from train.training import Training
 
 HOOK = "h"
@@ -84,7 +85,8 @@ def undisturbed(store: Path, out: Path, about: dict[str, Any]) -> None:
 def killed_and_resumed(store: Path, out: Path, about: dict[str, Any], after: int) -> None:
     """A run that is killed after a step, and started again."""
     assert train(store, out, about, after).wait() == -signal.SIGKILL
-    assert not (out / HOOK / "sae.json").exists() and list((out / HOOK / "checkpoints").glob("*/checkpoint.json"))
+    assert not (out / HOOK / "sae.json").exists(), "it was killed too late"
+    assert list((out / HOOK / "checkpoints").glob("*/checkpoint.json")), "no checkpoint to go on from"
     undisturbed(store, out, about)
 
 

@@ -32,7 +32,17 @@ def pack(folder: Path, python: str) -> int:
     for old in folder.glob("*.whl"):
         old.unlink()
     platforms = [option for name in PLATFORMS for option in ("--platform", name)]
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+    ]
     interpreter = ["--python-version", python, "--implementation", "cp"]
     subprocess.run([*command, *interpreter, *platforms, *requirements()], check=True)
     return sum(wheel.stat().st_size for wheel in folder.glob("*.whl"))
