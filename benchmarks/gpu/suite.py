@@ -8,7 +8,7 @@ import sys
 
 from benchmarks.gpu.check import ROOT, Place
 
-FILES = ("kernels", "sparse_step", "step", "trainer", "kinds", "kernel_choice", "products", "harvest", "activity")
+FILES = ("kernels", "sparse_step", "step", "trainer", "kernel_choice", "products", "harvest", "activity")
 CPU_FILES = ("kernels", "kernel_choice")  # the others run in `make test` there
 
 
