@@ -19,7 +19,7 @@ RUN = .venv/bin/python -m pipeline
 LAUNCH = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-node $(PROCS) -m pipeline,$(RUN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all harvest stream train eval status verify prune estimate dry-run export test test-browser chromium check mutants
+.PHONY: help setup all harvest stream train eval status verify prune estimate dry-run export test test-browser chromium check check-gpu mutants
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -99,6 +99,9 @@ check: setup .venv/.dev ## style, types, the direction of imports, and the rules
 	.venv/bin/basedpyright
 	.venv/bin/lint-imports
 	.venv/bin/python -m pytest --noconftest tests/test_house.py
+
+check-gpu: setup .venv/.dev ## what only a GPU shows, in minutes; ARGS="--minutes 7 --only kernels"
+	.venv/bin/python -m benchmarks.gpu $(ARGS)
 
 mutants: setup .venv/.dev ## plant small faults in the code, and see which the tests miss; ARGS="--count 20 --files 'train/*.py'"
 	.venv/bin/python benchmarks/mutants.py $(ARGS)

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from datasets import Dataset
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -120,6 +119,7 @@ def bare(model: HookedModel, options: argparse.Namespace) -> Callable[[np.ndarra
 
 
 def saelens(model: Any, hook: str, options: argparse.Namespace, d_in: int) -> Callable[[np.ndarray], None]:
+    from datasets import Dataset
     from sae_lens.training.activations_store import ActivationsStore
 
     def run(tokens: np.ndarray) -> None:

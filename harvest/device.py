@@ -53,8 +53,9 @@ def local_rank() -> int | None:
 def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
     """The precision of a `compute_dtype` setting.
 
-    auto is bfloat16, except on CPUs without bfloat16 instructions: torch emulates its products there, at a sixth of the
-    float32 rate. A language model is spared that (`harvest/products.py`), but float32 is faster still.
+    auto is bfloat16, except on GPUs before Ampere and on CPUs without bfloat16 instructions: torch emulates its
+    products there, on a CPU at a sixth of the float32 rate. A language model is spared that (`harvest/products.py`),
+    but float32 is faster still.
     """
     if setting != "auto":
         return torch.bfloat16 if setting == "bfloat16" else torch.float32
@@ -62,9 +63,16 @@ def resolve_dtype(setting: str, device: torch.device) -> torch.dtype:
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies in bfloat16 itself: a GPU, or a CPU with such instructions."""
+    """Whether the device multiplies in bfloat16 itself: a GPU from Ampere on, or a CPU with such instructions."""
+    if device.type == "cuda":
+        return is_ampere(device)
     capabilities = torch.cpu.get_capabilities()
     return device.type != "cpu" or any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
+
+
+def is_ampere(device: torch.device) -> bool:
+    """Whether the device is a GPU of compute capability 8.0 or more: bfloat16 products, and kernels that use them."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def device_name(device: torch.device) -> str:

@@ -1,8 +1,8 @@
 """Adam over float32 weights (Kingma and Ba, arXiv 1412.6980) that clips, and writes the products' operands, as it goes.
 
 The update divides gradients by a number on the device while it reads them, so clipping is no pass of its own;
-where products run in bfloat16, the update writes those copies of W_enc and W_dec too. On CUDA all of it is one
-Triton kernel a tensor (`train.kernels.adam_update`), elsewhere torch's fused Adam and a copy.
+where products run in bfloat16, the update writes those copies of W_enc and W_dec too. On CUDA (from Ampere on) all of
+it is one Triton kernel a tensor (`train.kernels.adam_update`), elsewhere torch's fused Adam and a copy.
 """
 
 from typing import NamedTuple
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from harvest.device import is_ampere
 from train.step import Tensors
 
 
@@ -39,7 +40,7 @@ class Adam:
     def update(self, gradients: Tensors, numbers: Update) -> None:
         """Change parameters, moments and operands in place; gradients, shapes as theirs, may be overwritten."""
         apply = plain_update
-        if numbers.divisor.is_cuda:
+        if is_ampere(numbers.divisor.device):
             from train.kernels import adam_update as apply
         apply(self.parameters, gradients, self.exp_avg, self.exp_avg_sq, self.operands, numbers)
 

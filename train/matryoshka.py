@@ -8,9 +8,6 @@ So the general features come first, and are not split among the many that come l
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-import torch
-from torch import Tensor
-
 from harvest.files import UserError
 from train.batchtopk import BatchTopK
 from train.sparse_step import SPARSE

@@ -9,8 +9,8 @@ Time grows with L0, so `dense_step` is faster while L0 is high. Memory: one bloc
 some 40 bytes a non-zero, never a (B, F) or (N, D) array on the CPU. Every sum has one owner and a fixed
 order (no atomics): equal inputs and threads give equal bytes.
 
-On CUDA the gathers are the Triton kernels of `train.kernels`, from operands in compute_dtype, elsewhere
-the plain functions of `train.nonzeros`, in float32.
+On CUDA (from Ampere on) the gathers are the Triton kernels of `train.kernels`, from operands in
+compute_dtype, elsewhere the plain functions of `train.nonzeros`, in float32.
 
 Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros.
 """
@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from harvest.device import is_ampere
 from train.nonzeros import PLAIN, ByRow, Entries, Operations, Rule, by_feature
 from train.parallel import SINGLE, FeatureRanks
 from train.sae import Auxiliary, Dead, Sae
@@ -202,8 +203,8 @@ def _decoder(sae: Sae, weights: Tensors, compute_dtype: torch.dtype, ops: Operat
 
 
 def operations_for(device: torch.device) -> Operations:
-    """The Triton kernels on CUDA, plain torch elsewhere (where triton need not be installed)."""
-    if device.type != "cuda":
+    """The Triton kernels on CUDA from Ampere on, plain torch elsewhere (where triton need not be installed)."""
+    if not is_ampere(device):
         return PLAIN
     from train.kernels import TRITON
 
@@ -239,8 +240,8 @@ class Source(NamedTuple):
     def entries(self, rule: Rule, ranks: FeatureRanks = SINGLE, least: Tensor | None = None) -> Entries:
         """Candidates of the rule; of one that chooses from the batch, those whose score is at least `least`."""
         B = len(self.x_BD)
-        # A GPU needs no cache-sized blocks, and the host waits for each block's count.
-        rows = B if self.x_BD.is_cuda else min(B, BLOCK_ROWS)
+        # The kernels need no cache-sized blocks, and the host waits for each block's count.
+        rows = min(B, BLOCK_ROWS) if self.ops is PLAIN else B
         W_enc, x_BD = self.W_enc.to(self.compute_dtype), self.x_BD.to(self.compute_dtype)
         # One block for all products: fresh pages for each cost the CPU more than the extraction does.
         block = torch.empty(rows, len(self.b_enc), dtype=self.compute_dtype, device=x_BD.device)

@@ -1,0 +1,59 @@
+"""Training at the paper's width: killed after a checkpoint and resumed, the same weights and metrics; and its memory.
+
+As benchmarks/gpu/training.py, once, for the standard SAE. One checkpoint of 6.4 GB and two copies of the weights a run,
+so it is the disk that takes the time.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+from benchmarks.gpu.check import Place
+from benchmarks.gpu.training import (
+    HOOK,
+    differences,
+    killed_and_resumed,
+    make_store,
+    metrics,
+    result,
+    settings,
+    undisturbed,
+)
+from pipeline.estimate import _memory
+from train.config import TrainConfig
+from train.standard import Standard
+
+CHECKPOINT_EVERY, KILLED_AFTER = 35, 40  # no second checkpoint before the end
+
+
+def estimated(place: Place, about: dict[str, Any]) -> int:
+    """Bytes that `make estimate` expects training to take on the device."""
+    s = place.sizes
+    config = SimpleNamespace(train=TrainConfig(**about), harvest=SimpleNamespace(batch_contexts=1))
+    geometry = SimpleNamespace(d_in=s.d_in, shard_rows=1, shard_contexts=1, hooks=(HOOK,))
+    sae = 4 * sum(math.prod(shape) for shape in Standard.shapes(s.d_in, s.d_sae).values())
+    known = SimpleNamespace(geometry=geometry, parameters=0, context=0, saes=1, sae=sae, d_sae=s.d_sae)
+    machine: Any = SimpleNamespace(element=2, memory=0)
+    return _memory(config, known, machine)[1]  # pyright: ignore[reportArgumentType]
+
+
+def run(place: Place) -> None:
+    """The check."""
+    s, store = place.sizes, place.folder / "made"
+    make_store(store, place)
+    runtime = {"checkpoint_every": CHECKPOINT_EVERY, "keep_last": 1}
+    about = settings("standard", s.d_sae, place, runtime=runtime)
+    whole, killed = place.folder / "whole", place.folder / "killed"
+    with ThreadPoolExecutor(2) as pool:
+        ways = [pool.submit(undisturbed, store, whole, about)]
+        ways.append(pool.submit(killed_and_resumed, store, killed, about, KILLED_AFTER))
+        for way in ways:
+            way.result()
+    lines = [line for line in metrics(whole) if line["kind"] == "train"]
+    place.note(l0_at_the_end=lines[-1]["l0"], kernels=sorted({line["kernel"] for line in lines}))
+    assert not (different := differences(result(whole), result(killed))), f"{different} differ"
+    place.note(files_alike=len(result(whole)))
+    if place.on_gpu:
+        peak = int((whole / "peak").read_text())
+        place.note(peak_gb=peak / 1e9, peak_of_estimate=peak / estimated(place, about))

@@ -1,0 +1,112 @@
+"""The checks for a GPU: the cheapest on a CPU, how a failure is told, and what the stages import."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu import kernels, training, wheels
+from benchmarks.gpu.__main__ import Check, run_check, table
+from benchmarks.gpu.check import Place
+from harvest.device import has_bfloat16, resolve_dtype
+from train.config import KINDS
+from train.nonzeros import PLAIN
+from train.sparse_step import operations_for
+from train.step import Kernel
+from train.step import kernels as kernels_of
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def case(kind: str) -> kernels.Case:
+    return kernels.lattice(kind, 5, 85, 131, CPU, 1.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_steps_of_every_kind_equal_float64s(kind):
+    assert kernels.check_kind(kind, case(kind))["l0"] > 1
+
+
+def test_a_wrong_gradient_is_found(monkeypatch):
+    of_kind = type(case("standard").sae)
+    right = kernels_of(case("standard").sae)["dense"]
+
+    def wrong(*arguments):
+        result = right.step(*arguments)
+        result.gradients["W_dec"][7] *= 1.1
+        return result
+
+    monkeypatch.setattr(of_kind, "kernels", {"dense": Kernel(wrong, right.reconstruction)})
+    with pytest.raises(AssertionError, match=r"dense float32 .* W_dec is "):
+        kernels.check_kind("standard", case("standard"))
+
+
+def test_a_lattice_is_exact_in_bfloat16():
+    sae, stored_BD = case("standard")
+    x_BD = sae.scaled(stored_BD)
+    exact = x_BD.double() @ sae.W_enc.double()
+    assert torch.equal((x_BD.bfloat16() @ sae.W_enc.bfloat16()).double(), exact)
+    z_BF = exact + sae.b_enc.double()
+    assert z_BF.abs().min() > 1e-7 and all(len(row.unique()) == len(row) for row in z_BF)
+    assert not x_BD[3].any() and not (z_BF[:, 1] > 0).any()
+
+
+def test_differences_between_runs_are_named():
+    one = {"checkpoints/25": "a", "weights": "b", "metrics": "c"}
+    assert training.differences(one, dict(one)) == []
+    assert training.differences(one, {"checkpoints/25": "x", "weights": "b"}) == ["checkpoints/25", "metrics"]
+
+
+def test_a_failed_check_is_told_whole_and_its_figures_stay(tmp_path, monkeypatch, capsys):
+    popen = subprocess.Popen
+
+    def ended(body):
+        def started(arguments, **options):
+            notes = arguments[arguments.index("--notes") + 1]
+            code = f"import pathlib, time; pathlib.Path({notes!r}).write_text('{{\"l0\": 3.5}}\\n'); {body}"
+            return popen([sys.executable, "-c", code], **options)
+
+        monkeypatch.setattr(subprocess, "Popen", started)
+        return run_check(Check("harvest", 9, "says"), 1.5, tmp_path, tmp_path)
+
+    failed, late, passed = map(ended, ("1/0", "time.sleep(60)", "0"))
+    assert failed["status"] == "failed, exit 1" and "ZeroDivisionError" in failed["error"]
+    assert "ZeroDivisionError" in capsys.readouterr().out
+    assert late["status"].startswith("out of time") and late["figures"] == {"l0": 3.5} and late["seconds"] < 30
+    assert passed["status"] == "passed" and "error" not in passed
+    assert "| harvest | out of time after 2 s |" in table([failed, late, passed], "a machine")
+
+
+def test_figures_are_kept_as_they_come(tmp_path):
+    place = Place(tmp_path, tmp_path / "notes")
+    place.note(a=1)
+    place.note(b={"c": 0.5})
+    assert [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()] == [{"a": 1}, {"b": {"c": 0.5}}]
+
+
+def test_the_stages_import_neither_datasets_nor_gguf():
+    code = (
+        "import sys, harvest.run, train.run, evaluate.run, pipeline.cli\n"
+        "print([name for name in ('datasets', 'gguf') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_every_wheel_has_a_version():
+    assert all("==" in line for line in wheels.requirements()) and len(wheels.requirements()) >= 8
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
+def test_bfloat16_and_kernels_begin_with_ampere(capability, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device=None: capability)
+    assert resolve_dtype("auto", CUDA) == dtype and has_bfloat16(CUDA) == (dtype == torch.bfloat16)
+    if dtype == torch.float32:
+        assert operations_for(CUDA) is PLAIN
+    else:
+        pytest.importorskip("triton")
+        assert operations_for(CUDA) is not PLAIN
