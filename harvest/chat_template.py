@@ -71,16 +71,24 @@ def writes_bos(loaded: Any) -> bool:
 
 def template_markers(loaded: Any) -> set[str]:
     """Added tokens that the chat template writes; those of only letters or white space are ordinary text."""
-    from transformers.utils.chat_template_utils import _get_template_literal_text
-
     if not has_chat_template(loaded):
         return set()
     names = {token.content for token in loaded.added_tokens_decoder.values()}
     candidates = {name for name in names if len(name) > 2 and re.search(r"[^\w\s]", name)}
     texts = list(_probes(loaded))
     if texts:  # otherwise it is no template at all
-        texts.append(_get_template_literal_text(str(loaded.get_chat_template())))
+        texts.append(_literals(str(loaded.get_chat_template())))
     return {name for name in candidates if any(name in text for text in texts)}
+
+
+def _literals(template: str) -> str:
+    """The text of a chat template and its string constants, apart from each other."""
+    from jinja2 import nodes
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    parsed = _compile_jinja_template(template).environment.parse(template)
+    constants = {node.value for node in parsed.find_all(nodes.Const) if isinstance(node.value, str)}
+    return "\0".join({node.data for node in parsed.find_all(nodes.TemplateData)} | constants)
 
 
 def _probes(loaded: Any) -> Iterator[str]:

@@ -112,7 +112,7 @@ class Trainer:
         self.bad_step.masked_fill_(bad, self.step_number)
         divisor = (grad_norm / config.clip_norm).clamp_min(1.0)
         self.adam.update(result.gradients, Update(lr, config.adam_betas, self.step_number + 1, divisor))
-        if result.smallest is not None:
+        if "threshold" in self.sae.running and result.smallest is not None:
             rate = max(THRESHOLD_RATE, 1 / (self.step_number + 1))
             moved = self.sae.threshold.lerp(result.smallest, rate)
             self.sae.threshold.copy_(torch.where(divisor.isfinite() & moved.isfinite(), moved, self.sae.threshold))

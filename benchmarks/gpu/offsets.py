@@ -57,6 +57,7 @@ def check_past_int32(B: int, D: int, F: int, device: torch.device) -> None:
     numbers = Update(1e-2, (0.9, 0.999), 1, torch.tensor(2.0, device=device))
     adam_update(*tensors, numbers)
     plain_update(*kept, numbers)
+    del tensors[1], kept[1]  # the gradients, which torch's overwrites
     for mine, plain in zip(tensors, kept, strict=True):
         rtol = 1e-4 if plain["W"].dtype == torch.float32 else 2**-7
         torch.testing.assert_close(mine["W"].view(-1)[-5000:], plain["W"], rtol=rtol, atol=1e-6)
