@@ -22,7 +22,7 @@ from train.nonzeros import PLAIN, ByFeature, ByRow, Operations, by_feature
 from train.sae import Sae
 from train.sparse_step import active_features
 from train.standard import Standard
-from train.step import AUTOGRAD, StepResult, autograd_step, kernels
+from train.step import Kernel, StepResult, autograd_reconstruction, autograd_step, kernels
 
 VALUES = {"l1_coefficient": 5.0, "k": 10}  # of hyperparameters without a default
 UNIT, SCALE = 1 / 16, 0.5
@@ -98,7 +98,8 @@ def check_kind(kind: str, case: Case) -> dict[str, float]:
     ties = 0.0 if sae.elementwise else (TIES / max(entries, TIES)) ** 0.5
     dtypes = {"float32": torch.float32} | ({"bfloat16": torch.bfloat16} if device.type == "cuda" else {})
     found = {"l0": float(exact.l0)}
-    for name, kernel in {**AUTOGRAD, **kernels(sae)}.items():
+    ways = {"autograd": Kernel(autograd_step, autograd_reconstruction), **kernels(sae)}
+    for name, kernel in ways.items():
         for precision, dtype in dtypes.items():
             if name == "autograd" and dtype != torch.float32:  # autocast rounds the pre-activations too
                 continue
