@@ -59,7 +59,7 @@ def hashed_settings(settings: Settings) -> dict[str, Any]:
         value = getattr(settings, name)
         extra = field.json_schema_extra
         added = isinstance(extra, dict) and extra.get("added")
-        if name == "runtime" or (added and value == field.get_default(call_default_factory=True)):
+        if name == "runtime" or (added and value == field.get_default(call_default_factory=True, validated_data={})):
             continue
         if isinstance(value, Settings):
             value = hashed_settings(value)

@@ -4,10 +4,12 @@ import torch
 
 from train.config import SaeConfig, TrainConfig
 from train.kernel_choice import LAG, KernelChoice
+from train.standard import Standard
 
 
 def choice(kernel: str = "auto") -> KernelChoice:
-    return KernelChoice(TrainConfig(sae=SaeConfig(d_sae=100), epochs=1, kernel=kernel, sparse_below=0.1), 100)
+    config = TrainConfig(sae=SaeConfig(d_sae=100), epochs=1, kernel=kernel, sparse_below=0.1)
+    return KernelChoice(config, 100, Standard.kernels)
 
 
 def choices(l0s: list[float], made: KernelChoice) -> list[bool]:

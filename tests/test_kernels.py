@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from train.adam import Adam, Update, plain_update
-from train.nonzeros import PLAIN, ByFeature, ByRow, by_feature
-from train.sae import Sae
+from train.kinds import sae_class
+from train.nonzeros import PLAIN, ByFeature, ByRow, Rule, by_feature
+from train.parallel import SINGLE
+from train.sae import Dead, Sae
+from train.selection import largest, largest_dense
 from train.sparse_step import active_features, sparse_step
 from train.standard import Standard
 
@@ -70,13 +73,66 @@ class TestKernels:
         pre_BF = (x_BD @ sae.W_enc).to(dtype)
         pre_BF[2, 7] = float("nan")
         triple, twin = (ops.extract(pre_BF, sae.b_enc) for ops in (TRITON, PLAIN))
-        for ours, plain in zip(triple, twin, strict=True):
+        assert triple.kept == twin.kept
+        for ours, plain in zip(triple[:3], twin[:3], strict=True):
             assert torch.equal(ours.nan_to_num(-1).long(), plain.nan_to_num(-1).long())
             torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0, equal_nan=True, check_dtype=False)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_extract_above_thresholds(self, dtype: torch.dtype) -> None:
+        sae, x_BD = batch()
+        pre_BF, above_F = (x_BD @ sae.W_enc).to(dtype), torch.linspace(-0.1, 0.3, F, device=DEVICE)
+        ours, plain = (ops.extract(pre_BF, sae.b_enc, Rule(above_F=above_F)) for ops in (TRITON, PLAIN))
+        assert 0 < len(ours.f_N) < (pre_BF > 0).sum()
+        assert all(torch.equal(a.long(), b.long()) for a, b in zip(ours[:2], plain[:2], strict=True))
+        torch.testing.assert_close(ours.f_N, plain.f_N, rtol=1e-6, atol=0)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("of_batch", [False, True])
+    @pytest.mark.parametrize("count", [1, 3, 20])
+    def test_the_largest_entries(self, dtype: torch.dtype, of_batch: bool, count: int) -> None:
+        """Bounds may differ between the twins: what is chosen after them may not."""
+        sae, x_BD = batch()
+        pre_BF, weight_F = (x_BD @ sae.W_enc).to(dtype), torch.linspace(0.5, 2, F, device=DEVICE)
+        rule = Rule(largest=count, of_batch=of_batch, weight_F=weight_F)
+        chosen = []
+        for ops in (TRITON, PLAIN):
+            least = ops.least_of_rows(pre_BF, sae.b_enc, weight_F, count)
+            reached_B = ((pre_BF + sae.b_enc) * weight_F >= least[:, None]).sum(1)
+            assert ((reached_B >= count) | (least == 0)).all()
+            entries = ops.extract(pre_BF, sae.b_enc, rule, least.amin() if of_batch else None)
+            if of_batch:
+                entries = entries._replace(kept=min(len(entries.f_N), B * count))
+            chosen.append(largest(entries, rule, 0, SINGLE))
+        (ours, least), (plain, least_plain) = chosen
+        assert torch.equal(ours.offset_B, plain.offset_B) and torch.equal(ours.feature_N, plain.feature_N)
+        torch.testing.assert_close(ours.f_N, plain.f_N, rtol=1e-6, atol=0)
+        torch.testing.assert_close(least, least_plain, rtol=1e-6, atol=0)
+        dense_BF = largest_dense((pre_BF + sae.b_enc) * weight_F, count, of_batch)
+        assert torch.equal(ours.offset_B.diff().long(), dense_BF.sum(1))
+        assert torch.equal(ours.feature_N.long(), dense_BF.nonzero()[:, 1])
+
+    @pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka", "jumprelu"])
+    def test_every_kinds_step_equals_the_plain_one(self, kind: str) -> None:
+        hyperparameters = {
+            "jumprelu": {"l0_coefficient": 0.3, "bandwidth": 0.4, "target_l0": 5.0},
+            "matryoshka": {"k": 4, "prefixes": (5, F), "aux_coefficient": 0.2, "aux_k": 2},
+        }.get(kind, {"k": 4, "aux_coefficient": 0.2, "aux_k": 2})
+        sae = sae_class(kind).initial(D, F, seed=1, device=DEVICE, **hyperparameters)
+        x_BD, dead = batch()[1], Dead(torch.tensor([3, 9, 20], device=DEVICE), 3)
+        ours, plain = (
+            sparse_step(sae, x_BD, sae.coefficients, torch.float32, dead=dead, operations=ops)
+            for ops in (TRITON, PLAIN)
+        )
+        torch.testing.assert_close(ours.terms, plain.terms, rtol=1e-5, atol=0)
+        assert torch.equal(ours.fired_F, plain.fired_F)
+        for name, gradient in plain.gradients.items():
+            assert gradient.any()
+            assert (ours.gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
     def test_extract_holds_every_entry_when_all_are_active(self) -> None:
         pre_BF = torch.rand(B, F, device=DEVICE) + 1
-        count_B, feature_N, f_N = TRITON.extract(pre_BF, torch.zeros(F, device=DEVICE))
+        count_B, feature_N, f_N, *_ = TRITON.extract(pre_BF, torch.zeros(F, device=DEVICE))
         assert (count_B == F).all()
         assert torch.equal(feature_N.view(B, F), torch.arange(F, device=DEVICE).expand(B, F).int())
         assert torch.equal(f_N.view(B, F), pre_BF)

@@ -14,33 +14,60 @@ class Kind(NamedTuple):
     """A kind of SAE that can be trained."""
 
     place: str  # of its class
-    hyperparameters: tuple[str, ...]  # settings of train.sae that are its own; those of other kinds are refused
+    hyperparameters: dict[str, Any]  # settings of train.sae that are its own, with defaults; others' are refused
 
 
+AUX = {"aux_coefficient": 1 / 32, "aux_k": None, "dead_after": None}
 KINDS = {
-    "standard": Kind("train.standard:Standard", ("l1_coefficient",)),
-    "topk": Kind("train.topk:TopK", ("k",)),
+    "standard": Kind("train.standard:Standard", {"l1_coefficient": 5.0}),
+    "topk": Kind("train.topk:TopK", {"k": 64, **AUX}),
+    "batchtopk": Kind("train.batchtopk:BatchTopK", {"k": 64, **AUX}),
+    "jumprelu": Kind("train.jumprelu:JumpRelu", {"l0_coefficient": 1.0, "target_l0": None, "bandwidth": 0.5}),
+    "matryoshka": Kind("train.matryoshka:Matryoshka", {"k": 64, "prefixes": None, **AUX}),
 }
 
 
-def _default_l1(chosen: dict[str, Any]) -> float | None:
-    kind = KINDS.get(chosen.get("kind", ""))
-    return 5.0 if kind and "l1_coefficient" in kind.hyperparameters else None
+HYPERPARAMETERS = tuple(dict.fromkeys(name for kind in KINDS.values() for name in kind.hyperparameters))
+
+
+def _own(name: str, **limits: Any) -> Any:
+    """A setting of some kinds alone; None for the others."""
+
+    def default(chosen: dict[str, Any]) -> Any:
+        kind = KINDS.get(chosen.get("kind", ""))
+        return kind.hyperparameters.get(name) if kind else None
+
+    added = {"json_schema_extra": {"added": True}} if name != "l1_coefficient" else {}
+    return Field(default_factory=default, **limits, **added)
 
 
 class SaeConfig(Settings):
     """Kind, shape and sparsity of an SAE."""
 
     kind: str = Field(default="standard", json_schema_extra={"added": True})
-    """standard (ReLU and an L1 penalty) or topk. Each has settings of its own here."""
+    """standard (ReLU and an L1 penalty), topk, batchtopk, jumprelu or matryoshka. Each has settings of its own here."""
     d_sae: int | None = Field(default=None, ge=1, lt=2**31)
     """Number of features. Exactly one of d_sae and expansion_factor."""
     expansion_factor: int | None = Field(default=None, ge=1, lt=2**20)
     """d_sae as a multiple of d_in."""
-    l1_coefficient: float | None = Field(default_factory=_default_l1, ge=0)
+    l1_coefficient: float | None = _own("l1_coefficient", ge=0)
     """standard: λ, weight of the sparsity penalty. Comparable only at the input scale √d_in that we train at."""
-    k: int | None = Field(default=None, ge=1, json_schema_extra={"added": True})
-    """topk: features that are active in a row."""
+    k: int | None = _own("k", ge=1)
+    """topk: features that are active in a row; batchtopk, matryoshka: on average over a batch."""
+    aux_coefficient: float | None = _own("aux_coefficient", ge=0)
+    """topk, batchtopk, matryoshka: weight of what dead features leave of the residual; 0 leaves them alone."""
+    aux_k: int | None = _own("aux_k", ge=1)
+    """The same: dead features that rebuild a row's residual. Default d_in / 2."""
+    dead_after: int | None = _own("dead_after", ge=1)
+    """The same: a feature is dead that fired in none of so many rows. Default 10M, or an eighth of the rows if fewer."""
+    l0_coefficient: float | None = _own("l0_coefficient", ge=0)
+    """jumprelu: weight of L0, or with target_l0 of its distance from that."""
+    target_l0: float | None = _own("target_l0", gt=0)
+    """jumprelu: rows pay for the square of their distance from this L0, not for L0 itself."""
+    bandwidth: float | None = _own("bandwidth", gt=0)
+    """jumprelu: width of the stretch around its threshold in which a pre-activation moves it."""
+    prefixes: tuple[Annotated[int, Field(ge=1)], ...] | None = _own("prefixes")
+    """matryoshka: numbers of first features that rebuild a row alone, up to d_sae. Default d_sae over 16, 8, 4, 2, 1."""
 
     @model_validator(mode="after")
     def _check(self) -> "SaeConfig":
@@ -48,19 +75,20 @@ class SaeConfig(Settings):
             raise ValueError("set exactly one of d_sae and expansion_factor (null takes one away)")
         if self.kind not in KINDS:
             raise ValueError(f"kind: {self.kind!r}: known kinds are {', '.join(KINDS)}")
-        own = self.hyperparameters()
-        if missing := [name for name, value in own.items() if value is None]:
+        own = KINDS[self.kind].hyperparameters
+        if missing := [n for n, default in own.items() if default is not None and getattr(self, n) is None]:
             raise ValueError(f"kind {self.kind} needs {missing[0]}")
-        for kind, about in KINDS.items():
-            for name in set(about.hyperparameters) - set(own):
-                if (value := getattr(self, name)) is not None:
-                    said = f"{name} = {value:g} is a setting of kind {kind}, and kind is {self.kind}"
-                    raise ValueError(f"{said}; {name}=null takes it away")
+        for name in HYPERPARAMETERS:
+            if name not in own and (value := getattr(self, name)) is not None:
+                kinds = " and ".join(kind for kind, about in KINDS.items() if name in about.hyperparameters)
+                said = f"{name} = {value} is a setting of kind {kinds}, and kind is {self.kind}"
+                raise ValueError(f"{said}; {name}=null takes it away")
         return self
 
     def hyperparameters(self) -> dict[str, Any]:
-        """The settings that the kind takes, by name."""
-        return {name: getattr(self, name) for name in KINDS[self.kind].hyperparameters}
+        """The settings that the kind's class takes, by name."""
+        names = KINDS[self.kind].hyperparameters
+        return {name: getattr(self, name) for name in names if name != "dead_after"}
 
     def width(self, d_in: int) -> int:
         """d_sae for rows of this width."""

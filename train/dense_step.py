@@ -20,8 +20,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from train.sae import Sae
-from train.step import Reconstruction, StepResult, SumOverRanks, Tensors, result
+from train.parallel import SINGLE, FeatureRanks
+from train.sae import Dead, Sae
+from train.step import Reconstruction, StepResult, Tensors, result
 
 # Features of a block. On a CPU a block of f is read again while it is in cache (17 MB at 4096 rows); on a GPU a
 # product of this width keeps every unit busy, and its float32 result takes 134 MB.
@@ -41,10 +42,12 @@ def dense_step(
     x_BD: Tensor,
     coefficients: Mapping[str, float],
     compute_dtype: torch.dtype,
-    sum_over_ranks: SumOverRanks | None = None,
+    ranks: FeatureRanks = SINGLE,
     operands: Tensors | None = None,
+    dead: Dead | None = None,
 ) -> StepResult:
     """Gradients and figures of one batch of stored rows (B, D); arguments as of `autograd_step`."""
+    del dead
     B, l1_coefficient, x_BD = x_BD.shape[0], coefficients["l1"], sae.scaled(x_BD)
     W_enc, W_dec = ((operands or sae.parameters)[name] for name in ("W_enc", "W_dec"))
     x = x_BD.to(compute_dtype)
@@ -58,9 +61,7 @@ def dense_step(
         f_sum_F[block], count_F[block] = f.sum(0), (f > 0).sum(0)
         f_blocks.append(f.to(compute_dtype))
         error_BD.add_(product(f_blocks[-1], W_dec[block], compute_dtype))
-    if sum_over_ranks:
-        sum_over_ranks(error_BD)
-    error_BD.add_(sae.b_dec).sub_(x_BD)
+    ranks.sum(error_BD).add_(sae.b_dec).sub_(x_BD)
 
     error = error_BD.to(compute_dtype)
     norm_F = sae.W_dec.norm(dim=1)
@@ -81,15 +82,13 @@ def dense_reconstruction(
     sae: Sae,
     x_BD: Tensor,
     compute_dtype: torch.dtype,
-    sum_over_ranks: SumOverRanks | None = None,
+    ranks: FeatureRanks = SINGLE,
     operands: Tensors | None = None,
 ) -> Reconstruction:
     """Stored rows (B, D) rebuilt; arguments as of `autograd_step`."""
     x_BD, weights = sae.scaled(x_BD), operands or sae.parameters
     f_BF = product(x_BD, weights["W_enc"], compute_dtype).add_(sae.b_enc).relu_()
     x_hat_BD = product(f_BF, weights["W_dec"], compute_dtype)
-    if sum_over_ranks:
-        sum_over_ranks(x_hat_BD)
-    error_BD = x_hat_BD.add_(sae.b_dec).sub_(x_BD)
+    error_BD = ranks.sum(x_hat_BD).add_(sae.b_dec).sub_(x_BD)
     terms = {"mse": error_BD.square().sum(1), "l1": f_BF @ sae.W_dec.norm(dim=1)}
     return Reconstruction(error_BD, terms, (f_BF > 0).sum(1))

@@ -6,12 +6,14 @@ the device never waits for it; two thresholds keep the choice from flickering.
 """
 
 from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from train.config import TrainConfig
+from train.step import AUTOGRAD, Kernel
 
 LAG = 8  # steps; the device is never as many behind
 DENSE_AGAIN = 2.0  # times sparse_below
@@ -19,10 +21,14 @@ Pending = tuple[Tensor, torch.cuda.Event | None]
 
 
 class KernelChoice:
-    """Which kernel the next step takes. Starts dense: an SAE's first L0 is half of its features."""
+    """Which of an SAE's kernels the next step takes. Starts dense: a standard SAE's first L0 is half of its features."""
 
-    def __init__(self, config: TrainConfig, d_sae: int) -> None:
+    def __init__(self, config: TrainConfig, d_sae: int, kernels: Mapping[str, Kernel]) -> None:
         self._fixed, self._below = config.kernel, config.sparse_below * d_sae
+        if "sparse" not in kernels:
+            self._fixed = next(iter(kernels))
+        elif self._fixed == "auto" and kernels["dense"] is AUTOGRAD:
+            self._fixed = "sparse"  # such kinds are sparse from the first step on
         self._sparse = False
         self._pending: deque[Pending] = deque()
 

@@ -20,30 +20,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.nonzeros import ByFeature, ByRow, Operations
+from train.nonzeros import SMALLEST, ByFeature, ByRow, Entries, Operations, Rule
 from train.step import Tensors
 
 AdamNumbers = tuple[float, tuple[float, float], int, Tensor, float]  # `train.adam.Update`, which imports this module
 
 EXTRACT_TILE = 1024  # pre-activations of one program; a prefix sum over more costs more than the reading
+MOST_GROUPS = 8192  # of a row, whose maxima one program holds
 D_TILE = 1024  # columns of a gathered row
 N_TILE = 4  # gathered rows in flight: an average feature of a wide SAE has about five entries in a batch
 ADAM_TILE = 1024  # weights of one program
 F_TILE = 8  # features that one program of encoder_sums writes side by side: 32 bytes, a full sector
 
 
-def extract(pre_BF: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ReLU(pre + b_enc): the positive entries of each row (B,), their features int32 and values (N,)."""
+def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = Rule(), least: Tensor | None = None) -> Entries:
+    """`train.nonzeros.extract`, shapes as there."""
     B, F = pre_BF.shape
     tiles = triton.cdiv(F, EXTRACT_TILE)
     count_BT = torch.empty(B, tiles, dtype=torch.int32, device=pre_BF.device)
-    count_kernel[(B, tiles)](pre_BF, b_enc, count_BT, F, TILE=EXTRACT_TILE)
-    end_BT = count_BT.view(-1).cumsum(0)
-    N = int(end_BT[-1])
+    if rule.largest and least is None:
+        least = least_of_rows(pre_BF, b_enc, rule.weight_F, rule.largest)
+    # Where a tensor is not needed, another one stands in for its address.
+    least_B = b_enc if least is None else least.clamp_min(SMALLEST).expand(B).contiguous()
+    above_F, weight_F = (b_enc if given is None else given for given in (rule.above_F, rule.weight_F))
+    which = {"ABOVE": rule.above_F is not None, "LEAST": least is not None, "TILE": EXTRACT_TILE}
+    what = (pre_BF, b_enc, above_F, weight_F, least_B)
+    count_kernel[(B, tiles)](*what, count_BT, F, **which)
+    end_BT, count_B = count_BT.view(-1).cumsum(0), count_BT.sum(1)
+    if rule.largest:
+        numbers = torch.stack([end_BT[-1], count_B.clamp_max(rule.largest).sum(), count_B.amax()])
+        N, kept, longest = numbers.tolist()
+    else:
+        N, longest = int(end_BT[-1]), 0
+        kept = N
     feature_N = torch.empty(N, dtype=torch.int32, device=pre_BF.device)
     f_N = torch.empty(N, dtype=torch.float32, device=pre_BF.device)
-    extract_kernel[(B, tiles)](pre_BF, b_enc, count_BT, end_BT, feature_N, f_N, F, TILE=EXTRACT_TILE)
-    return count_BT.sum(1), feature_N, f_N
+    extract_kernel[(B, tiles)](*what, count_BT, end_BT, feature_N, f_N, F, **which)
+    return Entries(count_B, feature_N, f_N, kept, longest)
+
+
+def least_of_rows(pre_BF: Tensor, b_enc: Tensor, weight_F: Tensor, k: int) -> Tensor:
+    """`train.nonzeros.least_of_rows` (B,), with other groups."""
+    B, F = pre_BF.shape
+    groups = min(triton.next_power_of_2(max(16 * k, 1024)), MOST_GROUPS)
+    if k > groups:
+        return torch.zeros(B, device=pre_BF.device)
+    least_B = torch.empty(B, dtype=torch.float32, device=pre_BF.device)
+    least_kernel[(B,)](pre_BF, b_enc, weight_F, least_B, F, k, GROUPS=groups)
+    return least_B
 
 
 def residual(active: ByRow, W_dec: Tensor, b_dec: Tensor, x_BD: Tensor) -> Tensor:
@@ -64,13 +88,17 @@ def row_dots(active: ByRow, error_BD: Tensor, W_dec: Tensor) -> Tensor:
     return dot_N
 
 
-def decoder_sums(by: ByFeature, f_N: Tensor, error_BD: Tensor, W_dec: Tensor, scale_F: Tensor) -> Tensor:
+def decoder_sums(
+    by: ByFeature, f_N: Tensor, error_BD: Tensor, W_dec: Tensor | None = None, scale_F: Tensor | None = None
+) -> Tensor:
     """Σ_b f_bi e_b + scale_i W_dec,i for each feature i (F, D), float32; f_N in the order of `by`."""
-    F, D = W_dec.shape
-    sum_FD = torch.empty_like(W_dec)
+    F, D = len(by.offset_F) - 1, error_BD.shape[1]
+    sum_FD = torch.empty(F, D, dtype=torch.float32, device=error_BD.device)
+    scaled = scale_F is not None
+    scale = (W_dec, scale_F) if scaled else (sum_FD, sum_FD)
     grid = (F, triton.cdiv(D, D_TILE))
     decoder_sums_kernel[grid](
-        by.offset_F, by.row_N, f_N, error_BD, W_dec, scale_F, sum_FD, D, D_TILE=D_TILE, N_TILE=N_TILE
+        by.offset_F, by.row_N, f_N, error_BD, *scale, sum_FD, D, SCALED=scaled, D_TILE=D_TILE, N_TILE=N_TILE
     )
     return sum_FD
 
@@ -107,39 +135,73 @@ def adam_update(
         )  # fmt: skip
 
 
-TRITON = Operations(extract, residual, row_dots, decoder_sums, encoder_sums)
+TRITON = Operations(extract, least_of_rows, residual, row_dots, decoder_sums, encoder_sums)
 
 
 @triton.jit
-def activations(pre, bias, row, column, F):
-    """f and whether it counts as active, in one tile of a row. A NaN counts: it has to reach the loss."""
+def activations(
+    pre, bias, above, weight, least, row, column, F, ABOVE: tl.constexpr, LEAST: tl.constexpr
+):  # fmt: skip
+    """z and whether it counts as active, in one tile of a row. A NaN counts: it has to reach the loss."""
     inside = column < F
-    f = tl.load(pre + row.to(tl.int64) * F + column, mask=inside, other=0.0).to(tl.float32)
-    f += tl.load(bias + column, mask=inside, other=0.0)
-    active = inside & ((f > 0) | (f != f))
-    return f, active.to(tl.int32)
+    z = tl.load(pre + row.to(tl.int64) * F + column, mask=inside, other=0.0).to(tl.float32)
+    z += tl.load(bias + column, mask=inside, other=0.0)
+    if LEAST:
+        score = z * tl.load(weight + column, mask=inside, other=0.0)
+        active = (score >= tl.load(least + row)) | (score != score)
+    elif ABOVE:
+        active = (z > tl.load(above + column, mask=inside, other=0.0)) | (z != z)
+    else:
+        active = (z > 0) | (z != z)
+    return z, (inside & active).to(tl.int32)
 
 
 @triton.jit
-def count_kernel(pre, bias, count, F, TILE: tl.constexpr):
+def count_kernel(
+    pre, bias, above, weight, least, count, F, ABOVE: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     """A program a row and tile of columns: its active features."""
     row, tile = tl.program_id(0), tl.program_id(1)
-    _, active = activations(pre, bias, row, tile * TILE + tl.arange(0, TILE), F)
+    column = tile * TILE + tl.arange(0, TILE)
+    _, active = activations(pre, bias, above, weight, least, row, column, F, ABOVE, LEAST)
     tl.store(count + row * tl.num_programs(1) + tile, tl.sum(active, 0))
 
 
 @triton.jit
-def extract_kernel(pre, bias, count, end, feature, value, F, TILE: tl.constexpr):
-    """A program a row and tile of columns: its active features and their values, up to the place `end`."""
+def extract_kernel(
+    pre, bias, above, weight, least, count, end, feature, value, F,
+    ABOVE: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """A program a row and tile of columns: its active features and their z, up to the place `end`."""
     row, tile = tl.program_id(0), tl.program_id(1)
     at = row * tl.num_programs(1) + tile
     found = tl.load(count + at)
     if found > 0:
         column = tile * TILE + tl.arange(0, TILE)
-        f, active = activations(pre, bias, row, column, F)
+        z, active = activations(pre, bias, above, weight, least, row, column, F, ABOVE, LEAST)
         place = tl.load(end + at) - found + tl.cumsum(active, 0) - active
         tl.store(feature + place, column, mask=active != 0)
-        tl.store(value + place, f, mask=active != 0)
+        tl.store(value + place, z, mask=active != 0)
+
+
+@triton.jit
+def least_kernel(pre, bias, weight, least, F, k, GROUPS: tl.constexpr):
+    """A program a row: the k-th largest of the maxima of groups, bit by bit, since positive floats order as integers."""
+    row = tl.program_id(0)
+    group = tl.arange(0, GROUPS)
+    best = tl.zeros([GROUPS], tl.float32)
+    for first in range(0, F, GROUPS):
+        column = first + group
+        inside = column < F
+        z = tl.load(pre + row.to(tl.int64) * F + column, mask=inside, other=0.0).to(tl.float32)
+        z += tl.load(bias + column, mask=inside, other=0.0)
+        best = tl.maximum(best, z * tl.load(weight + column, mask=inside, other=0.0))
+    bits = best.to(tl.int32, bitcast=True)
+    found = 0
+    for place in range(31):
+        tried = found | (1 << (30 - place))
+        found = tl.where(tl.sum((bits >= tried).to(tl.int32), 0) >= k, tried, found)
+    tl.store(least + row, found.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -187,14 +249,18 @@ def row_dots_kernel(offset, feature, error, W_dec, dot, D, D_TILE: tl.constexpr,
 
 
 @triton.jit
-def decoder_sums_kernel(offset, index, weight, error, W_dec, scale, out, D, D_TILE: tl.constexpr, N_TILE: tl.constexpr):
+def decoder_sums_kernel(
+    offset, index, weight, error, W_dec, scale, out, D,
+    SCALED: tl.constexpr, D_TILE: tl.constexpr, N_TILE: tl.constexpr,
+):  # fmt: skip
     """A program a feature and tile of columns: Σ_b f_bi e_b + scale_i W_dec,i."""
     feature = tl.program_id(0)
     d = tl.program_id(1) * D_TILE + tl.arange(0, D_TILE)
     begin, end = tl.load(offset + feature), tl.load(offset + feature + 1)
     total = gathered(index, weight, error, begin, end, d, D, D_TILE, N_TILE)
     at = feature.to(tl.int64) * D + d
-    total += tl.load(scale + feature) * tl.load(W_dec + at, mask=d < D, other=0.0)
+    if SCALED:
+        total += tl.load(scale + feature) * tl.load(W_dec + at, mask=d < D, other=0.0)
     tl.store(out + at, total, mask=d < D)
 
 

@@ -1,4 +1,4 @@
-"""The kinds of SAE by name: those of `train.config.KINDS`, which can be trained, and those that can only be read."""
+"""The kinds of SAE by name."""
 
 from pkgutil import resolve_name
 
@@ -7,21 +7,19 @@ import torch
 from train.config import KINDS, TrainConfig
 from train.sae import Sae
 
-READ_ONLY = {"jumprelu": "train.jumprelu:JumpRelu"}
-
 
 def sae_class(kind: str) -> type[Sae]:
     """The class of a kind.
 
     Raises KeyError where there is none.
     """
-    return resolve_name(KINDS[kind].place if kind in KINDS else READ_ONLY[kind])
+    return resolve_name(KINDS[kind].place)
 
 
 def saelens_classes() -> dict[str, type[Sae]]:
     """The class that reads each architecture of SAELens; of several the first."""
     out: dict[str, type[Sae]] = {}
-    for kind in (*KINDS, *READ_ONLY):
+    for kind in KINDS:
         of_kind = sae_class(kind)
         if of_kind.saelens:
             out.setdefault(of_kind.saelens, of_kind)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+SMALLEST = torch.finfo(torch.float32).tiny  # of a score that counts as positive
+
 
 class ByRow(NamedTuple):
     """Active features in CSR: row b owns entries offset_B[b] to offset_B[b + 1], by ascending feature."""
@@ -31,14 +33,40 @@ class ByFeature(NamedTuple):
     order_N: Tensor  # int64 (N,), the entry's place in ByRow
 
 
+class Rule(NamedTuple):
+    """What makes an entry active: z is above a threshold, and with `largest` z·weight is among the largest."""
+
+    above_F: Tensor | None = None  # None: above 0
+    largest: int = 0  # so many positive entries of each row; 0: all
+    of_batch: bool = False  # so many times the rows, of the whole batch
+    weight_F: Tensor | None = None  # float32; None: 1
+
+
+class Entries(NamedTuple):
+    """Entries of a block of rows, by row and ascending feature."""
+
+    count_B: Tensor  # of each row, an integer
+    feature_N: Tensor  # int32 (N,)
+    f_N: Tensor  # z, float32 (N,)
+    kept: int  # how many of them `Rule.largest` will keep, where all features are here
+    longest: int  # the largest of count_B, for such a rule
+
+
 class Operations(NamedTuple):
     """What the step asks of a device: `PLAIN` below states each."""
 
-    extract: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    extract: Callable[..., Entries]
+    least_of_rows: Callable[[Tensor, Tensor, Tensor, int], Tensor]
     residual: Callable[[ByRow, Tensor, Tensor, Tensor], Tensor]
     row_dots: Callable[[ByRow, Tensor, Tensor], Tensor]
-    decoder_sums: Callable[[ByFeature, Tensor, Tensor, Tensor, Tensor], Tensor]
+    decoder_sums: Callable[..., Tensor]
     encoder_sums: Callable[[ByFeature, Tensor, Tensor], Tensor]
+
+
+def masked(entries: ByRow, keep_N: Tensor) -> ByRow:
+    """Those entries for which keep_N (N,), bool, is set."""
+    before_N = torch.nn.functional.pad(keep_N.cumsum(0), (1, 0))
+    return ByRow(before_N[entries.offset_B].int(), entries.feature_N[keep_N], entries.f_N[keep_N])
 
 
 def by_feature(active: ByRow, d_sae: int) -> ByFeature:
@@ -51,16 +79,52 @@ def by_feature(active: ByRow, d_sae: int) -> ByFeature:
     return ByFeature(torch.searchsorted(feature_N, features, out_int32=True), row_N[order_N], order_N)
 
 
-def extract(pre_BF: Tensor, b_enc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ReLU(pre + b_enc): the positive entries of each row (B,), their features int32 and values (N,)."""
-    F = pre_BF.shape[1]
+GROUP = 16  # entries of a group; fewer make a bound closer and dearer
+
+
+def least_of_rows(pre_BF: Tensor, b_enc: Tensor, weight_F: Tensor, k: int) -> Tensor:
+    """A number of each row that k of its scores (pre + b_enc)·weight reach, or 0 (B,).
+
+    It is the k-th largest of the maxima of groups, so it is at most the k-th largest score, and near it.
+    """
+    return _least(_scores(pre_BF, b_enc, weight_F), k)
+
+
+def _scores(pre_BF: Tensor, b_enc: Tensor, weight_F: Tensor) -> Tensor:
+    return torch.add(pre_BF, b_enc).mul_(weight_F)
+
+
+def _least(score_BF: Tensor, k: int) -> Tensor:
+    B, F = score_BF.shape
+    groups = F // GROUP
+    if k > F:
+        return score_BF.new_zeros(B)
+    grouped_BG = score_BF[:, : groups * GROUP].view(B, GROUP, groups).amax(1) if groups >= k else score_BF
+    return grouped_BG.topk(k, dim=1, sorted=False).values.amin(1).clamp_min(0)
+
+
+def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = Rule(), least: Tensor | None = None) -> Entries:
+    """Entries above the rule's threshold, with z = pre + b_enc.
+
+    Of a rule with `largest`: the positive ones whose score is at least `least` (0-d, or of each row; by default
+    `least_of_rows`).
+    """
+    B, F = pre_BF.shape
     # Not `pre > -b`: a NaN has to reach the loss, where the trainer looks for it.
-    active_BF = (pre_BF <= -b_enc).logical_not_()
+    if rule.largest:
+        score_BF = _scores(pre_BF, b_enc, rule.weight_F)
+        least = (_least(score_BF, rule.largest) if least is None else least.expand(B)).clamp_min(SMALLEST)
+        active_BF = (score_BF < least.unsqueeze(1)).logical_not_()
+    else:
+        at_F = -b_enc if rule.above_F is None else rule.above_F - b_enc
+        active_BF = (pre_BF <= at_F).logical_not_()
     place_N = active_BF.view(-1).nonzero().squeeze(1)
     row_N = place_N // F
     feature_N = place_N - row_N * F
     f_N = pre_BF.view(-1)[place_N].float() + b_enc[feature_N]
-    return torch.bincount(row_N, minlength=len(pre_BF)), feature_N.int(), f_N
+    count_B = torch.bincount(row_N, minlength=B)
+    kept = len(f_N) if rule.of_batch or not rule.largest else int(count_B.clamp_max(rule.largest).sum())
+    return Entries(count_B, feature_N.int(), f_N, kept, int(count_B.max()) if rule.largest else 0)
 
 
 def residual(active: ByRow, W_dec: Tensor, b_dec: Tensor, x_BD: Tensor) -> Tensor:
@@ -77,9 +141,12 @@ def row_dots(active: ByRow, error_BD: Tensor, W_dec: Tensor) -> Tensor:
     return torch.sparse.sampled_addmm(pattern, error_BD, W_dec.t(), beta=0.0).values()
 
 
-def decoder_sums(by: ByFeature, f_N: Tensor, error_BD: Tensor, W_dec: Tensor, scale_F: Tensor) -> Tensor:
+def decoder_sums(
+    by: ByFeature, f_N: Tensor, error_BD: Tensor, W_dec: Tensor | None = None, scale_F: Tensor | None = None
+) -> Tensor:
     """Σ_b f_bi e_b + scale_i W_dec,i for each feature i (F, D), float32; f_N in the order of `by`."""
-    return bag_sums(by.offset_F, by.row_N, f_N, error_BD).addcmul_(W_dec, scale_F.unsqueeze(1))
+    sums_FD = bag_sums(by.offset_F, by.row_N, f_N, error_BD)
+    return sums_FD if scale_F is None else sums_FD.addcmul_(W_dec, scale_F.unsqueeze(1))
 
 
 def encoder_sums(by: ByFeature, df_N: Tensor, x_BD: Tensor) -> Tensor:
@@ -95,4 +162,4 @@ def bag_sums(offset: Tensor, index_N: Tensor, weight_N: Tensor, table: Tensor) -
     return embedding_bag(index_N, table, offset, mode="sum", per_sample_weights=weight_N, include_last_offset=True)
 
 
-PLAIN = Operations(extract, residual, row_dots, decoder_sums, encoder_sums)
+PLAIN = Operations(extract, least_of_rows, residual, row_dots, decoder_sums, encoder_sums)

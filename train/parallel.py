@@ -26,7 +26,6 @@ from harvest.files import UserError
 from harvest.progress import duration
 from harvest.workers import Workers
 from train.sae import Sae
-from train.step import SumOverRanks
 
 Axes = Mapping[str, int | None]  # where the features are in a tensor, by the last part of its name
 # Others wait while rank 0 looks at the store or writes a checkpoint. A rank that died is the launcher's to see.
@@ -66,11 +65,6 @@ class FeatureRanks:
         """Leave the group, at the end of a run that went well."""
         if self.size > 1:
             dist.destroy_process_group()
-
-    @property
-    def sum_over_ranks(self) -> SumOverRanks | None:
-        """What a step takes."""
-        return self.sum if self.size > 1 else None
 
     def features(self, d_sae: int, rank: int | None = None) -> range:
         """The features of a rank (this one).
@@ -116,7 +110,8 @@ class FeatureRanks:
         """
         if self.size == 1:
             return sae
-        return replace(sae, parameters=self.shard_tensors(sae.parameters, sae.feature_axes()))
+        mine = self.shard_tensors(sae.parameters, sae.feature_axes())
+        return replace(sae, parameters=mine, first_feature=self.features(sae.d_sae).start)
 
     def shard_tensors(self, whole: Mapping[str, Tensor], axes: Axes) -> dict[str, Tensor]:
         """This rank's part of whole tensors, names and shapes as in `Trainer.tensors`: the inverse of `gather`."""

@@ -10,7 +10,7 @@ entries.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.nonzeros import ByRow
+from train.nonzeros import ByRow, Rule
 
 DECODER_NORM = 0.1  # SAELens' decoder_init_norm for standard SAEs
 
@@ -29,6 +29,20 @@ class Losses(NamedTuple):
     terms: dict[str, Tensor]  # 0-d, by the names that the log has; penalties before their coefficients
     f_BF: Tensor
     error_BD: Tensor  # x̂ − target, at the SAE's scale
+
+
+class Dead(NamedTuple):
+    """Features that have not fired for a while."""
+
+    feature_K: Tensor  # int64, among those of an SAE or of a rank's part
+    count: int  # on all ranks
+
+
+class Auxiliary(NamedTuple):
+    """A loss "aux" that lets dead features rebuild the residual: scale · mean over rows of ‖ê − (x − x̂)‖²."""
+
+    k: int  # of them in a row
+    scale: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,9 +61,14 @@ class Sae:
     rule: ClassVar[tuple[str, ...]] = ()  # hyperparameters that decide f, and so are saved beside the weights
     saelens: ClassVar[str | None] = None  # SAELens' architecture with the same f; None cannot be exported
     elementwise: ClassVar[bool] = False  # whether an activation depends on its own pre-activation alone
+    running: ClassVar[tuple[str, ...]] = ()  # parameters that follow the batches, without a gradient
+    parts: ClassVar[tuple[str, ...]] = ()  # terms of the loss that are sums over features: a rank has a part of each
+    published_names: ClassVar[dict[str, str]] = {}  # SAELens' names of parameters that it has in another form
+    decoder_norm: ClassVar[float] = DECODER_NORM  # of the first decoder rows
 
     parameters: dict[str, Tensor]  # in the order of `dims`
     scale: float = 1.0
+    first_feature: int = 0  # of all, where these are a rank's
 
     def __getattr__(self, name: str) -> Tensor:
         try:
@@ -61,10 +80,89 @@ class Sae:
         """f (B, F), non-negative, from pre-activations."""
         raise NotImplementedError
 
-    def penalties(self, f_BF: Tensor) -> dict[str, Tensor]:
+    def batch_rule(self) -> Rule:
+        """Which entries of a training batch are active."""
+        raise NotImplementedError
+
+    def reading_rule(self) -> Rule:
+        """Which entries `encode` takes."""
+        return self.batch_rule()
+
+    def batch_activations(self, z_BF: Tensor) -> Tensor:
+        """f (B, F) of a training batch; differs from `activations` where a batch has a rule of its own."""
+        return self.activations(z_BF)
+
+    def penalties(self, z_BF: Tensor, f_BF: Tensor) -> dict[str, Tensor]:
         """What the loss has beside the squared error: 0-d terms, before their coefficients."""
-        del f_BF
+        del z_BF, f_BF
         return {}
+
+    def nested(self, f_BF: Tensor, target_BD: Tensor) -> dict[str, Tensor]:
+        """The squared error of the prefixes of features before the last."""
+        if len(self.levels) == 1:
+            return {}
+        x_BD, terms = self.scaled(target_BD), []
+        for end in self.levels[:-1]:
+            x_hat_BD = torch.addmm(self.b_dec, f_BF[:, :end], self.W_dec[:end]).float()
+            terms.append((x_hat_BD - x_BD).square().sum(1).mean())
+        return {"inner": torch.stack(terms).sum()}
+
+    def revival(self, z_BF: Tensor, error_BD: Tensor, dead: Dead | None) -> dict[str, Tensor]:
+        """What dead features leave of the residual; see `Auxiliary`."""
+        del z_BF, error_BD, dead
+        return {}
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Ends of the nested prefixes of features that each rebuild the row."""
+        return (self.d_sae,)
+
+    def split(self, entries: ByRow) -> tuple[ByRow, ByRow | None]:
+        """The active ones of the entries that `batch_rule` takes, and those that thresholds learn from."""
+        return entries, None
+
+    def l0_terms(self, l0_B: Tensor) -> dict[str, Tensor]:
+        """What rows pay for their numbers of active features, (B,), before coefficients."""
+        del l0_B
+        return {}
+
+    def threshold_gradients(
+        self, near: ByRow, df_N: Tensor, l0_B: Tensor, coefficients: Mapping[str, float]
+    ) -> dict[str, Tensor]:
+        """Gradients of learnt thresholds, of the entries near them and the squared error's gradients df there."""
+        raise NotImplementedError
+
+    def smallest(self, f_BF: Tensor) -> Tensor | None:
+        """The smallest score that the rule took in a batch, 0-d; None where nothing follows it."""
+        del f_BF
+        return None
+
+    def auxiliary(self, dead: int) -> Auxiliary | None:
+        """What so many dead features are for; None where they are left alone."""
+        del dead
+        return None
+
+    @property
+    def trained(self) -> dict[str, Tensor]:
+        """The parameters that have gradients."""
+        return {name: weight for name, weight in self.parameters.items() if name not in self.running}
+
+    def finished(self) -> Self:
+        """The same function as it is saved, once it is trained."""
+        return self
+
+    def exported(self) -> "Sae":
+        """The SAE of a kind that SAELens has, with the same f."""
+        return self
+
+    def published(self) -> dict[str, Tensor]:
+        """The parameters by the names and in the forms that SAELens has."""
+        return self.parameters
+
+    @classmethod
+    def from_published(cls, tensors: dict[str, Tensor], scale: float, **rule: Any) -> Self:
+        """The SAE of parameters as `published` gives them."""
+        return cls(tensors, scale, **rule)
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -114,11 +212,13 @@ class Sae:
         """What a unit of each feature adds to a stored row, (K, D)."""
         return self.W_dec[torch.as_tensor(features, dtype=torch.long, device=self.W_dec.device)] / self.scale
 
-    def loss(self, x_BD: Tensor, target_BD: Tensor) -> Losses:
-        """The terms of a batch's loss; both are stored rows, and differ in a transcoder alone."""
-        f_BF = self.encode(x_BD)
+    def loss(self, x_BD: Tensor, target_BD: Tensor, dead: Dead | None = None) -> Losses:
+        """The terms of a training batch's loss; both are stored rows, and differ in a transcoder alone."""
+        z_BF = torch.addmm(self.b_enc, self.scaled(x_BD), self.W_enc)
+        f_BF = self.batch_activations(z_BF)
         error_BD = torch.addmm(self.b_dec, f_BF, self.W_dec).float() - self.scaled(target_BD)
-        return Losses({"mse": error_BD.square().sum(1).mean(), **self.penalties(f_BF)}, f_BF, error_BD)
+        terms = {"mse": error_BD.square().sum(1).mean(), **self.penalties(z_BF, f_BF)}
+        return Losses(terms | self.nested(f_BF, target_BD) | self.revival(z_BF, error_BD, dead), f_BF, error_BD)
 
     def to(self, device: torch.device | str) -> Self:
         """The same on a device."""
@@ -149,13 +249,13 @@ class Sae:
         scale: float = 1.0,
         **hyperparameters: Any,
     ) -> Self:
-        """Random decoder rows of norm 0.1, W_enc its transpose, biases zero; float32.
+        """Random decoder rows of one norm, W_enc its transpose, all else zero; float32.
 
         Drawn on the CPU, so that every device starts from the same bytes.
         """
         generator = torch.Generator().manual_seed(seed)
         W_dec = torch.randn(d_sae, d_in, generator=generator)
-        W_dec *= DECODER_NORM / W_dec.norm(dim=1, keepdim=True)
+        W_dec *= cls.decoder_norm / W_dec.norm(dim=1, keepdim=True)
         zeros = {name: torch.zeros(shape) for name, shape in cls.shapes(d_in, d_sae).items()}
         drawn = {**zeros, "W_enc": W_dec.t().contiguous(), "W_dec": W_dec}
         return cls(drawn, scale, **hyperparameters).to(device)

@@ -42,6 +42,7 @@ def write_saelens_folder(folder: Path, sae: Sae, metadata: dict[str, Any]) -> No
 
     Raises UserError where SAELens has no SAE with the same f.
     """
+    sae = sae.exported()
     if sae.saelens is None:
         raise UserError(f"an SAE of kind {sae.kind} cannot be exported: SAELens has none with the same activations")
     config = {
@@ -57,7 +58,7 @@ def write_saelens_folder(folder: Path, sae: Sae, metadata: dict[str, Any]) -> No
         "metadata": {"sae_lens_version": SAELENS_VERSION, "sae_lens_training_version": None, **metadata},
     }
     folder.mkdir(parents=True)
-    weights = {name: weight.contiguous().cpu() for name, weight in folded(sae).parameters.items()}
+    weights = {name: weight.contiguous().cpu() for name, weight in folded(sae).published().items()}
     with replacing(folder / WEIGHTS) as partial:
         safetensors.torch.save_file(weights, partial)
     write_json(folder / CONFIG, config)
@@ -91,7 +92,9 @@ class SaelensConfig:
         at_z = "hook_z" if "hook_z" in str(self.get("hook_name", "")) else "none"
         self._allow("reshape_activations", self.get("reshape_activations", at_z), ("none",))
         self._allow("hook_head_index", self.get("hook_head_index", None), (None,))
-        self._allow("rescale_acts_by_decoder_norm", self.get("rescale_acts_by_decoder_norm", False), (False,))
+        self.by_decoder_norm = self.get("rescale_acts_by_decoder_norm", False)
+        known = (True, False) if self.architecture == "topk" else (False,)
+        self._allow("rescale_acts_by_decoder_norm", self.by_decoder_norm, known)
         self.b_dec_from_input = self.get("apply_b_dec_to_input", True)
         self._allow("apply_b_dec_to_input", self.b_dec_from_input, (True, False))
         old = self.get("activation_fn_kwargs", {})  # where form 5 has k
@@ -115,7 +118,8 @@ class SaelensConfig:
 
         Shapes are checked before a byte is read. Raises UserError for a file that is damaged or does not fit.
         """
-        shapes = self.of_kind.shapes(self.d_in, self.d_sae)
+        names, shapes = self.of_kind.published_names, self.of_kind.shapes(self.d_in, self.d_sae)
+        shapes = {names.get(name, name): shape for name, shape in shapes.items()}
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 found = set(file.keys())
@@ -135,7 +139,8 @@ class SaelensConfig:
         if self.b_dec_from_input:
             moved = tensors["b_dec"].double() @ tensors["W_enc"].double()
             tensors["b_enc"] = (tensors["b_enc"].double() - moved).float()
-        return self.of_kind(tensors, scale, **self.rule)
+        sae = self.of_kind.from_published(tensors, scale, **self.rule)
+        return replace(sae, by_decoder_norm=True).finished() if self.by_decoder_norm else sae
 
     def _count(self, name: str) -> int:
         value = self.fields.get(name)

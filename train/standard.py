@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from train.dense_step import dense_reconstruction, dense_step
+from train.nonzeros import Rule
 from train.sae import Sae
-from train.sparse_step import sparse_reconstruction, sparse_step
+from train.sparse_step import SPARSE
 from train.step import Kernel
 
 
@@ -22,9 +23,10 @@ class Standard(Sae):
     kind = "standard"
     saelens = "standard"
     elementwise = True
+    parts = ("l1",)
     kernels: ClassVar = {
         "dense": Kernel(dense_step, dense_reconstruction),
-        "sparse": Kernel(sparse_step, sparse_reconstruction),
+        "sparse": SPARSE,
     }
 
     l1_coefficient: float = 0.0
@@ -32,7 +34,11 @@ class Standard(Sae):
     def activations(self, z_BF: Tensor) -> Tensor:
         return torch.relu(z_BF)
 
-    def penalties(self, f_BF: Tensor) -> dict[str, Tensor]:
+    def batch_rule(self) -> Rule:
+        return Rule()
+
+    def penalties(self, z_BF: Tensor, f_BF: Tensor) -> dict[str, Tensor]:
+        del z_BF
         return {"l1": (f_BF * self.W_dec.norm(dim=1)).sum(1).mean()}
 
     @property

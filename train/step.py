@@ -1,7 +1,7 @@
 """One training step: gradients and figures of a batch, by autograd for any kind of SAE, or by a kind's own fast path.
 
 A fast path (train/dense_step.py, train/sparse_step.py) is faster and exact; tests hold it against this one. It may be
-given a part of the features: `SumOverRanks` then adds the other ranks' parts of x̂.
+given a rank's part of the features: the ranks then add their parts of x̂.
 
 Shape suffixes: B rows of a batch, D d_in, F d_sae.
 """
@@ -13,17 +13,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from train.sae import Sae
+from train.parallel import SINGLE, FeatureRanks
+from train.sae import Dead, Sae
 
-# Makes this rank's part of a tensor the sum of all ranks' parts, in place, and returns it.
-SumOverRanks = Callable[[Tensor], Tensor]
 Tensors = Mapping[str, Tensor]
 
 
 class StepResult(NamedTuple):
     """What a step yields, whatever the kernel. Scalars are 0-d float32 tensors on the device.
 
-    Given a part of the features, gradients, l0, fired_F and the terms that have a coefficient are of that part.
+    Given a part of the features, gradients, l0, fired_F and the terms of `Sae.parts` are of that part.
     """
 
     gradients: dict[str, Tensor]
@@ -32,6 +31,7 @@ class StepResult(NamedTuple):
     explained_variance: Tensor  # 1 − Σ‖x − x̂‖² / Σ‖x − x̄‖², x̄ the batch mean
     explained_variance_legacy: Tensor  # mean over rows of 1 − ‖x − x̂‖² / ‖x − x̄‖² (SAELens < 6)
     fired_F: Tensor  # bool: the feature is active in some row
+    smallest: Tensor | None = None  # score that the rule of the batch took
 
 
 class Reconstruction(NamedTuple):
@@ -54,52 +54,56 @@ def autograd_step(
     x_BD: Tensor,
     coefficients: Mapping[str, float],
     compute_dtype: torch.dtype,
-    sum_over_ranks: SumOverRanks | None = None,
+    ranks: FeatureRanks = SINGLE,
     operands: Tensors | None = None,
+    dead: Dead | None = None,
     target_BD: Tensor | None = None,
 ) -> StepResult:
     """Gradients and figures of one batch of stored rows, which are their own target if there is no other.
 
     coefficients are those of the loss's terms at this step. A fast path runs its products in compute_dtype, takes
-    `operands` (W_enc and W_dec in that type, by default made there) and, given a part of the features, calls
-    sum_over_ranks once, with the part of x̂. Here products run under autocast, and features are whole.
+    `operands` (W_enc and W_dec in that type, by default made there), and may have a part of the features on each of
+    several ranks. Here products run under autocast, and features are whole.
     """
-    del sum_over_ranks, operands
+    del ranks, operands
     target_BD = x_BD if target_BD is None else target_BD
-    leaves = {name: weight.detach().requires_grad_() for name, weight in sae.parameters.items()}
+    leaves = {name: weight.detach().requires_grad_() for name, weight in sae.trained.items()}
     narrow = compute_dtype != torch.float32
     with torch.enable_grad(), torch.autocast(x_BD.device.type, compute_dtype if narrow else None, enabled=narrow):
-        found = replace(sae, parameters=leaves).loss(x_BD, target_BD)
+        found = replace(sae, parameters=sae.parameters | leaves).loss(x_BD, target_BD, dead)
         loss = total(found.terms, coefficients)
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     terms = {name: term.detach().float() for name, term in found.terms.items()}
     by_name = {name: gradient.contiguous() for name, gradient in zip(leaves, gradients, strict=True)}
-    count_F = (found.f_BF > 0).sum(0)
-    return result(sae.scaled(target_BD), found.error_BD.detach(), by_name, terms, count_F)
+    f_BF = found.f_BF.detach()
+    out = result(sae.scaled(target_BD), found.error_BD.detach(), by_name, terms, (f_BF != 0).sum(0))
+    return out._replace(smallest=sae.smallest(f_BF))
 
 
 def autograd_reconstruction(
     sae: Sae,
     x_BD: Tensor,
     compute_dtype: torch.dtype,
-    sum_over_ranks: SumOverRanks | None = None,
+    ranks: FeatureRanks = SINGLE,
     operands: Tensors | None = None,
 ) -> Reconstruction:
     """Stored rows rebuilt; arguments as of `autograd_step`."""
-    del sum_over_ranks, operands
+    del ranks, operands
     narrow = compute_dtype != torch.float32
     with torch.autocast(x_BD.device.type, compute_dtype if narrow else None, enabled=narrow):
-        found = sae.loss(x_BD, x_BD)
-    return Reconstruction(found.error_BD, found.terms, (found.f_BF > 0).sum(1))
+        f_BF = sae.encode(x_BD)
+        error_BD = torch.addmm(sae.b_dec, f_BF, sae.W_dec).float() - sae.scaled(x_BD)
+        terms = {"mse": error_BD.square().sum(1), **sae.penalties(f_BF, f_BF), **sae.nested(f_BF, x_BD)}
+    return Reconstruction(error_BD, terms, (f_BF > 0).sum(1))
 
 
-AUTOGRAD = {"autograd": Kernel(autograd_step, autograd_reconstruction)}
+AUTOGRAD = Kernel(autograd_step, autograd_reconstruction)
 
 
 def kernels(sae: Sae) -> dict[str, Kernel]:
     """The ways to train an SAE, by name."""
     # A class's own, not those of one that it is made from: with another loss their gradients are wrong.
-    return vars(type(sae)).get("kernels") or AUTOGRAD
+    return vars(type(sae)).get("kernels") or {"autograd": AUTOGRAD}
 
 
 def total(terms: Tensors, coefficients: Mapping[str, float]) -> Tensor:

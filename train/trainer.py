@@ -6,7 +6,6 @@ over ranks, each rank has a trainer, and all of them make the same calls with th
 Shape suffixes: B rows of a batch, D d_in, F d_sae.
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,11 +17,13 @@ from train.adam import Adam, Update
 from train.config import TrainConfig
 from train.kernel_choice import KernelChoice
 from train.parallel import SINGLE, FeatureRanks
-from train.sae import Sae
+from train.sae import Dead, Sae
 from train.step import AUTOGRAD, StepResult, kernels, total
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DEAD_ROWS = 10_000_000  # a feature that fired in none of as many rows is dead
+REVIVALS = 8  # of a short run: parts of it in which a feature has to fire at least once
+THRESHOLD_RATE = 0.01  # of a running threshold: that of SAELens
 
 
 class Stepped(NamedTuple):
@@ -62,19 +63,20 @@ class Trainer:
         Raises UserError for several ranks of a kind that trains in one process.
         """
         self.kernels = kernels(sae)
-        if ranks.size > 1 and self.kernels is AUTOGRAD:
-            said = f"train.sae.kind: {sae.kind!r} trains in one process, and {ranks.size} were started"
-            raise UserError(f"{said}; start one, or choose train.sae.kind=standard")
+        self.kernel = KernelChoice(config, sae.d_sae, self.kernels)
+        if ranks.size > 1 and self.kernels[self.kernel.name] is AUTOGRAD:
+            said = f"train.sae.kind: {sae.kind!r} with kernel {self.kernel.name} trains in one process"
+            raise UserError(f"{said}, and {ranks.size} were started; start one, or choose train.kernel=sparse")
         self.config, self.steps, self.compute_dtype, self.ranks = config, steps, compute_dtype, ranks
         self.d_sae, self.axes = sae.d_sae, sae.feature_axes() | {"rows_since_fired": 0}
-        self.kernel = KernelChoice(config, sae.d_sae)
         self.sae = sae = ranks.shard(sae)
         self.step_number = 0
         self.dead_after = min(DEAD_ROWS, rows)
+        self.revive_after = config.sae.dead_after or min(DEAD_ROWS, max(1, steps * config.batch_size // REVIVALS))
         self.device = device = sae.W_enc.device
         self.rows_since_fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.bad_step = torch.full((), -1, device=device)  # the first whose loss or gradient is NaN or infinite
-        self.adam = Adam(sae.parameters, torch.float32 if self.kernels is AUTOGRAD else compute_dtype)
+        self.adam = Adam(sae.trained, torch.float32 if "autograd" in self.kernels else compute_dtype)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def on_device(self, rows_BD: Tensor) -> Tensor:
@@ -86,35 +88,44 @@ class Trainer:
             rows_BD.record_stream(torch.cuda.current_stream(self.device))
         return rows_BD.to(self.device)
 
-    def _kernel(self) -> str:
-        return "autograd" if self.kernels is AUTOGRAD else self.kernel.name
+    def _dead(self) -> Dead | None:
+        """The features that are to be revived."""
+        if not self.sae.auxiliary(1):
+            return None
+        mine_K = (self.rows_since_fired_F >= self.revive_after).nonzero().squeeze(1)
+        count = int(self.ranks.sum(torch.tensor(len(mine_K), device=self.device)))
+        return Dead(mine_K, count) if count else None
 
     @torch.no_grad()
     def step(self, rows_BD: Tensor) -> Stepped:
         """Train on one batch of rows as stored."""
-        config, kernel = self.config, self._kernel()
+        config, kernel = self.config, self.kernel.name
         lr = decayed_lr(config.lr, self.step_number, self.steps, config.lr_decay_fraction)
         warm = warmed(self.step_number, self.steps, config.l1_warmup_fraction)
         coefficients = {name: value * warm for name, value in self.sae.coefficients.items()}
-        options = (self.compute_dtype, self.ranks.sum_over_ranks, self.adam.operands)
+        options = (self.compute_dtype, self.ranks, self.adam.operands, self._dead())
         part = self.kernels[kernel].step(self.sae, self.on_device(rows_BD), coefficients, *options)
-        result, grad_norm = self._whole(part, coefficients)
+        result, grad_norm = self._whole(part)
         loss = total(result.terms, coefficients)
         self.kernel.note(result.l0)
         bad = torch.isfinite(grad_norm + loss).logical_not_() & (self.bad_step < 0)
         self.bad_step.masked_fill_(bad, self.step_number)
         divisor = (grad_norm / config.clip_norm).clamp_min(1.0)
         self.adam.update(result.gradients, Update(lr, config.adam_betas, self.step_number + 1, divisor))
+        if result.smallest is not None:
+            rate = max(THRESHOLD_RATE, 1 / (self.step_number + 1))
+            moved = self.sae.threshold.lerp(result.smallest, rate)
+            self.sae.threshold.copy_(torch.where(divisor.isfinite() & moved.isfinite(), moved, self.sae.threshold))
         self.rows_since_fired_F.add_(len(rows_BD)).masked_fill_(result.fired_F, 0)
         self.step_number += 1
         return Stepped(result, loss, grad_norm, lr, coefficients, kernel)
 
-    def _whole(self, result: StepResult, coefficients: Mapping[str, float]) -> tuple[StepResult, Tensor]:
+    def _whole(self, result: StepResult) -> tuple[StepResult, Tensor]:
         """The result with the terms and l0 of all features, and the norm of all gradients."""
         norms = {name: torch.linalg.vector_norm(gradient) for name, gradient in result.gradients.items()}
         split = [norm for name, norm in norms.items() if self.axes[name] is not None]
         on_all = [norm.unsqueeze(0) for name, norm in norms.items() if self.axes[name] is None]
-        parts = [name for name in result.terms if name in coefficients]
+        parts = [name for name in result.terms if name in self.sae.parts]
         of_ranks = self.ranks.each(torch.stack([*(result.terms[name] for name in parts), result.l0, *split]))
         terms = result.terms | {name: of_ranks[:, i].sum() for i, name in enumerate(parts)}
         result = result._replace(terms=terms, l0=of_ranks[:, len(parts)].sum())
@@ -123,8 +134,8 @@ class Trainer:
     @torch.no_grad()
     def validate(self, rows: Tensor) -> Validation:
         """Figures of held-out rows as stored (rows, D), in batches of the training size and with its kernel."""
-        rebuild, coefficients = self.kernels[self._kernel()].reconstruction, self.sae.coefficients
-        options = (self.compute_dtype, self.ranks.sum_over_ranks, self.adam.operands)
+        rebuild, coefficients = self.kernels[self.kernel.name].reconstruction, self.sae.coefficients
+        options = (self.compute_dtype, self.ranks, self.adam.operands)
         sums = torch.zeros(4, dtype=torch.float64)
         for batch in rows.split(self.config.batch_size):
             batch_BD = self.on_device(batch)
@@ -132,7 +143,7 @@ class Trainer:
             rebuilt = rebuild(self.sae, batch_BD, *options)
             error_B = rebuilt.error_BD.square().sum(1)
             spread_B = (x_BD - x_BD.mean(0)).square().sum(1).clamp_min(1e-30)  # a last batch of one row has none
-            terms = {n: self.ranks.sum(term) if n in coefficients else term for n, term in rebuilt.terms.items()}
+            terms = {n: self.ranks.sum(term) if n in self.sae.parts else term for n, term in rebuilt.terms.items()}
             loss, l0_B = total(terms, coefficients).expand(len(batch)), self.ranks.sum(rebuilt.l0_B)
             figures = [loss, l0_B, error_B / spread_B.sum() * len(batch), error_B / spread_B]
             sums += torch.stack([figure.double().sum() for figure in figures]).cpu()
@@ -144,9 +155,9 @@ class Trainer:
         return int(self.ranks.sum((self.rows_since_fired_F >= self.dead_after).sum()))
 
     def whole_sae(self) -> Sae | None:
-        """The weights of all features, on the host; None but on rank 0."""
+        """The weights of all features as they are saved, on the host; None but on rank 0."""
         weights = self.ranks.gather(self.sae.parameters, self.axes, self.d_sae)
-        return replace(self.sae, parameters=weights) if weights else None
+        return replace(self.sae, parameters=weights).finished() if weights else None
 
     def _own_tensors(self) -> dict[str, Tensor]:
         moments = {f"adam.{key}.{n}": t for key in MOMENTS for n, t in getattr(self.adam, key).items()}

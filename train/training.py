@@ -99,7 +99,6 @@ class Training:
         self._about = {
             **({"fingerprint": self._run} if self._run else {}),
             "architecture": sae.kind,
-            **sae.settings(),
             "model": store.attributes.get("model"),
             "context_size": store.attributes.get("ingested", g._asdict())["context_size"],
         }
@@ -166,7 +165,7 @@ class Training:
         self._writer.wait()  # before the copy, so that one is held in memory
         sae = self.trainer.whole_sae()
         if sae:
-            about = self._about | {"step": self.step}
+            about = self._about | sae.settings() | {"step": self.step}
             self._writer.submit(lambda: save_sae(folder, sae, self.hook, self.statistics, about))
 
     def save_checkpoint(self) -> None:

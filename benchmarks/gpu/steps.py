@@ -7,6 +7,7 @@ benchmarks/gpu/kernels.py gives them. Best of some rounds; `floor` is what no st
 
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from benchmarks.gpu.kernels import new_sae
 from benchmarks.train_step import Arm, measure, time_arm, with_update
 from train.config import KINDS
 from train.sae import Sae
-from train.step import Kernel, kernels
+from train.step import AUTOGRAD, Kernel, kernels
 
 L0S = (86, 20, 300, 1000)  # dense steps take the first
 ROUNDS = 2
@@ -35,8 +36,10 @@ def run(place: Place) -> None:
     x_BD = torch.randn(s.batch, s.d_in, device=place.device)
     for kind in KINDS.keys() - {"standard"}:
         sae = new_sae(kind, s.d_in, s.d_sae, place.device)
+        if sae.kind != "jumprelu":
+            sae = replace(sae, k=L0S[0] if place.on_gpu else 20)
         for name, kernel in kernels(sae).items():
-            precision = torch.float32 if name == "autograd" else dtype  # of the operands; autocast makes its own
+            precision = torch.float32 if kernel is AUTOGRAD else dtype  # of the operands; autocast makes its own
             take = partial(gradients, kernel=kernel, dtype=dtype)
             arm = Arm(name, kind, partial(with_update, gradients=take, compute_dtype=precision))
             times = [wall for _ in range(ROUNDS) for wall, *_ in time_arm(arm, sae, x_BD)]

@@ -1,0 +1,48 @@
+"""BatchTopK: the k·B largest entries of a batch of B rows are active, so a row has as many as it needs (arXiv 2412.06410).
+
+A row alone has no batch: there an entry is active above θ, a running mean of the smallest score that batches took.
+
+Shape suffixes: B rows of a batch, F d_sae.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from train.jumprelu import JumpRelu
+from train.nonzeros import Rule
+from train.sae import Sae
+from train.sparse_step import SPARSE
+from train.step import AUTOGRAD
+from train.topk import TopK
+
+
+@dataclass(frozen=True, eq=False)
+class BatchTopK(TopK):
+    """f = z of the k·B largest positive z of a batch, of a row alone those above θ, loss ‖x − x̂‖² + aux
+    (arXiv 2412.06410)"""
+
+    kind = "batchtopk"
+    dims = TopK.dims | {"threshold": ()}
+    running = ("threshold",)
+    saelens = None  # exported as a JumpReLU
+    elementwise = True
+    kernels: ClassVar = {"dense": AUTOGRAD, "sparse": SPARSE}
+    of_batch = True
+
+    def reading_rule(self) -> Rule:
+        return Rule(above_F=self.threshold / self.weight_F)
+
+    def activations(self, z_BF: Tensor) -> Tensor:
+        return torch.relu(z_BF) * (z_BF > self.threshold / self.weight_F)
+
+    def smallest(self, f_BF: Tensor) -> Tensor:
+        score_BF = f_BF * self.weight_F
+        # Where every positive entry was taken, there is none that was not.
+        full = (score_BF > 0).sum() >= self.k * len(f_BF)
+        return torch.where(full, score_BF.where(score_BF > 0, torch.inf).amin(), 0.0)
+
+    def exported(self) -> Sae:
+        return JumpRelu.from_published(self.parameters | {"threshold": self.threshold / self.weight_F}, self.scale)
