@@ -99,7 +99,7 @@ def our_gradients(
 
 def with_update(sae: Sae, gradients: Callable[..., Tensors], compute_dtype: torch.dtype) -> Step:
     """As `train.trainer` makes a step."""
-    adam = Adam(sae.parameters, compute_dtype)
+    adam = Adam(sae.trained, compute_dtype)
 
     def run(x_BD: Tensor) -> None:
         found = gradients(sae, x_BD, operands=adam.operands)
