@@ -35,8 +35,8 @@ def test_a_wrong_gradient_is_found(monkeypatch):
     of_kind = type(case("standard").sae)
     right = kernels_of(case("standard").sae)["dense"]
 
-    def wrong(*arguments):
-        result = right.step(*arguments)
+    def wrong(*arguments, **options):
+        result = right.step(*arguments, **options)
         result.gradients["W_dec"][7] *= 1.1
         return result
 

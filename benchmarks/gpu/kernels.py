@@ -25,6 +25,7 @@ from train.standard import Standard
 from train.step import AUTOGRAD, StepResult, autograd_step, kernels
 
 VALUES = {"l1_coefficient": 5.0, "k": 10, "target_l0": 10.0, "aux_k": 3, "aux_coefficient": 0.25}
+INTERPRETED_ROWS = 8  # at most: the interpreter runs one program at a time
 DEAD = 1, 2, 5, 40  # features that the steps are told to revive
 UNIT, SCALE = 1 / 16, 0.5
 FLOAT32_BOUND, BFLOAT16_BOUND = 1e-4, 2e-2  # ‖g − g₆₄‖ / ‖g₆₄‖
@@ -90,9 +91,9 @@ def exact_step(case: Case) -> StepResult:
         return autograd_step(sae, case.x_BD.double(), case.sae.coefficients, torch.float32, dead=dead_of(case.sae))
 
 
-def on_triton(device: torch.device):
-    """On a CPU too, within this, the sparse step takes the kernels: interpreted."""
-    if device.type == "cuda":
+def on_triton(device: torch.device, rows: int):
+    """On a CPU too, within this, the sparse step of few rows takes the kernels: interpreted."""
+    if device.type == "cuda" or rows > INTERPRETED_ROWS:
         return nullcontext()
     from train.kernels import TRITON
 
@@ -111,7 +112,7 @@ def check_kind(kind: str, case: Case) -> dict[str, float]:
         for precision, dtype in dtypes.items():
             if kernel is AUTOGRAD and dtype != torch.float32:  # autocast rounds the pre-activations too
                 continue
-            with torch.no_grad(), on_triton(device):
+            with torch.no_grad(), on_triton(device, len(case.x_BD)):
                 step = kernel.step(sae, case.x_BD, sae.coefficients, dtype, dead=dead_of(sae))
             errors = {n: error_of(step.gradients[n], g) for n, g in exact.gradients.items() if float(g.norm())}
             errors |= {n: error_of(step.terms[n], t) for n, t in exact.terms.items()}
