@@ -27,10 +27,10 @@ RANKINGS = {
 }
 DEFINITIONS = {
     "turned": "1 − cosine of the decoder rows of a feature in the first and the last SAE of a path: 0 is the same "
-    "direction, 1 a right angle. Steps are the same between neighbours.",
+    "direction, 1 a right angle; a step is the same between two neighbours of the path",
     "score": "the smaller of what the feature turned along the two paths",
     "last_step": "the smaller of what it turned in the last step of each path, where the other half of the change was "
-    "already learned: features of model and data together, not of one of them",
+    "already learned",
 }
 
 
