@@ -10,11 +10,10 @@ from pathlib import Path
 from evaluate.config import PublishedSae
 from harvest.activation_store import ActivationStore
 from harvest.files import UserError
-from harvest.language_model import saelens_hook
-from harvest.sources import hub_errors
+from harvest.hub_files import fetch_files
 from train.checkpoint import SavedSae
 from train.exclusion import InputStatistics
-from train.saelens import SaelensConfig, read_linear
+from train.saelens import SaelensConfig, canonical_hook, read_linear
 
 
 def load_published(
@@ -49,49 +48,24 @@ def _files(published: PublishedSae, commit: str | None, offline: bool) -> list[P
     """Local paths of its files, fetched from the hub where there is a commit."""
     if commit is None:
         return [Path(published.path, name) for name in published.files()]
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
-
-    where = f"evaluate.also ({published.name}).path: {published.path!r}"
-    try:
-        return [
-            Path(hf_hub_download(published.path, name, revision=commit, local_files_only=offline))
-            for name in published.files()
-        ]
-    except GatedRepoError:
-        raise UserError(
-            f"{where}: gated: accept its terms at https://huggingface.co/{published.path}, then `hf auth login`"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise UserError(f"{where}: the hub cannot be reached and its cache lacks {published.files()}") from None
-    except EntryNotFoundError:
-        raise UserError(f"{where}: holds no {' and '.join(published.files())}; set file to the place in it") from None
-    except hub_errors() as error:
-        raise UserError(f"{where}: cannot be fetched ({type(error).__name__}: {str(error)[:200]})") from None
+    where = f"evaluate.also ({published.name}).path"
+    return fetch_files(published.path, published.files(), commit, offline, where)
 
 
 def _named_hook(where: str, wanted: str | None, config: SaelensConfig) -> str:
-    named = config.get("hf_hook_name", None) or config.get("hook_name", None)
-    if not isinstance(named, str):
+    named = config.hook
+    if named is None:
         if wanted is None:
             raise UserError(f"{config.path}: names no hook; set hook of {where}")
         return wanted
-    if wanted is not None and _canonical(wanted) != _canonical(named):
+    if wanted is not None and canonical_hook(wanted) != canonical_hook(named):
         raise UserError(f"{where}.hook: {wanted!r}: {config.path} says {named!r}")
     return named
 
 
-def _canonical(hook: str) -> str:
-    """One name for the residual stream after a layer, whoever names it."""
-    before = hook.removesuffix(".hook_resid_pre").removeprefix("blocks.")
-    if before.isdigit() and int(before) > 0 and hook == f"blocks.{before}.hook_resid_pre":
-        return f"blocks.{int(before) - 1}.hook_resid_post"
-    return saelens_hook(hook) or hook
-
-
 def _store_hook(where: str, named: str, store: ActivationStore) -> str:
     for hook in store.geometry.hooks:
-        if _canonical(hook) == _canonical(named):
+        if canonical_hook(hook) == canonical_hook(named):
             return hook
     raise UserError(
         f"{where}: belongs to {named!r}; the store {store.path} has {', '.join(store.geometry.hooks)}; "

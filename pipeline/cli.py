@@ -124,6 +124,8 @@ def prune(
     files = config_file or ([] if directories else [DEFAULT_CONFIG])
     sweeps = [each for file in files for each in Given(overrides, file, runs).find()]
     used = {each.directory(stage) for each in sweeps for stage in each.stages}
+    starts = [each.config.train.start_from for each in sweeps]
+    used |= {run for start in starts if start and (run := pruning.start_run(start.path, runs))}
     pruning.prune(runs, directories, used, asker(yes), print)
 
 
@@ -207,6 +209,27 @@ def compare(
     for line in comparison.compare_runs(names, overrides, runs, folder):
         print(line)
     print(folder / "compare.html")
+
+
+@command("diff-stages")
+def diff_stages(
+    model_first: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="Last training run of a path: train directory, fingerprint or settings file."
+        ),
+    ],
+    data_first: Annotated[str, typer.Argument(metavar="RUN", help="Last training run of the other path.")],
+    runs: Root = Path("runs"),
+    to: Annotated[Path | None, typer.Option(help="Folder of the report; runs/diff-stages by default.")] = None,
+) -> None:
+    """Rank features by how far they turn while an SAE is fine-tuned along two paths (train.start_from)."""
+    from pipeline import diff_stages as staged
+
+    folder = to or runs / "diff-stages"
+    for line in staged.diff_stages((model_first, data_first), runs, folder):
+        print(line)
+    print(folder / "diff-stages.html")
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ from harvest.sources import files_within, hub_errors, ingest_files
 from pipeline import assets
 from pipeline.config import PipelineConfig
 from pipeline.content import ContentHashes
+from train.config import StartFrom
+from train.start_files import find_start, is_on_hub
 
 STAGES = ("sample", "harvest", "train", "evaluate")
 # What transformers may read of a model's folder; tests/test_inputs.py holds it against what it opens.
@@ -40,11 +42,14 @@ class Inputs(NamedTuple):
     activations: str | None = None
     also: tuple[str, ...] = ()  # evaluate.also
     diff: str | None = None  # the second model of evaluate.diff
+    start: str | None = None  # train.start_from
     generation: str | None = None  # how a local model begins and ends its answers, which evaluate.steering reads
 
     def known(self, stage: str) -> dict[str, Any]:
-        """Those that there are; third-party SAEs, a second model and generation concern evaluate alone."""
+        """Those that there are; third-party SAEs, a second model and generation concern evaluate alone, what training
+        starts from no stage before it."""
         of_others = () if stage == "evaluate" else ("also", "diff", "generation")
+        of_others += ("start",) if stage in ("sample", "harvest") else ()
         return {name: value for name, value in self._asdict().items() if value and name not in of_others}
 
 
@@ -93,6 +98,8 @@ def identify(config: PipelineConfig, memory: "Memory", stages: Sequence[str] = S
         if second:
             both = (WEIGHT_FILES, TOKENIZER_FILES)
             inputs = inputs._replace(diff=_model_identity(second, both, memory, "evaluate.diff.model.name"))
+    if "train" in stages and config.train.start_from:
+        inputs = inputs._replace(start=start_identity(config.train.start_from, memory))
     if config.ingest:
         if "harvest" not in stages:
             return inputs
@@ -200,6 +207,16 @@ def _published_identity(i: int, published: PublishedSae, memory: Memory) -> str:
         if not path.is_file():
             raise UserError(f"{setting}: {published.path!r}: there is no file {path} (format {published.format})")
     return memory.files_hash(files)
+
+
+def start_identity(start: StartFrom, memory: Memory) -> str:
+    """Content of a given SAE, or of all those of a train directory; its commit on the hub.
+
+    Raises UserError for one that is missing or unfinished.
+    """
+    if is_on_hub(start):
+        return f"{memory.commit('model', start.path, start.revision, 'train.start_from')}/{start.file}".rstrip("/")
+    return memory.files_hash(find_start(start).files)
 
 
 def _setup_hint(name: str) -> str:
