@@ -102,7 +102,7 @@ def test_it_trains_and_says_so(ran, kind):
         json.loads(line) for line in only(ran[kind], f"runs/train/*/{HOOK}/metrics.jsonl").read_text().splitlines()
     ]
     train = [line for line in lines if line["kind"] == "train"]
-    assert {line["kernel"] for line in train} == {"autograd"}
+    assert {line["kernel"] for line in train} == {{"topk": "sparse", "plain": "autograd"}[kind]}
     assert train[-1]["mse"] < 0.7 * train[0]["mse"]
     assert train[-1].get("l1_coefficient") == {"topk": None, "plain": 0.3}[kind]
     for line in train:
@@ -219,19 +219,33 @@ def test_a_kind_made_from_another_does_not_take_its_fast_path():
         assert trainer.step(torch.randn(16, 4)).kernel == expected
 
 
-def test_a_kind_without_a_fast_path_trains_in_one_process():
-    settings = TrainConfig(sae=SaeConfig(kind="topk", d_sae=8, k=2), epochs=1)
-    with pytest.raises(UserError, match=r"train\.sae\.kind: 'topk' trains in one process, and 2 were started"):
-        Trainer(TopK.initial(4, 8, k=2), settings, 10, 100, torch.float32, FeatureRanks(0, 2))
+@pytest.mark.parametrize(
+    ("kind", "way_out"), [(Plain, r"choose train\.sae\.kind=standard"), (TopK, r"choose train\.kernel=sparse")]
+)
+def test_a_kind_without_a_fast_path_trains_in_one_process(kind, way_out):
+    settings = TrainConfig(sae=SaeConfig(d_sae=8), epochs=1, kernel="dense")
+    with pytest.raises(UserError, match=rf"trains in one process with kernel \w+, and 2 were started.*{way_out}"):
+        Trainer(
+            kind.initial(4, 8, **({"k": 2} if kind is TopK else {})),
+            settings,
+            10,
+            100,
+            torch.float32,
+            FeatureRanks(0, 2),
+        )
 
 
 @pytest.mark.parametrize(
     ("given", "status", "message"),
     [
         (["train.sae.kind=topk", "train.sae.k=2"], 2, "l1_coefficient = 1 is a setting of kind standard, and kind is"),
-        (["train.sae.k=2"], 2, "k = 2 is a setting of kind topk, and kind is standard; k=null takes it away"),
-        (["train.sae.kind=topk", "train.sae.l1_coefficient=null"], 2, "kind topk needs k"),
-        (["train.sae.kind=gated"], 2, "kind: 'gated': known kinds are standard, topk"),
+        (
+            ["train.sae.k=2"],
+            2,
+            "k = 2 is a setting of kind topk, batchtopk, matryoshka, and kind is standard; k=null takes it away",
+        ),
+        (["train.sae.kind=topk", "train.sae.l1_coefficient=null", "train.sae.k=null"], 2, "kind topk needs k"),
+        (["train.sae.kind=gated"], 2, "kind: 'gated': known kinds are standard, topk, batchtopk, jumprelu, matryoshka"),
         ([*SETTINGS["topk"], "train.sae.k=129"], 1, "train.sae.k: 129: the SAE has 128 features"),
         ([*SETTINGS["topk"], "train.sweep.l1_coefficient=[1,2]"], 2, "sweep.l1_coefficient: kind topk has no"),
     ],

@@ -1,4 +1,4 @@
-"""BatchTopK: the k·B largest entries of a batch of B rows are active, so a row has as many as it needs (arXiv 2412.06410).
+"""BatchTopK: the k·B largest entries of a batch of B rows are active (arXiv 2412.06410), so a row has what it needs.
 
 A row alone has no batch: there an entry is active above θ, a running mean of the smallest score that batches took.
 

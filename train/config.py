@@ -14,20 +14,18 @@ class Kind(NamedTuple):
     """A kind of SAE that can be trained."""
 
     place: str  # of its class
-    hyperparameters: dict[str, Any]  # settings of train.sae that are its own, with defaults; others' are refused
+    hyperparameters: tuple[str, ...]  # settings of train.sae that are its own; those of other kinds are refused
 
 
-AUX = {"aux_coefficient": 1 / 32, "aux_k": None, "dead_after": None}
+AUX = ("aux_coefficient", "aux_k", "dead_after")
 KINDS = {
-    "standard": Kind("train.standard:Standard", {"l1_coefficient": 5.0}),
-    "topk": Kind("train.topk:TopK", {"k": 64, **AUX}),
-    "batchtopk": Kind("train.batchtopk:BatchTopK", {"k": 64, **AUX}),
-    "jumprelu": Kind("train.jumprelu:JumpRelu", {"l0_coefficient": 1.0, "target_l0": None, "bandwidth": 0.5}),
-    "matryoshka": Kind("train.matryoshka:Matryoshka", {"k": 64, "prefixes": None, **AUX}),
+    "standard": Kind("train.standard:Standard", ("l1_coefficient",)),
+    "topk": Kind("train.topk:TopK", ("k", *AUX)),
+    "batchtopk": Kind("train.batchtopk:BatchTopK", ("k", *AUX)),
+    "jumprelu": Kind("train.jumprelu:JumpRelu", ("l0_coefficient", "target_l0", "bandwidth")),
+    "matryoshka": Kind("train.matryoshka:Matryoshka", ("k", "prefixes", *AUX)),
 }
-
-
-HYPERPARAMETERS = tuple(dict.fromkeys(name for kind in KINDS.values() for name in kind.hyperparameters))
+DEFAULTS = {"l1_coefficient": 5.0, "k": 64, "aux_coefficient": 1 / 32, "l0_coefficient": 1.0, "bandwidth": 0.5}
 
 
 def _own(name: str, **limits: Any) -> Any:
@@ -35,7 +33,7 @@ def _own(name: str, **limits: Any) -> Any:
 
     def default(chosen: dict[str, Any]) -> Any:
         kind = KINDS.get(chosen.get("kind", ""))
-        return kind.hyperparameters.get(name) if kind else None
+        return DEFAULTS.get(name) if kind and name in kind.hyperparameters else None
 
     added = {"json_schema_extra": {"added": True}} if name != "l1_coefficient" else {}
     return Field(default_factory=default, **limits, **added)
@@ -59,7 +57,7 @@ class SaeConfig(Settings):
     aux_k: int | None = _own("aux_k", ge=1)
     """The same: dead features that rebuild a row's residual. Default d_in / 2."""
     dead_after: int | None = _own("dead_after", ge=1)
-    """The same: a feature is dead that fired in none of so many rows. Default 10M, or an eighth of the rows if fewer."""
+    """The same: a feature is dead that fired in none of so many rows. Default 10M, or one epoch if that is fewer."""
     l0_coefficient: float | None = _own("l0_coefficient", ge=0)
     """jumprelu: weight of L0, or with target_l0 of its distance from that."""
     target_l0: float | None = _own("target_l0", gt=0)
@@ -67,7 +65,7 @@ class SaeConfig(Settings):
     bandwidth: float | None = _own("bandwidth", gt=0)
     """jumprelu: width of the stretch around its threshold in which a pre-activation moves it."""
     prefixes: tuple[Annotated[int, Field(ge=1)], ...] | None = _own("prefixes")
-    """matryoshka: numbers of first features that rebuild a row alone, up to d_sae. Default d_sae over 16, 8, 4, 2, 1."""
+    """matryoshka: how many first features rebuild a row alone, up to d_sae. Default d_sae over 16, 8, 4, 2 and 1."""
 
     @model_validator(mode="after")
     def _check(self) -> "SaeConfig":
@@ -76,11 +74,11 @@ class SaeConfig(Settings):
         if self.kind not in KINDS:
             raise ValueError(f"kind: {self.kind!r}: known kinds are {', '.join(KINDS)}")
         own = KINDS[self.kind].hyperparameters
-        if missing := [n for n, default in own.items() if default is not None and getattr(self, n) is None]:
+        if missing := [name for name in own if name in DEFAULTS and getattr(self, name) is None]:
             raise ValueError(f"kind {self.kind} needs {missing[0]}")
-        for name in HYPERPARAMETERS:
+        for name in dict.fromkeys(name for kind in KINDS.values() for name in kind.hyperparameters):
             if name not in own and (value := getattr(self, name)) is not None:
-                kinds = " and ".join(kind for kind, about in KINDS.items() if name in about.hyperparameters)
+                kinds = ", ".join(kind for kind, about in KINDS.items() if name in about.hyperparameters)
                 said = f"{name} = {value} is a setting of kind {kinds}, and kind is {self.kind}"
                 raise ValueError(f"{said}; {name}=null takes it away")
         return self

@@ -66,8 +66,7 @@ class JumpRelu(Sae):
     def batch_activations(self, z_BF: Tensor) -> Tensor:
         return _Jump.apply(z_BF, self.threshold, self.bandwidth)
 
-    def penalties(self, z_BF: Tensor, f_BF: Tensor) -> dict[str, Tensor]:
-        del f_BF
+    def gates(self, z_BF: Tensor) -> dict[str, Tensor]:
         return {"sparsity": self.price(_Step.apply(z_BF, self.threshold, self.bandwidth).sum(1))[0].mean()}
 
     def price(self, l0_B: Tensor) -> tuple[Tensor, Tensor]:

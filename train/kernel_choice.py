@@ -21,7 +21,7 @@ Pending = tuple[Tensor, torch.cuda.Event | None]
 
 
 class KernelChoice:
-    """Which of an SAE's kernels the next step takes. Starts dense: a standard SAE's first L0 is half of its features."""
+    """Which of an SAE's kernels the next step takes. Starts dense: a standard SAE first fires half of its features."""
 
     def __init__(self, config: TrainConfig, d_sae: int, kernels: Mapping[str, Kernel]) -> None:
         self._fixed, self._below = config.kernel, config.sparse_below * d_sae

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.nonzeros import SMALLEST, ByFeature, ByRow, Entries, Operations, Rule
+from train.nonzeros import POSITIVE, SMALLEST, ByFeature, ByRow, Entries, Operations, Rule
 from train.step import Tensors
 
 AdamNumbers = tuple[float, tuple[float, float], int, Tensor, float]  # `train.adam.Update`, which imports this module
@@ -33,7 +33,7 @@ ADAM_TILE = 1024  # weights of one program
 F_TILE = 8  # features that one program of encoder_sums writes side by side: 32 bytes, a full sector
 
 
-def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = Rule(), least: Tensor | None = None) -> Entries:
+def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = POSITIVE, least: Tensor | None = None) -> Entries:
     """`train.nonzeros.extract`, shapes as there."""
     B, F = pre_BF.shape
     tiles = triton.cdiv(F, EXTRACT_TILE)
@@ -186,7 +186,7 @@ def extract_kernel(
 
 @triton.jit
 def least_kernel(pre, bias, weight, least, F, k, GROUPS: tl.constexpr):
-    """A program a row: the k-th largest of the maxima of groups, bit by bit, since positive floats order as integers."""
+    """A program a row: the k-th largest of its groups' maxima, bit by bit, as positive floats order like integers."""
     row = tl.program_id(0)
     group = tl.arange(0, GROUPS)
     best = tl.zeros([GROUPS], tl.float32)

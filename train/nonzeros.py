@@ -42,6 +42,9 @@ class Rule(NamedTuple):
     weight_F: Tensor | None = None  # float32; None: 1
 
 
+POSITIVE = Rule()
+
+
 class Entries(NamedTuple):
     """Entries of a block of rows, by row and ascending feature."""
 
@@ -103,7 +106,7 @@ def _least(score_BF: Tensor, k: int) -> Tensor:
     return grouped_BG.topk(k, dim=1, sorted=False).values.amin(1).clamp_min(0)
 
 
-def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = Rule(), least: Tensor | None = None) -> Entries:
+def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = POSITIVE, least: Tensor | None = None) -> Entries:
     """Entries above the rule's threshold, with z = pre + b_enc.
 
     Of a rule with `largest`: the positive ones whose score is at least `least` (0-d, or of each row; by default

@@ -92,9 +92,14 @@ class Sae:
         """f (B, F) of a training batch; differs from `activations` where a batch has a rule of its own."""
         return self.activations(z_BF)
 
-    def penalties(self, z_BF: Tensor, f_BF: Tensor) -> dict[str, Tensor]:
+    def penalties(self, f_BF: Tensor) -> dict[str, Tensor]:
         """What the loss has beside the squared error: 0-d terms, before their coefficients."""
-        del z_BF, f_BF
+        del f_BF
+        return {}
+
+    def gates(self, z_BF: Tensor) -> dict[str, Tensor]:
+        """What learnt thresholds pay, from pre-activations; as `penalties`."""
+        del z_BF
         return {}
 
     def nested(self, f_BF: Tensor, target_BD: Tensor) -> dict[str, Tensor]:
@@ -217,7 +222,7 @@ class Sae:
         z_BF = torch.addmm(self.b_enc, self.scaled(x_BD), self.W_enc)
         f_BF = self.batch_activations(z_BF)
         error_BD = torch.addmm(self.b_dec, f_BF, self.W_dec).float() - self.scaled(target_BD)
-        terms = {"mse": error_BD.square().sum(1).mean(), **self.penalties(z_BF, f_BF)}
+        terms = {"mse": error_BD.square().sum(1).mean(), **self.penalties(f_BF), **self.gates(z_BF)}
         return Losses(terms | self.nested(f_BF, target_BD) | self.revival(z_BF, error_BD, dead), f_BF, error_BD)
 
     def to(self, device: torch.device | str) -> Self:

@@ -37,8 +37,7 @@ class Standard(Sae):
     def batch_rule(self) -> Rule:
         return Rule()
 
-    def penalties(self, z_BF: Tensor, f_BF: Tensor) -> dict[str, Tensor]:
-        del z_BF
+    def penalties(self, f_BF: Tensor) -> dict[str, Tensor]:
         return {"l1": (f_BF * self.W_dec.norm(dim=1)).sum(1).mean()}
 
     @property

@@ -93,8 +93,9 @@ def autograd_reconstruction(
     with torch.autocast(x_BD.device.type, compute_dtype if narrow else None, enabled=narrow):
         f_BF = sae.encode(x_BD)
         error_BD = torch.addmm(sae.b_dec, f_BF, sae.W_dec).float() - sae.scaled(x_BD)
-        terms = {"mse": error_BD.square().sum(1), **sae.penalties(f_BF, f_BF), **sae.nested(f_BF, x_BD)}
-    return Reconstruction(error_BD, terms, (f_BF > 0).sum(1))
+        l0_B = (f_BF > 0).sum(1)
+        terms = {"mse": error_BD.square().sum(1), **sae.penalties(f_BF), **sae.nested(f_BF, x_BD)}
+    return Reconstruction(error_BD, terms | sae.l0_terms(l0_B.float()), l0_B)
 
 
 AUTOGRAD = Kernel(autograd_step, autograd_reconstruction)

@@ -22,7 +22,6 @@ from train.step import AUTOGRAD, StepResult, kernels, total
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 DEAD_ROWS = 10_000_000  # a feature that fired in none of as many rows is dead
-REVIVALS = 8  # of a short run: parts of it in which a feature has to fire at least once
 THRESHOLD_RATE = 0.01  # of a running threshold: that of SAELens
 
 
@@ -65,14 +64,15 @@ class Trainer:
         self.kernels = kernels(sae)
         self.kernel = KernelChoice(config, sae.d_sae, self.kernels)
         if ranks.size > 1 and self.kernels[self.kernel.name] is AUTOGRAD:
-            said = f"train.sae.kind: {sae.kind!r} with kernel {self.kernel.name} trains in one process"
-            raise UserError(f"{said}, and {ranks.size} were started; start one, or choose train.kernel=sparse")
+            way_out = "train.kernel=sparse" if "sparse" in self.kernels else "train.sae.kind=standard"
+            said = f"train.sae.kind: {sae.kind!r} trains in one process with kernel {self.kernel.name}"
+            raise UserError(f"{said}, and {ranks.size} were started; start one, or choose {way_out}")
         self.config, self.steps, self.compute_dtype, self.ranks = config, steps, compute_dtype, ranks
         self.d_sae, self.axes = sae.d_sae, sae.feature_axes() | {"rows_since_fired": 0}
         self.sae = sae = ranks.shard(sae)
         self.step_number = 0
         self.dead_after = min(DEAD_ROWS, rows)
-        self.revive_after = config.sae.dead_after or min(DEAD_ROWS, max(1, steps * config.batch_size // REVIVALS))
+        self.revive_after = config.sae.dead_after or self.dead_after
         self.device = device = sae.W_enc.device
         self.rows_since_fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.bad_step = torch.full((), -1, device=device)  # the first whose loss or gradient is NaN or infinite
