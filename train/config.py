@@ -35,8 +35,8 @@ def _own(name: str, **limits: Any) -> Any:
         kind = KINDS.get(chosen.get("kind", ""))
         return DEFAULTS.get(name) if kind and name in kind.hyperparameters else None
 
-    added = {"json_schema_extra": {"added": True}} if name != "l1_coefficient" else {}
-    return Field(default_factory=default, **limits, **added)
+    added = name != "l1_coefficient"
+    return Field(default_factory=default, json_schema_extra={"added": True} if added else None, **limits)
 
 
 class SaeConfig(Settings):
