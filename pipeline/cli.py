@@ -16,7 +16,7 @@ from pipeline.status import status_lines
 STAGE_HELP = {
     "sample": "Turn the sources' text into packed contexts of tokens.",
     "harvest": "Run the model over the contexts and write its activations into a store.",
-    "train": "Train one SAE for each hook from the store.",
+    "train": "Train one SAE for each hook from the store; with `published`, fetch and check that SAE instead.",
     "evaluate": "Measure the SAE on held-out text and write report.html and metrics.json.",
 }
 
