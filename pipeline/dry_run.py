@@ -125,7 +125,7 @@ def _write_sae(folder: Path, config: PipelineConfig) -> None:
 
     features, steering = config.evaluate.features, config.evaluate.steering
     named = (*(features.include if features else ()), *(steering.feature_ids if steering else ()))
-    sae = sae_class("standard").initial(D_IN, max(FACTOR * D_IN, *named, 0) + 1)
+    sae = sae_class("standard").initial(D_IN, max([FACTOR * D_IN, *(feature + 1 for feature in named)]))
     write_saelens_folder(folder, sae, {"hf_hook_name": config.harvest.hooks[0], "model_name": "model"})
 
 
