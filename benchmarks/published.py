@@ -1,11 +1,13 @@
 """An SAE that SAELens trained, through `published:`, against SAELens' own evals of it.
 
-    make harvest && .venv/bin/python benchmarks/published.py --steps 200
+    .venv/bin/python benchmarks/published.py
+    .venv/bin/python benchmarks/published.py --runs /tmp/runs sample.train_tokens=98304    # a fifth of the harvest
 
-SAELens' own trainer takes the rows of the default's store (the same that ours would see); what it saves stands in the
-place of training on the default settings, and `run_evals` measures it on the same held-out tokens, in batches of the
-harvest's size, with rows rounded as the store rounds them. All rows are counted, as SAELens does. Prints JSON: both
-figures and their difference, relative to SAELens'; the exit status is 1 where one is above 1e-3.
+SAELens' own trainer takes the rows of the default's store (the same that ours would see), which is harvested if it is
+not there; what it saves stands in the place of training on the default settings, and `run_evals` measures it on the
+same held-out tokens, in batches of the harvest's size, with rows rounded as the store rounds them. All rows are
+counted, as SAELens does. Prints JSON: both figures and their difference, relative to SAELens'; the exit status is 1
+where one is above 1e-3.
 """
 
 import argparse
@@ -82,11 +84,17 @@ def train_theirs(runs: Runs, steps: int, folder: Path) -> None:
     SAETrainer(about, sae, rows()).fit().save_inference_model(folder)
 
 
-def ours(runs_folder: Path, folder: Path) -> Measured:
+def pipeline(command: str, runs_folder: Path, *settings: str) -> str:
+    """The last line that a command of the pipeline prints."""
+    arguments = [sys.executable, "-m", "pipeline", command, "--config", str(CONFIG), "--runs", str(runs_folder)]
+    said = subprocess.run([*arguments, *settings], check=True, stdout=subprocess.PIPE).stdout.decode()
+    return said.splitlines()[-1]
+
+
+def ours(runs_folder: Path, folder: Path, settings: list[str]) -> Measured:
     """The figures of `published:` on the default settings."""
-    command = [sys.executable, "-m", "pipeline", "run", "--config", str(CONFIG), "--runs", str(runs_folder)]
-    said = subprocess.run([*command, "train=null", f"published.path={folder}"], check=True, stdout=subprocess.PIPE)
-    return read_figures(Path(said.stdout.decode().splitlines()[-1]).parent).saes[0]
+    report = pipeline("run", runs_folder, *settings, "train=null", f"published.path={folder}")
+    return read_figures(Path(report).parent).saes[0]
 
 
 class Tokens:
@@ -141,15 +149,18 @@ def main() -> int:
     """Train, evaluate both ways, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where the default's harvest is")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("settings", nargs="*", metavar="SECTION.KEY=VALUE")
     options = parser.parse_args()
-    runs = find_runs(load(CONFIG, []), options.runs)[0]
+    runs = find_runs(load(CONFIG, options.settings), options.runs)[0]
+    for stage in ("sample", "harvest"):
+        pipeline(stage, options.runs, *options.settings)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "sae"
         start = time.process_time()
         train_theirs(runs, options.steps, folder)
         seconds = time.process_time() - start
-        found, expected = ours(options.runs, folder), theirs(runs, folder)
+        found, expected = ours(options.runs, folder, options.settings), theirs(runs, folder)
     compared = {}
     for name, saelens in FIGURES.items():
         figure = found.figure(name, rows="all_rows") or found.figure(name, "downstream")
