@@ -124,6 +124,8 @@ def prune(
     files = config_file or ([] if directories else [DEFAULT_CONFIG])
     sweeps = [each for file in files for each in Given(overrides, file, runs).find()]
     used = {each.directory(stage) for each in sweeps for stage in each.stages}
+    starts = [each.config.train and each.config.train.start_from for each in sweeps]
+    used |= {run for start in starts if start and (run := pruning.start_run(start.path, runs))}
     pruning.prune(runs, directories, used, asker(yes), print)
 
 

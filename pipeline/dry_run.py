@@ -1,8 +1,9 @@
 """A rehearsal: every stage with the settings of a real run, on a narrow random model and made-up text.
 
 Replaced are only the model (same layers, vocabulary and hooks, a fraction of the width), the text (rows in the
-same schemas), the width of the SAE and the budgets. Template, contexts, shards, hooks, exclusions, schedules
-and evaluation are those of the settings, so what a rented machine will run is run here first.
+same schemas), the width of the SAE, one that training starts from, and the budgets. Template, contexts, shards,
+hooks, exclusions, schedules and evaluation are those of the settings, so what a rented machine will run is run here
+first.
 """
 
 import json
@@ -53,6 +54,8 @@ def dry_run(config: PipelineConfig, folder: Path, name: str, say: Callable[[str]
     for source in sample.sources:
         words = int(1.5 * source.share * need) + 20_000
         write_rows(Path(source.path), source, words, config.exclude.token_ids)
+    if rehearsed.train and rehearsed.train.start_from:
+        _write_start(rehearsed, Path(rehearsed.train.start_from.path))
     say(f"dry-run  {name}: shape of the model from {origin}; width {d_in} -> {D_IN}, everything into {folder}")
     sweep = find_runs(rehearsed, folder / "runs")
     for stage in sweep[0].stages:
@@ -101,6 +104,8 @@ def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig
         length = {"training_tokens": min(train.training_tokens, rows)} if train.training_tokens else {"epochs": 1.0}
         trained = change(settings, "train", **length)
         change(trained, "runtime", checkpoint_every=max(1, rows // train.batch_size // 2))
+        if train.start_from:
+            trained["start_from"] = str(folder / "start")
         if train.sae.d_sae:
             change(trained, "sae", d_sae=narrower(train.sae.d_sae))
         if train.sweep and train.sweep.d_sae:
@@ -158,6 +163,22 @@ def _write_model(config: PipelineConfig, folder: Path) -> tuple[int, str]:
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16, trust_remote_code=False)
     model.save_pretrained(folder)
     return d_in, shape.origin
+
+
+def _write_start(rehearsed: PipelineConfig, folder: Path) -> None:
+    """Write untrained SAEs of the hooks' width, for a training that starts from given ones."""
+    from harvest.activation_store import slug
+    from harvest.language_model import load_skeleton
+    from pipeline.settings_check import check_widths
+    from train.checkpoint import save_sae
+    from train.exclusion import InputStatistics
+    from train.kinds import new_sae
+
+    d_in = check_widths(load_skeleton(rehearsed.model, None, offline=True), rehearsed.harvest)
+    sae = new_sae(rehearsed.train, d_in or D_IN, 1.0, "cpu")
+    about = {"architecture": sae.kind, **sae.settings()}
+    for hook in rehearsed.harvest.hooks:
+        save_sae(folder / slug(hook), sae, hook, InputStatistics(1.0, 1.0, None), about)
 
 
 def stand_in_tokenizer(special: dict[str, int], vocabulary: int) -> Any:

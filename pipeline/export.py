@@ -199,7 +199,7 @@ def _card(saes: list[Exported], rows: list[dict[str, Any]], model: str, terms: l
         definitions=next((row["definitions"] for row in rows if row["evaluated"]), {}),
         sample=runs.config.sample,
         sources=list(zip(runs.config.sample.sources, contents, terms, strict=True)),
-        settings={k: v for k, v in manifest["settings"].items() if k != "path" and (k != "sae" or len(saes) == 1)},
+        settings=_card_settings(manifest, single=len(saes) == 1),
         exclude=manifest["settings"]["exclude"],
         published=_origin_of_others(runs),
         versions=manifest["versions"],
@@ -216,6 +216,19 @@ def _origin_of_others(runs: Runs) -> dict[str, str] | None:
     )
     content = str(runs.inputs.published)
     return {"label": public, "version": resolved_commit(content) or content[:19]}
+
+
+def _card_settings(manifest: dict[str, Any], single: bool) -> dict[str, Any]:
+    """Settings of the training; what it started from by its training run or name, and content."""
+    settings = {name: value for name, value in manifest["settings"].items() if name != "sae" or single}
+    settings.pop("path", None)  # of a published SAE, which the card names
+    if start := settings.get("start_from"):
+        from train.start_files import train_run
+
+        run, content = train_run(Path(start["path"])), manifest["inputs"]["start"]
+        name = f"training run {run.path.name}" if run else _public_name(start["path"])
+        settings["start_from"] = f"{name}, {content.removeprefix('hub:').rpartition('@')[2][:40]}"
+    return settings
 
 
 def _code(value: Any) -> str:

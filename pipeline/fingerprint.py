@@ -16,8 +16,10 @@ from harvest.sources import files_within, hub_errors, ingest_files
 from pipeline import assets
 from pipeline.config import PipelineConfig
 from pipeline.content import ContentHashes
+from train.config import StartFrom
 from train.published_config import PublishedFiles
 from train.saelens_releases import release_place
+from train.start_files import find_start, is_on_hub
 
 STAGES = ("sample", "harvest", "train", "evaluate")
 # What transformers may read of a model's folder; tests/test_inputs.py holds it against what it opens.
@@ -41,13 +43,17 @@ class Inputs(NamedTuple):
     activations: str | None = None
     also: tuple[str, ...] = ()  # evaluate.also
     diff: str | None = None  # the second model of evaluate.diff
+    start: str | None = None  # train.start_from
     published: str | None = None  # the SAE in the place of training
     generation: str | None = None  # how a local model begins and ends its answers, which evaluate.steering reads
 
     def known(self, stage: str) -> dict[str, Any]:
-        """Those that there are; some concern one stage alone."""
-        alone = {"also": "evaluate", "diff": "evaluate", "generation": "evaluate", "published": "train"}
-        return {name: value for name, value in self._asdict().items() if value and alone.get(name, stage) == stage}
+        """Those that there are; third-party SAEs, a second model and generation concern evaluate alone, what training
+        starts from no stage before it, and what stands in its place that alone."""
+        of_others = () if stage == "evaluate" else ("also", "diff", "generation")
+        of_others += ("start",) if stage in ("sample", "harvest") else ()
+        of_others += () if stage == "train" else ("published",)
+        return {name: value for name, value in self._asdict().items() if value and name not in of_others}
 
 
 def hashed_settings(settings: Settings) -> dict[str, Any]:
@@ -97,6 +103,8 @@ def identify(config: PipelineConfig, memory: "Memory", stages: Sequence[str] = S
             inputs = inputs._replace(diff=_model_identity(second, both, memory, "evaluate.diff.model.name"))
     if config.published and "train" in stages:
         inputs = inputs._replace(published=_published_identity("published", config.published, memory))
+    if "train" in stages and config.train and config.train.start_from:
+        inputs = inputs._replace(start=_start_identity(config.train.start_from, memory))
     if config.ingest:
         if "harvest" not in stages:
             return inputs
@@ -208,6 +216,12 @@ def _published_identity(setting: str, published: PublishedFiles, memory: Memory)
         if not file.is_file():
             raise UserError(f"{setting}.path: {path!r}: there is no file {file} (format {published.format})")
     return memory.files_hash(files)
+
+
+def _start_identity(start: StartFrom, memory: Memory) -> str:
+    if is_on_hub(start):
+        return f"{memory.commit('model', start.path, start.revision, 'train.start_from')}/{start.file}".rstrip("/")
+    return memory.files_hash(find_start(start).files)
 
 
 def _setup_hint(name: str) -> str:

@@ -19,6 +19,7 @@ from harvest.stage_directory import BEGUN, FINGERPRINT, MANIFEST, Run, upstreams
 from pipeline.fingerprint import STAGES
 from pipeline.running import TRASH
 from pipeline.tables import table
+from train.start_files import LEVELS
 
 LOCK = ".lock-"
 
@@ -50,10 +51,25 @@ def find(root: Path) -> list[Found]:
             begun: dict[str, Any] = {}
             with suppress(UserError):
                 begun = read_json(markers[0])
-            before = tuple(run.path for run in upstreams(begun, root))
+            before = tuple(run.path for run in upstreams(begun, root)) + _started_from(begun, root)
             state = "running" if _running(path) else "complete" if Run(path).is_complete else "interrupted"
             found.append(Found(path.parent.name, path, _size(path), markers[0].stat().st_mtime, state, before))
     return found
+
+
+def start_run(path: str, root: Path) -> Path | None:
+    """The training run below `root` whose SAE a path leads to (train.start_from); None where it leads elsewhere."""
+    here = Path(path).resolve()
+    for above in (here, *here.parents)[:LEVELS]:
+        if above.parent == (root / "train").resolve() and FINGERPRINT.fullmatch(above.name):
+            return root / "train" / above.name
+    return None
+
+
+def _started_from(begun: dict[str, Any], root: Path) -> tuple[Path, ...]:
+    start = begun.get("settings", {}).get("start_from")
+    run = start_run(start["path"], root) if start else None
+    return (run,) if run else ()
 
 
 def leftovers(root: Path) -> list[Path]:
@@ -72,9 +88,8 @@ def choose(found: Sequence[Found], directories: Collection[Path], used: Collecti
     """
     if not directories:
         kept = [run for run in found if run.path in used or run.state == "running"]
-        for run in reversed(found):  # later stages first: what a kept run depends on is kept
-            if run not in kept and any(user.uses(run) for user in kept):
-                kept.append(run)
+        while needed := [run for run in found if run not in kept and any(user.uses(run) for user in kept)]:
+            kept += needed
         return [run for run in found if run not in kept]
     by_path = {run.path.resolve(): run for run in found}
     chosen = []

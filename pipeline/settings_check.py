@@ -14,7 +14,7 @@ from harvest.files import UserError
 from harvest.hub import resolved_commit
 from pipeline.config import PipelineConfig
 from pipeline.fingerprint import Inputs
-from pipeline.stages import Runs
+from pipeline.stages import Runs, started
 
 TOKENS = (2, 3)  # that shapes are asked for
 FIRST_CONTEXTS = 4096  # that are looked through for tokens to leave out
@@ -69,6 +69,8 @@ def _check_text(config: PipelineConfig) -> None:
     local = {"model": (config.model.name, config.model.revision)}
     if diff and diff.model:
         local["evaluate.diff.model"] = (diff.model.name, diff.model.revision)
+    if config.train and (start := config.train.start_from):
+        local["train.start_from"] = (start.path, start.revision)
     saes = {f"evaluate.also.{i}": also for i, also in enumerate(config.evaluate.also)}
     saes |= {"published": config.published} if config.published else {}
     local |= {setting: (sae.path, sae.revision) for setting, sae in saes.items() if sae.path}
@@ -150,7 +152,11 @@ def _check_model(sweep: Sequence[Runs], stage: str) -> None:
         if stage == "train":
             return
         raise
-    d_in = _check_widths(skeleton, harvest)
+    d_in = check_widths(skeleton, harvest)
+    if config.train and config.train.start_from and stage in ("sample", "harvest"):  # training looks itself
+        from train.start import check_start
+
+        check_start(started(config.train, inputs), harvest.hooks, d_in)
     limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
     if limit and config.sample.context_size > limit:
         raise UserError(f"sample.context_size: {config.sample.context_size}: the model has {limit} positions; lower it")
@@ -192,7 +198,7 @@ def _check_published(config: PipelineConfig, inputs: Inputs, d_in: int | None) -
     return found.d_sae
 
 
-def _check_widths(skeleton: Any, harvest: HarvestConfig) -> int | None:
+def check_widths(skeleton: Any, harvest: HarvestConfig) -> int | None:
     """The width of all hooks; None where the model's shapes depend on its weights.
 
     Raises UserError for hooks that give no row for each token, that the harvest does not load, or of unlike width.

@@ -19,7 +19,7 @@ from harvest.hub import resolved_commit
 from harvest.stage_directory import Run
 from pipeline.config import PipelineConfig
 from pipeline.fingerprint import Inputs, find_inputs, hashed_settings
-from train.config import TRAIN_VERSION, SweepConfig
+from train.config import TRAIN_VERSION, SweepConfig, TrainConfig
 from train.published_config import PLACE, PUBLISHED_VERSION
 
 Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
@@ -112,6 +112,11 @@ def _given_inputs(settings: dict[str, Any], inputs: Inputs) -> Any:
     return inputs.activations
 
 
+def _train_inputs(settings: dict[str, Any], inputs: Inputs) -> None:
+    if settings.get("start_from"):
+        settings["start_from"] = inputs.start
+
+
 def _evaluate_inputs(settings: dict[str, Any], inputs: Inputs) -> Any:
     for published, content in zip(settings.get("also", ()), inputs.also, strict=True):
         _by_content(published, content)
@@ -159,7 +164,7 @@ def _train(jobs: Sequence[Job]) -> Iterator[Summary]:
     """All of a sweep together, as they share one reading of the store."""
     from train import run as train
 
-    tasks = [train.Task(job.runs.config.train, job.directory, job.begin) for job in jobs]
+    tasks = [train.Task(started(job.runs.config.train, job.runs.inputs), job.directory, job.begin) for job in jobs]
     with jobs[0].harvest or nullcontext() as made:
         summaries = train.run(tasks, jobs[0].runs.directory("harvest"), made)
     yield from summaries
@@ -172,6 +177,14 @@ def _take_published(jobs: Sequence[Job]) -> Iterator[Summary]:
         assert runs.config.published
         commit = resolved_commit(runs.inputs.published)
         yield published.run(runs.config.published, commit, runs.directory("harvest"), directory, begin)
+
+
+def started(train: TrainConfig, inputs: Inputs) -> TrainConfig:
+    """The settings with the branch of start_from as the commit that the fingerprint holds."""
+    if not train.start_from or not inputs.start:
+        return train
+    start = train.start_from.model_copy(update={"revision": resolved_commit(inputs.start)})
+    return train.model_copy(update={"start_from": start})
 
 
 def _evaluate(jobs: Sequence[Job]) -> Iterator[Summary]:
@@ -209,7 +222,7 @@ SAMPLE = Stage("sample", SAMPLE_VERSION, (), _section("sample"), _sample_inputs,
 HARVEST = Stage("harvest", HARVEST_VERSION, ("sample",), _section("harvest"), lambda _, i: i.model, _harvest)
 HELDOUT = HARVEST._replace(settings=_heldout, run=partial(_harvest, splits=("holdout",)))
 GIVEN = Stage("harvest", HARVEST_VERSION, (), _given, _given_inputs, _take_given)
-TRAIN = Stage("train", TRAIN_VERSION, ("harvest",), _section("train"), lambda _, __: None, _train)
+TRAIN = Stage("train", TRAIN_VERSION, ("harvest",), _section("train"), _train_inputs, _train)
 PUBLISHED = Stage("train", PUBLISHED_VERSION, ("harvest",), _section("published"), _published_inputs, _take_published)
 EVALUATE = Stage("evaluate", EVALUATE_VERSION, ("train",), _section("evaluate"), _evaluate_inputs, _evaluate)
 

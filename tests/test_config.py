@@ -46,7 +46,8 @@ def test_a_mistyped_setting_names_file_line_and_a_near_one(tmp_path):
     ("override", "expected"),
     [
         ("train.lr=abc", "command line: train.lr: 'abc': input should be a valid number"),
-        ("train.lr=-1", "command line: train.lr: -1: input should be greater than 0"),
+        ("train.lr=-1", "command line: train.lr: -1: input should be greater than or equal to 0"),
+        ("train.lr=0", "lr: 0: trains nothing"),
         ("sample.sources.0.share=0.3", "sum to 0.8"),
         ("train.sae.expansion_factor=8", "exactly one of d_sae and expansion_factor"),
         ("train.training_tokens=1e6", "exactly one of training_tokens and epochs"),

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from harvest.files import UserError, file_crc32c, read_json, replacing, write_sealed
-from harvest.stage_directory import Run
 from train.dataloader import Position
 from train.exclusion import InputStatistics
 from train.kinds import sae_class
 from train.sae import Sae
+from train.start_files import train_run
 
 MARKER, TENSORS = "checkpoint.json", "tensors.safetensors"
 WEIGHTS, ABOUT = "sae_weights.safetensors", "sae.json"
@@ -116,10 +116,8 @@ def run_fingerprint(folder: Path) -> str | None:
 
     Raises UserError where begun.json of the run is damaged.
     """
-    for above in folder.absolute().parents[:3]:
-        if (run := Run(above)).is_begun:
-            return run.begun.get("fingerprint") if run.begun.get("stage") == "train" else None
-    return None
+    run = train_run(folder)
+    return run.begun.get("fingerprint") if run else None
 
 
 def _check_run(path: Path, about: dict[str, Any]) -> None:

@@ -92,6 +92,29 @@ class ExcludeConfig(Settings):
             raise ValueError(f"{said} (context_size), so this leaves out nothing")
 
 
+class StartFrom(Settings):
+    """A finished SAE. A path alone stands for it."""
+
+    path: str
+    """A train directory (of several hooks, the same hook's SAE is taken), the folder of one SAE in it, a SAELens
+    folder, or a hub id. Enters the fingerprint by content, or by commit."""
+    revision: str | None = None
+    """Hub commit; a branch is resolved once and recorded."""
+    file: str = ""
+    """Place of the SAELens folder within `path` (`blocks.19.hook_resid_post`)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_path(cls, given: Any) -> Any:
+        return {"path": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _check(self) -> "StartFrom":
+        if ".." in self.file.split("/") or self.file.startswith("/"):
+            raise ValueError(f"file: {self.file!r} must stay within path")
+        return self
+
+
 class SweepConfig(Settings):
     """Several values of a setting: an SAE for each combination, from one reading of the store."""
 
@@ -129,6 +152,8 @@ class TrainRuntime(Settings):
     """Started as one of several processes: how long to wait at the start for the others."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Send the figures of metrics.jsonl there too (its package must be installed)."""
+    offline: bool = False
+    """Of start_from, use only what the hub's local cache holds."""
 
 
 class TrainConfig(Settings):
@@ -141,8 +166,8 @@ class TrainConfig(Settings):
     """The same as a multiple of the training rows of the store, excluded ones not counted out."""
     batch_size: int = Field(default=4096, ge=2, lt=2**31)
     """Rows of a step."""
-    lr: float = Field(default=5e-5, gt=0)
-    """Adam's learning rate, constant until the decay."""
+    lr: float = Field(default=5e-5, ge=0)
+    """Adam's learning rate, constant until the decay. 0 keeps the weights of start_from."""
     lr_decay_fraction: float = Field(default=0.2, ge=0, le=1)
     """Last part of the steps, over which lr falls linearly to 0."""
     l1_warmup_fraction: float = Field(default=0.05, ge=0, le=1)
@@ -169,6 +194,9 @@ class TrainConfig(Settings):
     """Held-out rows of a look."""
     seed: Seed = 0
     """Initial weights and order of rows."""
+    start_from: StartFrom | None = Field(default=None, json_schema_extra={"added": True})
+    """An SAE whose weights and input scale start the training, of the same kind and width; Adam's moments start at
+    zero, hyperparameters are those set here."""
     sweep: SweepConfig | None = Field(default=None, json_schema_extra={"added": True})
     """Several SAEs from one reading of the store: every combination of these values, each with a folder and
     a fingerprint of its own, as if it were trained alone."""
@@ -180,6 +208,10 @@ class TrainConfig(Settings):
             raise ValueError(f"sweep.l1_coefficient: kind {self.sae.kind} has no l1_coefficient")
         if self.sweep and self.sweep.d_sae and self.sae.d_sae is None:
             raise ValueError("sweep.d_sae needs sae.d_sae instead of sae.expansion_factor")
+        if self.sweep and self.sweep.d_sae and self.start_from:
+            raise ValueError("sweep.d_sae: not together with start_from, whose SAE has one width")
+        if self.lr == 0 and not self.start_from:
+            raise ValueError("lr: 0: trains nothing; give a rate above 0 (0 is for start_from alone)")
         if (self.training_tokens is None) == (self.epochs is None):
             raise ValueError("set exactly one of training_tokens and epochs (null takes one away)")
         if self.training_tokens is not None and self.training_tokens < self.batch_size:

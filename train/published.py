@@ -16,14 +16,13 @@ import torch
 from harvest.activation_store import ActivationStore, slug
 from harvest.device import numerics
 from harvest.files import UserError
-from harvest.language_model import saelens_hook
-from harvest.sources import hub_errors
+from harvest.hub_files import fetch_files
 from harvest.store_files import files_of
 from train.checkpoint import SavedSae, run_fingerprint, save_sae
 from train.exclusion import InputStatistics, input_statistics
 from train.published_config import PublishedConfig, PublishedFiles
 from train.sae import Sae
-from train.saelens import SaelensConfig, read_linear
+from train.saelens import SaelensConfig, canonical_hook, read_linear
 from train.saelens_releases import load_release, release_config
 
 
@@ -125,22 +124,7 @@ def _files(
     path, names = str(published.path), names or published.files()
     if commit is None:
         return [Path(path, name) for name in names]
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntryNotFoundError
-
-    where = f"{where}.path: {path!r}"
-    try:
-        return [Path(hf_hub_download(path, name, revision=commit, local_files_only=offline)) for name in names]
-    except GatedRepoError:
-        raise UserError(
-            f"{where}: gated: accept its terms at https://huggingface.co/{path}, then `hf auth login`"
-        ) from None
-    except LocalEntryNotFoundError:
-        raise UserError(f"{where}: the hub cannot be reached and its cache lacks {tuple(names)}") from None
-    except EntryNotFoundError:
-        raise UserError(f"{where}: holds no {' and '.join(names)}; set file to the place in it") from None
-    except hub_errors() as error:
-        raise UserError(f"{where}: cannot be fetched ({type(error).__name__}: {str(error)[:200]})") from None
+    return fetch_files(path, names, commit, offline, f"{where}.path")
 
 
 def named_hook(where: str, wanted: str | None, config: SaelensConfig) -> str:
@@ -148,23 +132,14 @@ def named_hook(where: str, wanted: str | None, config: SaelensConfig) -> str:
 
     Raises UserError where neither does, and where they name two.
     """
-    named = config.get("hf_hook_name", None) or config.get("hook_name", None)
-    if not isinstance(named, str):
+    named = config.hook
+    if named is None:
         if wanted is None:
             raise UserError(f"{config.path}: names no hook; set hook of {where}")
         return wanted
-    if wanted is not None and _canonical(wanted) != _canonical(named):
+    if wanted is not None and canonical_hook(wanted) != canonical_hook(named):
         raise UserError(f"{where}.hook: {wanted!r}: {config.path} says {named!r}")
     return named
-
-
-def _canonical(hook: str) -> str:
-    """One name for the residual stream after a layer, whoever names it."""
-    before = hook.removesuffix(".hook_resid_pre").removeprefix("blocks.")
-    if before.isdigit() and int(before) > 0 and hook == f"blocks.{before}.hook_resid_pre":
-        return f"blocks.{int(before) - 1}.hook_resid_post"
-    module = hook.removesuffix(".output")  # as Gemma Scope 2 names it
-    return saelens_hook(module) or module
 
 
 def matching_hook(where: str, named: str, hooks: Sequence[str], whose: str) -> str:
@@ -173,7 +148,7 @@ def matching_hook(where: str, named: str, hooks: Sequence[str], whose: str) -> s
     Raises UserError that names both where there is none.
     """
     for hook in hooks:
-        if _canonical(hook) == _canonical(named):
+        if canonical_hook(hook) == canonical_hook(named):
             return hook
     raise UserError(
         f"{where}: belongs to {named!r}; {whose} has {', '.join(hooks)}; harvest its hook (harvest.hooks) to measure it"

@@ -23,6 +23,7 @@ from train.config import TrainConfig
 from train.dataloader import ActivationLoader, heldout_rows
 from train.metrics import last_figures
 from train.parallel import FeatureRanks
+from train.start import check_start
 from train.training import Training, is_trained
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def run(tasks: Sequence[Task], harvest_directory: Path, harvest: "Harvest | None
 
     Tasks differ in l1_coefficient, lr and d_sae alone, so that one stream of batches serves all. `harvest` makes the
     rows, a window at a time; else the store has to be complete. Raises UserError for an incomplete or damaged store, a
-    NaN or infinite loss, or a checkpoint that does not fit.
+    NaN or infinite loss, or a checkpoint or a train.start_from that does not fit.
     """
     config = tasks[0].config
     ranks = FeatureRanks.from_environment(resolve_device(config.runtime.device), config.runtime.peers_seconds)
@@ -64,6 +65,7 @@ def run(tasks: Sequence[Task], harvest_directory: Path, harvest: "Harvest | None
     store.check_complete(("holdout",) if windows else ("train", "holdout"))
     place = Place(store, device, dtype, ranks, windows)
     for task in tasks:
+        _check_start(task, store)
         if ranks.rank == 0:
             of_threads = threads if device.type == "cpu" else None
             task.begin(numerics(device, dtype, threads=of_threads, ranks=ranks.size))
@@ -75,6 +77,14 @@ def run(tasks: Sequence[Task], harvest_directory: Path, harvest: "Harvest | None
         windows.keep(())
     ranks.close()
     return [{h: last_figures(task.directory / slug(h)) for h in hooks} for task in tasks]
+
+
+def _check_start(task: Task, store: ActivationStore) -> None:
+    """Raise UserError for a train.start_from that cannot start what is not begun yet."""
+    folders = {hook: task.directory / slug(hook) for hook in store.geometry.hooks}
+    begun = {hook for hook, folder in folders.items() if is_trained(folder) or any(folder.glob(f"*/*/{MARKER}"))}
+    if task.config.start_from:
+        check_start(task.config, [hook for hook in folders if hook not in begun], store.geometry.d_in)
 
 
 def _begun(harvest: "Harvest", window_shards: int, ranks: FeatureRanks) -> Windows:

@@ -12,7 +12,7 @@ run code is refused.
 
 import pickle
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from harvest.files import UserError, read_json, replacing, write_json
+from harvest.language_model import saelens_hook
 from train.checkpoint import WEIGHTS
 from train.kinds import saelens_classes
 from train.sae import Sae
@@ -108,6 +109,12 @@ class SaelensConfig:
         value = self.fields.get(name)
         return default if value is None else value
 
+    @property
+    def hook(self) -> str | None:
+        """Where it belongs, as it says itself."""
+        named = self.get("hf_hook_name", None) or self.get("hook_name", None)
+        return named if isinstance(named, str) else None
+
     def named(self) -> dict[str, Any]:
         """What a report says of it."""
         names = (
@@ -134,7 +141,7 @@ class SaelensConfig:
             raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from None
         return self.sae(path, tensors, scale)
 
-    def sae(self, path: Path, tensors: dict[str, Tensor], scale: float) -> Sae:
+    def sae(self, path: Path, tensors: Mapping[str, Tensor], scale: float) -> Sae:
         """The same of tensors in memory, of any float type and shapes as in cfg.json; `path` is for messages.
 
         Raises UserError for tensors that do not fit, or hold a NaN.
@@ -144,7 +151,7 @@ class SaelensConfig:
         for name in SCALING:
             if name in weights and not (weights.pop(name) == 1).all():
                 raise UserError(f"{path}: {name} (finetuning_scaling_factor) is not supported")
-        _check_finite(path, weights)
+        check_finite(path, weights)
         if self.b_dec_from_input:
             moved = weights["b_dec"].double() @ weights["W_enc"].double()
             weights["b_enc"] = (weights["b_enc"].double() - moved).float()
@@ -173,6 +180,15 @@ class SaelensConfig:
             raise UserError(f"{self.path}: {name}: {value!r} is not supported; known here: {known}")
 
 
+def canonical_hook(hook: str) -> str:
+    """One name for the residual stream after a layer, whoever names it."""
+    before = hook.removesuffix(".hook_resid_pre").removeprefix("blocks.")
+    if before.isdigit() and int(before) > 0 and hook == f"blocks.{before}.hook_resid_pre":
+        return f"blocks.{int(before) - 1}.hook_resid_post"
+    module = hook.removesuffix(".output")  # as Gemma Scope 2 names it
+    return saelens_hook(module) or module
+
+
 def read_linear(path: Path) -> Sae:
     """A .pt of encoder.weight (F, D), encoder.bias (F,), decoder.weight (D, F), decoder.bias (D,), ReLU between.
 
@@ -196,11 +212,12 @@ def read_linear(path: Path) -> Sae:
     if shapes != [(d_sae, d_in), (d_sae,), (d_in, d_sae), (d_in,)]:
         raise UserError(f"{path}: {', '.join(LINEAR)} are {shapes}, which do not fit each other")
     tensors = {"W_enc": encoder.t().contiguous(), "b_enc": b_enc, "W_dec": decoder.t().contiguous(), "b_dec": b_dec}
-    _check_finite(path, tensors)
+    check_finite(path, tensors)
     return saelens_classes()["standard"](tensors)
 
 
-def _check_finite(path: Path, tensors: dict[str, Tensor]) -> None:
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UserError for tensors, of any shape, that hold a NaN or an infinity."""
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {name} holds a NaN or an infinity")

@@ -20,6 +20,7 @@ from train.exclusion import InputStatistics, input_statistics
 from train.kinds import new_sae
 from train.metrics import DivergedError, Metrics, open_tracker
 from train.parallel import FeatureRanks
+from train.start import starting_sae
 from train.trainer import Trainer
 
 
@@ -71,7 +72,11 @@ class Training:
         self.statistics: InputStatistics = (
             found[0].statistics if found else input_statistics(store, hook, config.exclude, config.window_shards)
         )
-        sae = new_sae(config, g.d_in, self.statistics.scale, device)
+        if config.start_from and not found:
+            sae = starting_sae(config, hook, g.d_in, self.statistics.scale, device)
+            self.statistics = self.statistics._replace(scale=sae.scale)
+        else:
+            sae = new_sae(config, g.d_in, self.statistics.scale, device)
         self.trainer = Trainer(sae, config, self.steps, rows, compute_dtype, ranks)
         self._writes = ranks.rank == 0
         self.position = Position()
