@@ -1,16 +1,20 @@
 """Published SAEs that do not fit, and those that SAELens reads by release and id."""
 
+import json
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from conftest import only, pipeline
+from huggingface_hub.utils import EntryNotFoundError
 from sae_lens import JumpReLUSAEConfig, StandardSAEConfig
 from sae_lens.loading import pretrained_sae_loaders
+from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
 from test_published import HOOK, NAME, D, F, edit_cfg, write_theirs
 from test_published_stage import PATH, SETTINGS
 
+from evaluate.figures import read_figures
 from train import saelens_releases
 from train.checkpoint import load_sae
 
@@ -84,38 +88,82 @@ def test_another_width_or_damage_is_said_before_anything_runs(theirs_folder):
     assert pipeline("stream", *SETTINGS).out.startswith("error: published: nothing is trained")
 
 
-def test_a_release_by_saelens(theirs_folder, monkeypatch):
-    """SAELens' own loaders, its hub a local folder; what they fetch is that of the commit."""
-    theirs = write_theirs(Path("hub/sae"), JumpReLUSAEConfig(d_in=D, d_sae=F, apply_b_dec_to_input=False))
-    commit, asked = "0" * 40, []
+COMMIT = "0" * 40
+RELEASE = ("train=null", "sample.train_tokens=0", "evaluate.features=null", "evaluate.steering=null")
 
-    def download(repo_id: str, filename: str, revision: str, local_files_only: bool, **_options) -> str:
-        asked.append((repo_id, revision, local_files_only))
-        return str(Path("hub") / filename) if Path("hub", filename).exists() else missing()
 
-    def missing():
-        from huggingface_hub.utils import EntryNotFoundError
+@pytest.fixture
+def asked(theirs_folder, monkeypatch) -> set[tuple[str, str, bool]]:
+    """What SAELens' own loaders asked of the hub, which is the folder `hub`."""
+    found = set()
 
-        raise EntryNotFoundError("none")
+    def download(repo_id: str, filename: str, revision: str, local_files_only: bool, subfolder: str = "", **_options):
+        found.add((repo_id, revision, local_files_only))
+        path = Path("hub", subfolder, filename)
+        if not path.exists():
+            raise EntryNotFoundError(filename)
+        return str(path)
 
     monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", download)
-    settings = ("train=null", "published.release=some/body", "published.id=sae", f"published.revision={commit}")
-    ran = pipeline("run", *settings, "sample.train_tokens=0", "evaluate.features=null", "evaluate.steering=null")
+    return found
+
+
+def test_a_release_in_saelens_own_form(asked):
+    theirs = write_theirs(Path("hub/sae"), JumpReLUSAEConfig(d_in=D, d_sae=F, apply_b_dec_to_input=False))
+    settings = (*RELEASE, "published.release=some/body", "published.id=sae", f"published.revision={COMMIT}")
+    also = f"evaluate.also=[{{name: again, release: some/body, id: sae, revision: '{COMMIT}'}}]"
+    fetch = pretrained_sae_loaders.hf_hub_download
+    ran = pipeline("run", *settings, also)
     assert ran.status == 0, ran.out
-    assert {*asked} == {("some/body", commit, False)}
-    assert pretrained_sae_loaders.hf_hub_download is download
+    assert asked == {("some/body", COMMIT, False)}
+    assert pretrained_sae_loaders.hf_hub_download is fetch
     saved = load_sae(only(Path(), f"runs/train/*/{HOOK}"))
     x = torch.randn(32, D, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert 0 < (theirs.encode(x) > 0).float().mean() < 1
         assert torch.allclose(saved.sae.encode(x), theirs.encode(x), rtol=1e-5, atol=1e-5)
-    assert "some/body/sae" in only(Path(), "runs/evaluate/*/report.html").read_text()
-    edit_cfg(Path("hub/sae"), architecture="gated")
-    ran = pipeline("train", *settings, "published.exclude.positions=[0]", "sample.train_tokens=0")
+    own, again = read_figures(only(Path(), "runs/evaluate/*")).saes
+    assert own.value("l0") == again.value("l0") > 0
+    assert "the published SAE <code>some/body/sae</code>" in only(Path(), "runs/evaluate/*/report.html").read_text()
+    edit_cfg(Path("hub/sae"), normalize_activations="layer_norm")
+    ran = pipeline("train", *settings, "published.exclude.positions=[0]", "published.runtime.offline=true")
     assert ran.status == 1
-    assert (
-        "published.release: some/body/sae: SAELens cannot load it" in ran.out or "'gated' is not supported" in ran.out
-    )
+    assert "error: some/body/sae: normalize_activations: 'layer_norm' is not supported" in ran.out
+    assert ("some/body", COMMIT, True) in asked
+
+
+def test_a_release_that_saelens_converts(asked):
+    """Llama Scope R1's form, in which thresholds are logarithms; a scale that SAELens knows is folded in by it."""
+    folder = Path("hub/800M-Slimpajama-0-OpenR1-Math-220k/L1R")
+    folder.mkdir(parents=True)
+    cfg = {"d_model": D, "expansion_factor": 2, "hook_point_in": NAME}
+    (folder / "config.json").write_text(json.dumps(cfg))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "decoder.weight": (D, 2 * D),
+        "decoder.bias": (D,),
+        "encoder.weight": (2 * D, D),
+        "encoder.bias": (2 * D,),
+    }
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    tensors["log_jumprelu_threshold"] = torch.randn(2 * D, generator=generator)
+    safetensors.torch.save_file(tensors, folder / "sae_weights.safetensors")
+    release = ("published.release=llama_scope_r1_distill", "published.id=l1r_800m_slimpajama")
+    ran = pipeline("run", *RELEASE, *release, f"published.revision={COMMIT}")
+    assert ran.status == 0, ran.out
+    said = "l1r_800m_slimpajama says that it is of 'meta-llama/Llama-3.1-8B', and model.name is 'assets/tiny-llama'"
+    assert said in ran.out
+    assert asked == {("fnlp/Llama-Scope-R1-Distill", COMMIT, False)}
+    saved = load_sae(only(Path(), f"runs/train/*/{HOOK}"))
+    assert (saved.sae.kind, saved.statistics.scale) == ("jumprelu", 1)
+    scale = get_norm_scaling_factor("llama_scope_r1_distill", "l1r_800m_slimpajama")
+    assert scale > 2
+    x = torch.randn(32, D, generator=generator) / scale
+    z = x * scale @ tensors["encoder.weight"].T + tensors["encoder.bias"]
+    f = z * (z > tensors["log_jumprelu_threshold"].exp())
+    assert torch.allclose(saved.sae.encode(x), f, rtol=1e-4, atol=1e-4)
+    rebuilt = (f @ tensors["decoder.weight"].T + tensors["decoder.bias"]) / scale
+    assert torch.allclose(saved.sae.decode(f), rebuilt, rtol=1e-4, atol=1e-4)
 
 
 def test_without_saelens_a_release_says_what_to_install(theirs_folder, monkeypatch):
