@@ -80,7 +80,9 @@ def train_theirs(runs: Runs, steps: int, folder: Path) -> None:
             metadata=metadata,
         )
     )
-    about = SAETrainerConfig(steps * train.batch_size, train.batch_size, lr=train.lr, n_batches_for_norm_estimate=10)
+    about = SAETrainerConfig(
+        steps * train.batch_size, train.batch_size, lr=train.lr, lr_end=train.lr, n_batches_for_norm_estimate=10
+    )
     SAETrainer(about, sae, rows()).fit().save_inference_model(folder)
 
 

@@ -88,8 +88,6 @@ def plan_published(
     g, batch = s.geometry, config.harvest.batch_contexts
     in_bucket = config.harvest.runtime.store
     total, tokens = 2 * s.contexts + (0 if in_bucket else s.store), g.holdout_shards * g.shard_rows
-    fixed, context = _forward_memory(s, here)
-    fits = fixed + batch * context <= MARGIN * here.memory
     yield f"model    {config.model.name}: {s.layers} decoder layers are run, d_in {g.d_in:,} ({shape.origin})"
     yield f"budget   {tokens:,} held-out tokens in {g.holdout_shards:,} shards; nothing is trained"
     yield from _section(
@@ -98,14 +96,20 @@ def plan_published(
         ("store, held out", f"{size_text(s.store)}{f', in {in_bucket}' if in_bucket else ''}"),
         ("in all", f"{size_text(total)}; free in {root}: {size_text(free)}"),
     )
-    yield from _section(
-        here.name,
-        ("rates", f"forward {_number(here.forward, 'tokens/s')}; {here.note}"),
-        ("memory, harvest", f"{size_text(fixed + batch * context)} of {size_text(here.memory)} free"),
-    )
+    memory = {}
+    for machine in (here, *([] if here.is_gpu else _elsewhere(config, s))):
+        fixed, context = _forward_memory(s, machine)
+        memory[machine.name] = fixed + batch * context
+        yield from _section(
+            machine.name,
+            ("rates", f"forward {_number(machine.forward, 'tokens/s')}; {machine.note}"),
+            ("memory, harvest", f"{size_text(memory[machine.name])} of {size_text(machine.memory)} free"),
+            ("harvest", _hours(harvest_seconds(s, machine, tokens))),
+        )
     yield ""
     yield "not measured: tokenizing, downloads of the model, the text and the SAE, evaluation and its memory"
     obstacles = [f"the disk of {root} lacks {size_text(total - free)}"] if total > free else []
+    fits = memory[here.name] <= MARGIN * here.memory
     obstacles += [] if fits else [f"harvest.batch_contexts={batch} does not fit into {size_text(here.memory)}"]
     yield (
         f"in short, on this machine: {'; '.join(obstacles) or 'it fits'}; "
@@ -117,7 +121,7 @@ def _elsewhere(config: PipelineConfig, s: Sizes) -> Iterator[Machine]:
     for known in KNOWN:
         if s.geometry.d_in >= known.least_d_in:
             forward = FORWARD_PART[config.harvest.compile] * known.flops / s.flop_per_token
-            step = known.step * config.train.batch_size * s.geometry.d_in * s.d_sae
+            step = known.step * config.train.batch_size * s.geometry.d_in * s.d_sae if config.train else None
             yield Machine(known.name, True, 2, known.memory, None, None, forward, step, "in proportion to the work")
 
 

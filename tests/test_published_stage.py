@@ -18,9 +18,13 @@ from typer.testing import CliRunner
 from evaluate.figures import read_figures
 from harvest.activation_store import ActivationStore
 from harvest.contexts import Contexts
+from pipeline.architecture import find_architecture
 from pipeline.cli import app
 from pipeline.config import load
 from pipeline.dry_run import rehearsal
+from pipeline.estimate import plan_published
+from pipeline.measure import Machine
+from pipeline.sizes import sizes
 from pipeline.stages import find_runs
 from train.checkpoint import load_sae
 
@@ -268,6 +272,10 @@ def test_two_linear_layers_and_given_activations(theirs_folder):
     ) > 0
     sae = read_figures(Path(ran.out.splitlines()[-1]).parent).own(HOOK)
     assert sae.value("l0") == pytest.approx(f.sum(1).float().mean().item(), rel=0.05)  # half of the rows
+    Path("trained.yaml").write_text("ingest: {}\ntrain: {sae: {d_sae: 8}, epochs: 1, batch_size: 64}\n")
+    ran = pipeline("status", *settings, f"ingest.hooks=[{HOOK}]", config=Path("trained.yaml"))
+    assert "harvest   complete" in ran.out
+    assert "train     would run: it has not been run yet" in ran.out  # a published one is no earlier training
 
 
 def test_rehearsed_and_estimated(theirs_folder, monkeypatch):
@@ -281,6 +289,22 @@ def test_rehearsed_and_estimated(theirs_folder, monkeypatch):
     assert ran.status == 0, ran.out
     assert "published SAE" in Path(ran.out.splitlines()[-1]).read_text()
     assert contents(Path("theirs")) == before
+
+
+def test_the_shipped_settings_are_estimated():
+    config = load(ROOT / "configs" / "published-r1.yaml", [])
+    shape = find_architecture(config.model, offline=True)
+    s = sizes(config, shape)
+    assert (s.geometry.train_shards, s.geometry.holdout_shards) == (0, 32)
+    assert s.store == s.holdout == pytest.approx(2 * 4096 * 2_097_152, rel=0.01)
+    machine = Machine("a GPU", True, 2, 80 * 10**9, 1e12, 1e12, 50_000.0, None, "measured")
+    lines = [*plan_published(config, shape, s, machine, 10**12, Path("runs"))]
+    assert lines[-1] == "in short, on this machine: it fits; harvest 42s; 17 GB of disk"  # 2,097,152 at 50,000/s
+    assert not any("train" in line.replace("nothing is trained", "") for line in lines)
+    lines = [*plan_published(config, shape, s, machine._replace(is_gpu=False, memory=10**9), 10**10, Path("runs"))]
+    assert any("one H100" in line for line in lines)
+    assert "the disk of runs lacks 7." in lines[-1]
+    assert "harvest.batch_contexts=16 does not fit into 1 GB" in lines[-1]
 
 
 def test_the_shipped_settings_are_rehearsed_with_a_stand_in():
