@@ -22,6 +22,7 @@ from harvest.sources import hub_errors
 from pipeline.metrics import read_evaluation
 from pipeline.running import trained
 from pipeline.stages import Runs, swept
+from train.published_config import PLACE
 
 if TYPE_CHECKING:
     from train.checkpoint import SavedSae  # loads torch
@@ -221,7 +222,8 @@ def _origin_of_others(runs: Runs) -> dict[str, str] | None:
 def _card_settings(manifest: dict[str, Any], single: bool) -> dict[str, Any]:
     """Settings of the training; what it started from by its training run or name, and content."""
     settings = {name: value for name, value in manifest["settings"].items() if name != "sae" or single}
-    settings.pop("path", None)  # of a published SAE, which the card names
+    if "published" in manifest["inputs"]:  # the card says where it is from
+        settings = {name: value for name, value in settings.items() if name not in PLACE}
     if start := settings.get("start_from"):
         from train.start_files import train_run
 
@@ -238,6 +240,7 @@ def _code(value: Any) -> str:
 
 def _card_row(sae: Exported, trained: Any) -> dict[str, Any]:
     run, config = sae.runs.of("evaluate"), sae.runs.config
+    formula = inspect.getdoc(type(trained)) or ""
     sparsity = config.train.sae.hyperparameters() if config.train else trained.settings()
     measured = read_evaluation(run).own(sae.hook) if run.is_complete else None
     figures = {name: measured.figure(name) if measured else None for name in FIGURES}
@@ -246,7 +249,7 @@ def _card_row(sae: Exported, trained: Any) -> dict[str, Any]:
         "hook": sae.hook,
         "d_in": trained.d_in,
         "d_sae": trained.d_sae,
-        "formula": inspect.getdoc(type(trained)),
+        "formula": formula if config.train else formula.partition(", loss ")[0],  # whose loss is not known
         "sparsity": ", ".join(f"{k} {v:g}" for k, v in sparsity.items()) or "–",
         "figures": [form.format(f.value) if (f := figures[name]) else "–" for name, form in FIGURES.items()],
         "evaluated": measured is not None,

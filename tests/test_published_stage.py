@@ -171,6 +171,7 @@ def test_it_exports_steers_and_compares(published_folder):
     assert again.cfg.metadata.exclude_special_tokens is False
     card = Path("out/README.md").read_text()
     assert "Published by others as `theirs` (`sha256:" in card
+    assert "- f = ReLU(z)\n" in card
     assert "Trained on" not in card
     assert "training never saw" not in card
     assert pipeline("push", "nobody/nothing", *SETTINGS, "--folder", "out").status == 0
