@@ -4,7 +4,7 @@ A feature that fires under one and not under the other is what has changed betwe
 reasoning features so). Two sources of text need one model, and their rates come from the stored rows. For
 two models both read the same held-out contexts here, and a row counts for neither where one would leave it out.
 
-Shape suffixes: N rates, F d_sae.
+Shape suffixes: N rates or points, F d_sae.
 """
 
 from typing import Any, NamedTuple
@@ -90,10 +90,14 @@ def compare(a: Rates, b: Rates, present: float, absent: float) -> tuple[dict[str
             {"feature": int(i), "rate": float(here_F[i]), "rate_there": float(there_F[i])} for i in best
         ]
     fires_F = (a.rate_F > 0) | (b.rate_F > 0)
-    x, y = _cell(a.rate_F[fires_F]), _cell(b.rate_F[fires_F])
-    cells, counts = np.unique(np.stack([x, y], 1), axis=0, return_counts=True)
-    lists["cells"] = [[int(i), int(j), int(n)] for (i, j), n in zip(cells, counts, strict=True)]
+    lists["cells"] = density_cells(a.rate_F[fires_F], b.rate_F[fires_F])
     return figures, lists
+
+
+def density_cells(x_N: np.ndarray, y_N: np.ndarray) -> list[tuple[int, int, int]]:
+    """Column, row and count of the cells of a chart with log axes from FLOOR to 0, which hold points (x, y)."""
+    cells, counts = np.unique(np.stack([_cell(x_N), _cell(y_N)], 1), axis=0, return_counts=True)
+    return [(int(i), int(j), int(n)) for (i, j), n in zip(cells, counts, strict=True)]
 
 
 def _cell(rate_N: np.ndarray) -> np.ndarray:

@@ -211,6 +211,27 @@ def compare(
     print(folder / "compare.html")
 
 
+@command("diff-stages")
+def diff_stages(
+    model_first: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="Last training run of a path: train directory, fingerprint or settings file."
+        ),
+    ],
+    data_first: Annotated[str, typer.Argument(metavar="RUN", help="Last training run of the other path.")],
+    runs: Root = Path("runs"),
+    to: Annotated[Path | None, typer.Option(help="Folder of the report; runs/diff-stages by default.")] = None,
+) -> None:
+    """Rank features by how far they turn while an SAE is fine-tuned along two paths (train.start_from)."""
+    from pipeline import diff_stages as staged
+
+    folder = to or runs / "diff-stages"
+    for line in staged.diff_stages((model_first, data_first), runs, folder):
+        print(line)
+    print(folder / "diff-stages.html")
+
+
 def main() -> None:
     """Run one command; exit statuses as `errors` gives them."""
     app(prog_name="python -m pipeline")

@@ -104,7 +104,7 @@ def identify(config: PipelineConfig, memory: "Memory", stages: Sequence[str] = S
     if config.published and "train" in stages:
         inputs = inputs._replace(published=_published_identity("published", config.published, memory))
     if "train" in stages and config.train and config.train.start_from:
-        inputs = inputs._replace(start=_start_identity(config.train.start_from, memory))
+        inputs = inputs._replace(start=start_identity(config.train.start_from, memory))
     if config.ingest:
         if "harvest" not in stages:
             return inputs
@@ -218,7 +218,11 @@ def _published_identity(setting: str, published: PublishedFiles, memory: Memory)
     return memory.files_hash(files)
 
 
-def _start_identity(start: StartFrom, memory: Memory) -> str:
+def start_identity(start: StartFrom, memory: Memory) -> str:
+    """Content of a given SAE, or of all those of a train directory; its commit on the hub.
+
+    Raises UserError for one that is missing or unfinished.
+    """
     if is_on_hub(start):
         return f"{memory.commit('model', start.path, start.revision, 'train.start_from')}/{start.file}".rstrip("/")
     return memory.files_hash(find_start(start).files)

@@ -7,13 +7,16 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import TWO_HOOKS, contents, only, pipeline
+from conftest import ROOT, TWO_HOOKS, contents, only, pipeline
 from test_peers import free_port
+from typer.testing import CliRunner
 
 from evaluate.figures import read_figures
 from harvest.files import UserError, read_json
+from pipeline.cli import app
 from train import training
 from train.checkpoint import load_sae, save_sae
 from train.config import StartFrom
@@ -207,6 +210,36 @@ def test_an_export_is_started_from_as_saelens_reads_it(given):
         old, new = (read_figures(directory("evaluate", *of)).own(HOOK) for of in ((), options))
         assert new.value("explained_variance") == pytest.approx(old.value("explained_variance"), rel=1e-4)
         assert new.value("l0") == pytest.approx(old.value("l0"), rel=1e-3)
+
+
+def test_an_sae_of_saelens_for_scaled_rows_takes_the_scale_of_these_rows(given):
+    """Its steps can be followed too: with lr 0 no feature turns."""
+    run("export", "--to", "out")
+    cfg = Path("out/blocks.1.hook_resid_post/cfg.json")
+    cfg.write_text(json.dumps(json.loads(cfg.read_text()) | {"normalize_activations": "expected_average_only_in"}))
+    options = ("train.start_from=out", *STILL)
+    run("train", *options)
+    saved, theirs = load_sae(directory("train", *options) / HOOK), load_sae(given / HOOK)
+    assert saved.statistics.scale == theirs.statistics.scale  # of the same store
+    assert torch.allclose(saved.sae.W_enc, theirs.sae.W_enc * theirs.sae.scale)
+    name = str(directory("train", *options))
+    ran = CliRunner().invoke(app, ["diff-stages", name, name])
+    assert ran.exit_code == 0, ran.output
+    found = read_json(Path("runs/diff-stages/diff-stages.json"))
+    assert [stage["name"] for stage in found["paths"][0]] == ["out", Path(name).name]
+    assert found["hooks"][HOOK]["quantiles"]["0.99"] == [0, 0]
+
+
+def test_given_activations(given):
+    """Hooks of an ingest have the names of their arrays."""
+    np.save("acts.npy", np.random.default_rng(0).standard_normal((4096, 32), np.float32))
+    options = ("ingest.path=acts.npy", f"ingest.hooks=[{HOOK}]", "ingest.shard_rows=512", "ingest.chunk_rows=128")
+    options += ("train.sae.expansion_factor=4", "train.batch_size=64", "train.pool_rows=512", *STILL)
+    for stage in ("ingest", "train"):
+        ran = pipeline(stage, *options, f"train.start_from={given}", config=ROOT / "configs/ingest.yaml")
+        assert ran.status == 0, ran.out
+    ran = pipeline("path", "train", *options, f"train.start_from={given}", config=ROOT / "configs/ingest.yaml")
+    assert torch.equal(load_sae(Path(ran.out.strip()) / HOOK).sae.W_dec, load_sae(given / HOOK).sae.W_dec)
 
 
 def test_a_topk_sae_takes_the_k_of_the_settings(given):

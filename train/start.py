@@ -24,7 +24,7 @@ def starting_sae(config: TrainConfig, hook: str, d_in: int | None, scale: float,
     hook, kind or width than the settings have.
     """
     assert config.start_from
-    given, place = _read(config.start_from, hook, scale, config.runtime.offline)
+    given, place = read_given(config.start_from, hook, scale, config.runtime.offline)
     d_in, chosen = d_in or given.d_in, config.sae
     for name, has, wanted, way_out in (
         ("kind", given.kind, chosen.kind, f"set train.sae.kind={given.kind}"),
@@ -51,8 +51,11 @@ def check_start(config: TrainConfig, hooks: Sequence[str], d_in: int | None) -> 
         starting_sae(config, hook, d_in, 1.0, "meta")
 
 
-def _read(start: StartFrom, hook: str, scale: float, offline: bool) -> tuple[Sae, Path]:
-    """The given SAE on the CPU, and where it lies."""
+def read_given(start: StartFrom, hook: str, scale: float, offline: bool) -> tuple[Sae, Path]:
+    """The given SAE of a hook on the CPU, and where it lies.
+
+    Raises UserError for one that is missing, damaged or unfinished, and where none is of this hook.
+    """
     if is_on_hub(start):
         files = fetch_files(start.path, hub_names(start), start.revision or "main", offline, "train.start_from")
         folder, about = files[0].parent, CONFIG
