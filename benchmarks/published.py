@@ -145,7 +145,8 @@ def theirs(runs: Runs, folder: Path) -> dict[str, float]:
         model = load_model(config.model, None, [hook], dtype, cpu, with_head=True)
         model.modules[hook].register_forward_hook(lambda _module, _inputs, output: output.bfloat16().to(output.dtype))
         proxy = HookedProxyLM(model.model, AutoTokenizer.from_pretrained(config.model.name), hook_names=[hook])
-        evals = EvalConfig(batch, **batches, **dict.fromkeys(parts, True))
+        chosen: dict[str, Any] = dict.fromkeys(parts, True)
+        evals = EvalConfig(batch, **batches, **chosen)
         sae, tokens = SAE.load_from_disk(folder), cast(Any, Tokens(ids, batch))
         metrics, _ = run_evals(sae, tokens, proxy, ActivationScaler(), evals, exclude_special_tokens=False)
         found |= {name: value for group in metrics.values() for name, value in group.items()}
