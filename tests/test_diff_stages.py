@@ -231,5 +231,10 @@ def test_on_text_with_links_to_pages(run_folder):
     assert {stage["model"] for path in found["paths"] for stage in path} == {"assets/tiny-llama"}
     (hook,) = found["hooks"].values()
     pages = [(title, link) for row in hook["top"]["score"] for title, link in row["pages"].items()]
-    assert {title for title, _ in pages} == {"first", "path 1", "path 2"}
+    of = {title: read_json(Path("runs/diff-stages", link).parents[2] / "manifest.json") for title, link in pages}
+    assert {title: about["upstreams"] for title, about in of.items()} == {
+        "first": [first],
+        "path 1": [by_way],
+        "path 2": [direct],
+    }
     assert all((Path("runs/diff-stages") / link).is_file() for _, link in pages)
