@@ -1,7 +1,7 @@
 """Settings of the train stage."""
 
 import itertools
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -96,6 +96,7 @@ class SaeConfig(Settings):
 class ExcludeConfig(Settings):
     """Rows that are not trained on."""
 
+    setting: ClassVar[str] = "train.exclude"  # as messages name it
     token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Rows of these tokens are not trained on (the paper: 128000 and 128001, BOS and EOS)."""
     positions: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -113,7 +114,7 @@ class ExcludeConfig(Settings):
     def check_positions(self, context_size: int) -> None:
         """Raise ValueError for positions that no context has."""
         if beyond := [position for position in self.positions if position >= context_size]:
-            said = f"train.exclude.positions: {beyond[0]}: a context has positions 0 to {context_size - 1}"
+            said = f"{self.setting}.positions: {beyond[0]}: a context has positions 0 to {context_size - 1}"
             raise ValueError(f"{said} (context_size), so this leaves out nothing")
 
 
