@@ -13,6 +13,7 @@ from harvest.progress import duration, size_text
 from pipeline.architecture import Architecture, find_architecture
 from pipeline.config import PipelineConfig
 from pipeline.measure import FORWARD_PART, Machine, measure
+from pipeline.memory import harvest_memory, pinned_pools, training_memory
 from pipeline.sizes import Sizes, sizes
 from pipeline.tables import table
 
@@ -88,29 +89,21 @@ def _elsewhere(config: PipelineConfig, s: Sizes) -> Iterator[Machine]:
             yield Machine(known.name, True, 2, known.memory, None, None, forward, step, "in proportion to the work")
 
 
-def _memory(config: PipelineConfig, s: Sizes, machine: Machine) -> tuple[int, int, int]:
-    """Bytes of device memory of the harvest and of training, and the largest batch of contexts that fits."""
-    g, train = s.geometry, config.train
-    fixed = s.parameters * machine.element + g.shard_rows * g.d_in * 2 * (3 + len(g.hooks))
-    context = s.context * machine.element // 4
-    # Weights, gradients and two moments of Adam, copies for the products; then what a dense step makes of a batch.
-    training = s.saes * s.sae // 4 * (16 + 2) + 13 * train.batch_size * s.d_sae + 2 * g.d_in * train.validation_rows
-    room = MARGIN * machine.memory - fixed
-    fitting = [k for k in range(1, g.shard_contexts + 1) if g.shard_contexts % k == 0 and k * context <= room]
-    return fixed + config.harvest.batch_contexts * context, training, max(fitting, default=0)
+def _largest_batch(s: Sizes, machine: Machine) -> int:
+    return harvest_memory(s, machine).largest(s.geometry.shard_contexts, MARGIN * machine.memory)
 
 
 def _too_large(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:
-    _, train, largest = _memory(config, s, machine)
+    train, largest = training_memory(config.train, s, machine), _largest_batch(s, machine)
     batch = config.harvest.batch_contexts
     found = {f"harvest.batch_contexts={batch}": batch > largest, "training": train > MARGIN * machine.memory}
     return [f"{what} does not fit into {size_text(machine.memory)}" for what, holds in found.items() if holds]
 
 
 def _machine(config: PipelineConfig, s: Sizes, here: Machine, machine: Machine) -> Iterator[str]:
-    g, train, batch = s.geometry, config.train, config.harvest.batch_contexts
-    harvest, training, largest = _memory(config, s, machine)
-    pools = size_text(2 * 2 * g.d_in * train.pool_rows)
+    g, train, batch, fixed = s.geometry, config.train, config.harvest.batch_contexts, harvest_memory(s, machine)
+    harvest, training = fixed.fixed + batch * fixed.context, training_memory(train, s, machine)
+    largest, pools = _largest_batch(s, machine), size_text(pinned_pools(train, s, machine))
     written = machine.forward and machine.forward * s.shard / g.shard_rows
     wanted = machine.step and train.batch_size / (machine.step * s.saes) * 2 * g.d_in
     forward, step = _number(machine.forward, "tokens/s"), _number(machine.step and 1000 * machine.step, "ms")

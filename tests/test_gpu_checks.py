@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import kernels, training, wheels
+from benchmarks.gpu import full_training, harvest, kernels, training, wheels
 from benchmarks.gpu.__main__ import Check, run_check, table
-from benchmarks.gpu.check import Place
+from benchmarks.gpu.check import FULL, Place
 from harvest.device import has_bfloat16, resolve_dtype
 from train.config import KINDS
 from train.nonzeros import PLAIN
@@ -79,6 +79,30 @@ def test_a_failed_check_is_told_whole_and_its_figures_stay(tmp_path, monkeypatch
     assert late["status"].startswith("out of time") and late["figures"] == {"l0": 3.5} and late["seconds"] < 30
     assert passed["status"] == "passed" and "error" not in passed
     assert "| harvest | out of time after 2 s |" in table([failed, late, passed], "a machine")
+
+
+# On an NVIDIA H200 (benchmarks/results.md): the largest of torch.cuda.max_memory_allocated of the runs of a check.
+@pytest.mark.parametrize(
+    ("kind", "d_sae", "peak"),
+    [
+        ("standard", 65_536, 10_975_248_896),
+        ("standard", 16_384, 3.32e9),
+        ("topk", 4096, 1.24e9),
+        ("batchtopk", 4096, 1.24e9),
+        ("jumprelu", 4096, 1.06e9),
+        ("matryoshka", 4096, 2.18e9),
+    ],
+)
+def test_the_estimate_of_trainings_memory_is_near_what_was_measured(kind, d_sae, peak, tmp_path):
+    place = Place(tmp_path, tmp_path / "notes")
+    place.sizes = FULL
+    about = training.settings(kind, d_sae, place)
+    assert peak / full_training.estimated(place, about) == pytest.approx(1, abs=0.1)
+
+
+def test_the_model_of_the_harvest_check_has_the_layers_that_are_compiled():
+    made = harvest.model(compiled=False)
+    assert len(made.layers) == harvest.LAYER + 1 and made.modules[harvest.HOOK] is made.layers[-1]
 
 
 def test_figures_are_kept_as_they_come(tmp_path):
