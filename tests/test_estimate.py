@@ -74,9 +74,7 @@ def test_memory_of_the_papers_run_by_arithmetic():
 
     B, D, F = 4096, 4096, 65_536
     weights, looks = 2 * D * F + D + F, 16_384 * D * 2
-    kept = (
-        14 * weights + 4 * weights + looks
-    )  # weights, two moments, copies in bfloat16; gradients; rows
+    kept = 14 * weights + 4 * weights + looks  # weights, two moments, copies in bfloat16; gradients; rows
     look = 6 * B * F + 12 * B * D  # a dense look: features in float32 and bfloat16; three float32 tensors of rows
     assert memory() == kept + look
     # Half of all entries are active at first: 28 bytes each beside the gradients, and the rows in five forms.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import full_training, harvest, kernels, training, wheels
-from benchmarks.gpu.__main__ import Check, run_check, table
+from benchmarks.gpu.__main__ import NOT_RUN, Check, run_check, table, verdict
 from benchmarks.gpu.check import FULL, Place
 from harvest.device import has_bfloat16, resolve_dtype
 from train.config import KINDS
@@ -64,21 +64,29 @@ def test_differences_between_runs_are_named():
 def test_a_failed_check_is_told_whole_and_its_figures_stay(tmp_path, monkeypatch, capsys):
     popen = subprocess.Popen
 
-    def ended(body):
+    def ended(body, seconds=1.5):
         def started(arguments, **options):
             notes = arguments[arguments.index("--notes") + 1]
             code = f"import pathlib, time; pathlib.Path({notes!r}).write_text('{{\"l0\": 3.5}}\\n'); {body}"
             return popen([sys.executable, "-c", code], **options)
 
         monkeypatch.setattr(subprocess, "Popen", started)
-        return run_check(Check("harvest", 9, "says"), 1.5, tmp_path, tmp_path)
+        return run_check(Check("harvest", seconds, "says"), 1.5, tmp_path, tmp_path)
 
     failed, late, passed = map(ended, ("1/0", "time.sleep(60)", "0"))
+    cut_off = ended("time.sleep(60)", seconds=9)
     assert failed["status"] == "failed, exit 1" and "ZeroDivisionError" in failed["error"]
     assert "ZeroDivisionError" in capsys.readouterr().out
     assert late["status"].startswith("out of time") and late["figures"] == {"l0": 3.5} and late["seconds"] < 30
     assert passed["status"] == "passed" and "error" not in passed
     assert "| harvest | out of time after 2 s |" in table([failed, late, passed], "a machine")
+    assert cut_off["status"].startswith("cut off")
+    assert verdict([passed, {**failed, "check": "steps"}, cut_off], True) == "failed: steps; no time left for: harvest"
+    assert verdict([late], True) == "failed: harvest"
+    not_run = {"check": "suite", "status": NOT_RUN}
+    assert verdict([passed, not_run], False) == "no time left for: suite" and not verdict([passed, not_run], True)
+    assert "no time left for: suite" in capsys.readouterr().out
+    assert not verdict([passed], False)
 
 
 # On an NVIDIA H200 (benchmarks/results.md): the largest of torch.cuda.max_memory_allocated of the runs of a check.
