@@ -12,6 +12,7 @@ from benchmarks.gpu import full_training, harvest, kernels, training, wheels
 from benchmarks.gpu.__main__ import NOT_RUN, Check, run_check, table, verdict
 from benchmarks.gpu.check import FULL, Place
 from harvest.device import has_bfloat16, resolve_dtype
+from harvest.files import is_out_of_memory
 from train.config import KINDS
 from train.nonzeros import PLAIN
 from train.sparse_step import operations_for
@@ -131,6 +132,19 @@ def test_the_stages_import_neither_datasets_nor_gguf():
 
 def test_every_wheel_has_a_version():
     assert all("==" in line for line in wheels.requirements()) and len(wheels.requirements()) >= 8
+
+
+@pytest.mark.parametrize(
+    ("said", "is_memory"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),  # pinned memory
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_all_errors_of_a_gpus_memory_are_told_as_such(said, is_memory):
+    assert is_out_of_memory(RuntimeError(said)) == is_memory
+    assert not is_out_of_memory(ValueError(said))
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
