@@ -28,14 +28,15 @@ def compare(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
 
     `settings` of a row are those in which the runs differ.
     """
-    names = sorted({name for run in runs for name in run.settings})
-    differing = [n for n in names if len({repr(run.settings.get(n)) for run in runs}) > 1]
+    differing = _differing(runs)
     rows = [
         {
             "run": run.fingerprint,
-            "sae": sae.name,
+            "sae": sae.name or sae.about.get("label", ""),
             "hook": sae.hook,
-            "settings": {} if sae.name else {name: run.settings.get(name) for name in differing},
+            "settings": {}
+            if sae.name
+            else {n: run.settings.get(n) for n in differing if not sae.about or not _of_sae(n)},
             "figures": {name: sae.value(name) for name in FIGURES},
         }
         for run in runs
@@ -43,6 +44,22 @@ def compare(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
     ]
     unlike_any = float("inf")
     return sorted(rows, key=lambda r: (r["hook"], unlike_any if (l0 := r["figures"]["l0"]) is None else l0, r["run"]))
+
+
+def _differing(runs: Sequence[Evaluated]) -> list[str]:
+    """Settings in which runs differ; those of training in which runs of SAEs of our own do."""
+    found = []
+    trained = [run for run in runs if not run.figures.saes[0].about]
+    for name in sorted({name for run in runs for name in run.settings}):
+        among = trained if _of_sae(name) else runs
+        if len({repr(run.settings.get(name)) for run in among}) > 1:
+            found.append(name)
+    return found
+
+
+def _of_sae(name: str) -> bool:
+    """Whether a setting says how an SAE came about, or which rows were made for it."""
+    return name.startswith("train.") or name == "harvest.splits"
 
 
 def titles() -> dict[str, str]:

@@ -42,7 +42,8 @@ def estimate(config: PipelineConfig, root: Path) -> Iterator[str]:
     shape = find_architecture(config.model, config.harvest.runtime.offline)
     s = sizes(config, shape)
     here = measure(config, s, root)
-    yield from plan(config, shape, s, here, shutil.disk_usage(root).free, root)
+    lines = plan_published if config.published else plan
+    yield from lines(config, shape, s, here, shutil.disk_usage(root).free, root)
 
 
 def plan(config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, free: int, root: Path) -> Iterator[str]:
@@ -81,11 +82,46 @@ def plan(config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, f
     yield f"in short, on this machine: {'; '.join(obstacles) or 'it fits'}; {taken}; {size_text(needed)} of disk"
 
 
+def plan_published(
+    config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, free: int, root: Path
+) -> Iterator[str]:
+    """The lines where an SAE of others is in the place of training: the held-out rows are all that is made."""
+    g, batch = s.geometry, config.harvest.batch_contexts
+    in_bucket = config.harvest.runtime.store
+    total, tokens = 2 * s.contexts + (0 if in_bucket else s.store), g.holdout_shards * g.shard_rows
+    yield f"model    {config.model.name}: {s.layers} decoder layers are run, d_in {g.d_in:,} ({shape.origin})"
+    yield f"budget   {tokens:,} held-out tokens in {g.holdout_shards:,} shards; nothing is trained"
+    yield from _section(
+        "disk",
+        ("contexts", f"{size_text(2 * s.contexts)} while sampling, then {size_text(s.contexts)}"),
+        ("store, held out", f"{size_text(s.store)}{f', in {in_bucket}' if in_bucket else ''}"),
+        ("in all", f"{size_text(total)}; free in {root}: {size_text(free)}"),
+    )
+    memory = {}
+    for machine in (here, *([] if here.is_gpu else _elsewhere(config, s))):
+        memory[machine.name] = harvest_memory(s, machine).of(batch)
+        yield from _section(
+            machine.name,
+            ("rates", f"forward {_number(machine.forward, 'tokens/s')}; {machine.note}"),
+            ("memory, harvest", f"{size_text(memory[machine.name])} of {size_text(machine.memory)} free"),
+            ("harvest", _hours(harvest_seconds(s, machine, tokens))),
+        )
+    yield ""
+    yield "not measured: tokenizing, downloads of the model, the text and the SAE, evaluation and its memory"
+    obstacles = [f"the disk of {root} lacks {size_text(total - free)}"] if total > free else []
+    fits = memory[here.name] <= MARGIN * here.memory
+    obstacles += [] if fits else [f"harvest.batch_contexts={batch} does not fit into {size_text(here.memory)}"]
+    yield (
+        f"in short, on this machine: {'; '.join(obstacles) or 'it fits'}; "
+        f"harvest {_hours(harvest_seconds(s, here, tokens))}; {size_text(total)} of disk"
+    )
+
+
 def _elsewhere(config: PipelineConfig, s: Sizes) -> Iterator[Machine]:
     for known in KNOWN:
         if s.geometry.d_in >= known.least_d_in:
             forward = FORWARD_PART[config.harvest.compile] * known.flops / s.flop_per_token
-            step = known.step * config.train.batch_size * s.geometry.d_in * s.d_sae
+            step = known.step * config.train.batch_size * s.geometry.d_in * s.d_sae if config.train else None
             yield Machine(known.name, True, 2, known.memory, None, None, forward, step, "in proportion to the work")
 
 
@@ -101,8 +137,8 @@ def _too_large(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:
 
 
 def _machine(config: PipelineConfig, s: Sizes, here: Machine, machine: Machine) -> Iterator[str]:
-    g, train, batch, fixed = s.geometry, config.train, config.harvest.batch_contexts, harvest_memory(s, machine)
-    harvest, training = fixed.fixed + batch * fixed.context, training_memory(train, s, machine)
+    g, train, batch = s.geometry, config.train, config.harvest.batch_contexts
+    harvest, training = harvest_memory(s, machine).of(batch), training_memory(train, s, machine)
     largest, pools = _largest_batch(s, machine), size_text(pinned_pools(train, s, machine))
     written = machine.forward and machine.forward * s.shard / g.shard_rows
     wanted = machine.step and train.batch_size / (machine.step * s.saes) * 2 * g.d_in

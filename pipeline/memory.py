@@ -27,10 +27,14 @@ class HarvestMemory(NamedTuple):
     fixed: int  # the layers up to the hook, and two shards of every hook
     context: int  # of one context of a batch
 
+    def of(self, batch_contexts: int) -> int:
+        """Bytes with batches of so many contexts."""
+        return self.fixed + batch_contexts * self.context
+
     def largest(self, shard_contexts: int, room: float) -> int:
         """The largest batch, in contexts, that divides a shard and fits; 0 if none does."""
         fits = (k for k in range(1, shard_contexts + 1) if shard_contexts % k == 0)
-        return max((k for k in fits if self.fixed + k * self.context <= room), default=0)
+        return max((k for k in fits if self.of(k) <= room), default=0)
 
 
 def harvest_memory(s: Sizes, machine: Machine) -> HarvestMemory:

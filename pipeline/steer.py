@@ -80,7 +80,7 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     if request.max_activation is None:
         store = ActivationStore.open(files_of(runs.directory("harvest")))
         store.check_complete(("holdout",))
-        maxima = steering.max_activations(store, saved, config.train.exclude, features)
+        maxima = steering.max_activations(store, saved, config.exclude, features)
     else:
         maxima = [request.max_activation] * len(features)
     device = resolve_device(settings.runtime.device)
