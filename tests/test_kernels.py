@@ -186,12 +186,12 @@ class TestKernels:
         ours, plain = state(), state()
         for step, divisor in enumerate([1.0, 3.0, float("nan"), float("inf"), 1.0], start=1):
             gradients = {n: torch.randn(w.shape, generator=generator).to(DEVICE) for n, w in ours.parameters.items()}
-            numbers = Update(1e-2, (0.9, 0.99), step, torch.tensor(divisor, device=DEVICE))
+            numbers = Update(1e-2, (0.9, 0.999), step, torch.tensor(divisor, device=DEVICE))
             for apply, adam in ((kernels.adam_update, ours), (plain_update, plain)):
                 copies = {name: gradient.clone() for name, gradient in gradients.items()}
                 apply(adam.parameters, copies, adam.exp_avg, adam.exp_avg_sq, adam.operands, numbers)
-            for tensors in ("parameters", "exp_avg", "exp_avg_sq"):
-                torch.testing.assert_close(getattr(ours, tensors), getattr(plain, tensors), rtol=1e-5, atol=1e-7)
+            for tensors, atol in (("parameters", 1e-7), ("exp_avg", 1e-7), ("exp_avg_sq", 0)):
+                torch.testing.assert_close(getattr(ours, tensors), getattr(plain, tensors), rtol=1e-5, atol=atol)
             # The interpreter cuts bits off where a GPU rounds.
             torch.testing.assert_close(ours.operands["W_dec"].float(), ours.parameters["W_dec"], rtol=2**-7, atol=0)
             assert ours.operands["b_dec"] is ours.parameters["b_dec"]
