@@ -7,6 +7,7 @@ Shape suffixes: B rows of a batch, D d_in, F d_sae.
 """
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -113,6 +114,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_module, "BLOCK_ROWS", 16)
 
 
+@cache
 def after_steps(name: str, count: int) -> Sae:
     sae, x_BD = new(name), rows(512, D, seed=2)
     adam = torch.optim.Adam(sae.trained.values(), lr=2e-3)

@@ -25,7 +25,11 @@ KINDS = {
     "jumprelu": Kind("train.jumprelu:JumpRelu", ("l0_coefficient", "target_l0", "bandwidth")),
     "matryoshka": Kind("train.matryoshka:Matryoshka", ("k", "prefixes", *AUX)),
 }
-DEFAULTS = {"l1_coefficient": 5.0, "k": 64, "aux_coefficient": 1 / 32, "l0_coefficient": 1.0, "bandwidth": 0.5}
+DEFAULTS = {
+    "l1_coefficient": 5.0, "k": 64, "aux_coefficient": 1 / 32,
+    "l0_coefficient": 1.0, "target_l0": 64.0, "bandwidth": 2.0,
+}  # fmt: skip
+OPTIONAL = ("target_l0",)
 
 
 def _own(name: str, **limits: Any) -> Any:
@@ -61,9 +65,9 @@ class SaeConfig(Settings):
     l0_coefficient: float | None = _own("l0_coefficient", ge=0)
     """jumprelu: weight of L0, or with target_l0 of its distance from that."""
     target_l0: float | None = _own("target_l0", gt=0)
-    """jumprelu: rows pay for the square of their distance from this L0, not for L0 itself."""
+    """jumprelu: rows pay for the square of their distance from this L0; null: for L0 itself, at some 0.2 each."""
     bandwidth: float | None = _own("bandwidth", gt=0)
-    """jumprelu: width of the stretch around its threshold in which a pre-activation moves it."""
+    """jumprelu: width of the stretch around a threshold in which a pre-activation moves it (rows have norm √d_in)."""
     prefixes: tuple[Annotated[int, Field(ge=1)], ...] | None = _own("prefixes")
     """matryoshka: how many first features rebuild a row alone, up to d_sae. Default d_sae over 16, 8, 4, 2 and 1."""
 
@@ -74,7 +78,9 @@ class SaeConfig(Settings):
         if self.kind not in KINDS:
             raise ValueError(f"kind: {self.kind!r}: known kinds are {', '.join(KINDS)}")
         own = KINDS[self.kind].hyperparameters
-        if missing := [name for name in own if name in DEFAULTS and getattr(self, name) is None]:
+        if missing := [
+            name for name in own if name in DEFAULTS and name not in OPTIONAL and getattr(self, name) is None
+        ]:
             raise ValueError(f"kind {self.kind} needs {missing[0]}")
         for name in dict.fromkeys(name for kind in KINDS.values() for name in kind.hyperparameters):
             if name not in own and (value := getattr(self, name)) is not None:

@@ -81,7 +81,7 @@ class Trainer:
         self.device = device = sae.W_enc.device
         self.rows_since_fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.bad_step = torch.full((), -1, device=device)  # the first whose loss or gradient is NaN or infinite
-        self.adam = Adam(sae.trained, torch.float32 if "autograd" in self.kernels else compute_dtype)
+        self.adam = Adam(sae.trained, torch.float32 if "autograd" in self.kernels else compute_dtype, sae.rates)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def on_device(self, rows_BD: Tensor) -> Tensor:
