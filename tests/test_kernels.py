@@ -130,6 +130,16 @@ class TestKernels:
             assert gradient.any()
             assert (ours.gradients[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
+    def test_a_rank_without_dead_features(self) -> None:
+        sae = sae_class("topk").initial(D, F, seed=1, device=DEVICE, k=4, aux_coefficient=0.2, aux_k=2)
+        x_BD, dead = batch()[1], Dead(torch.tensor([], dtype=torch.int64, device=DEVICE), 3)
+        ours, plain = (
+            sparse_step(sae, x_BD, sae.coefficients, torch.float32, dead=dead, operations=ops)
+            for ops in (TRITON, PLAIN)
+        )
+        torch.testing.assert_close(ours.terms, plain.terms, rtol=1e-5, atol=0)
+        assert float(ours.terms["aux"]) == pytest.approx(float(ours.terms["mse"]), rel=1e-5)
+
     def test_extract_holds_every_entry_when_all_are_active(self) -> None:
         pre_BF = torch.rand(B, F, device=DEVICE) + 1
         count_B, feature_N, f_N, *_ = TRITON.extract(pre_BF, torch.zeros(F, device=DEVICE))

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from train.nonzeros import POSITIVE, SMALLEST, ByFeature, ByRow, Entries, Operations, Rule, weight_of
+from train.nonzeros import extract as plain_extract
 from train.step import Tensors
 
 AdamNumbers = tuple[float, tuple[float, float], int, Tensor, float]  # `train.adam.Update`, which imports this module
@@ -36,6 +37,8 @@ F_TILE = 8  # features that one program of encoder_sums writes side by side: 32 
 def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = POSITIVE, least: Tensor | None = None) -> Entries:
     """`train.nonzeros.extract`, shapes as there."""
     B, F = pre_BF.shape
+    if not F:  # a rank without dead features
+        return plain_extract(pre_BF, b_enc, rule, least)
     tiles = triton.cdiv(F, EXTRACT_TILE)
     count_BT = torch.empty(B, tiles, dtype=torch.int32, device=pre_BF.device)
     if rule.largest and least is None:

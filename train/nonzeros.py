@@ -109,7 +109,10 @@ def _least(score_BF: Tensor, k: int) -> Tensor:
     if k > F:
         return score_BF.new_zeros(B)
     grouped_BG = score_BF[:, : groups * GROUP].view(B, GROUP, groups).amax(1) if groups >= k else score_BF
-    return grouped_BG.topk(k, dim=1, sorted=False).values.amin(1).clamp_min(0)
+    # A NaN is above all, as for `train.selection`: as a bound it would let every entry through.
+    return (
+        grouped_BG.nan_to_num(nan=torch.inf, posinf=torch.inf).topk(k, dim=1, sorted=False).values.amin(1).clamp_min(0)
+    )
 
 
 def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = POSITIVE, least: Tensor | None = None) -> Entries:
