@@ -220,7 +220,7 @@ def _card_row(sae: Exported, trained: Any) -> dict[str, Any]:
         "d_in": trained.d_in,
         "d_sae": trained.d_sae,
         "formula": inspect.getdoc(type(trained)),
-        "sparsity": ", ".join(f"{k} {v:g}" for k, v in sae.runs.config.train.sae.hyperparameters().items()),
+        "said": sae.runs.config.train.sae.said(everything=True),
         "figures": [form.format(f.value) if (f := figures[name]) else "–" for name, form in FIGURES.items()],
         "evaluated": measured is not None,
         "definitions": {name: figure.definition if figure else "" for name, figure in sorted(figures.items())},

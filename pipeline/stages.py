@@ -17,7 +17,7 @@ from harvest.hub import resolved_commit
 from harvest.stage_directory import Run
 from pipeline.config import PipelineConfig
 from pipeline.fingerprint import Inputs, find_inputs, hashed_settings
-from train.config import TRAIN_VERSION, SweepConfig, TrainConfig
+from train.config import TRAIN_VERSION, SweepConfig, TrainConfig, exactly
 
 Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
 Summary = dict[str, Any] | None  # None where other workers of a harvest have shards to write
@@ -236,10 +236,4 @@ def swept(runs: Runs, sweep: Sequence[Runs], between: str = " ", equals: str = "
         return [getattr(section, name) for section in sections]
 
     apart = [name for name in SweepConfig.model_fields if len(set(values(name, sweep))) > 1]
-    return between.join(f"{name}{equals}{_exactly(values(name, [runs])[0])}" for name in apart)
-
-
-def _exactly(value: float | int | None) -> str:
-    """A number in as few digits as tell it apart."""
-    short = f"{value:g}" if isinstance(value, float) else str(value)
-    return short if value is None or float(short) == value else repr(value)
+    return between.join(f"{name}{equals}{exactly(values(name, [runs])[0])}" for name in apart)

@@ -25,7 +25,14 @@ KINDS = {
     "jumprelu": Kind("train.jumprelu:JumpRelu", ("l0_coefficient", "target_l0", "bandwidth")),
     "matryoshka": Kind("train.matryoshka:Matryoshka", ("k", "prefixes", *AUX)),
 }
+HYPERPARAMETERS = tuple(dict.fromkeys(name for kind in KINDS.values() for name in kind.hyperparameters))
 DEFAULTS = {"l1_coefficient": 5.0, "k": 64, "aux_coefficient": 1 / 32, "l0_coefficient": 1.0, "bandwidth": 0.5}
+
+
+def exactly(value: Any) -> str:
+    """Text of a setting; a float in as few digits as tell it apart."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
 def _own(name: str, **limits: Any) -> Any:
@@ -76,10 +83,10 @@ class SaeConfig(Settings):
         own = KINDS[self.kind].hyperparameters
         if missing := [name for name in own if name in DEFAULTS and getattr(self, name) is None]:
             raise ValueError(f"kind {self.kind} needs {missing[0]}")
-        for name in dict.fromkeys(name for kind in KINDS.values() for name in kind.hyperparameters):
+        for name in HYPERPARAMETERS:
             if name not in own and (value := getattr(self, name)) is not None:
                 kinds = ", ".join(kind for kind, about in KINDS.items() if name in about.hyperparameters)
-                said = f"{name} = {value} is a setting of kind {kinds}, and kind is {self.kind}"
+                said = f"{name} = {exactly(value)} is a setting of kind {kinds}, and kind is {self.kind}"
                 raise ValueError(f"{said}; {name}=null takes it away")
         return self
 
@@ -87,6 +94,12 @@ class SaeConfig(Settings):
         """The settings that the kind's class takes, by name."""
         names = KINDS[self.kind].hyperparameters
         return {name: getattr(self, name) for name in names if name != "dead_after"}
+
+    def said(self, everything: bool = False) -> str:
+        """Its kind and what sets its sparsity, as `batchtopk, k = 34`, or with all that the kind's own settings say."""
+        own = {name: value for name, value in self.hyperparameters().items() if value is not None}
+        named = {name: value for name, value in own.items() if everything or name in SweepConfig.model_fields}
+        return ", ".join([self.kind, *(f"{name} = {exactly(value)}" for name, value in named.items())])
 
     def width(self, d_in: int) -> int:
         """d_sae for rows of this width."""
@@ -143,8 +156,14 @@ class StartFrom(Settings):
 class SweepConfig(Settings):
     """Several values of a setting: an SAE for each combination, from one reading of the store."""
 
+    k: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Values of train.sae.k."""
     l1_coefficient: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Values of train.sae.l1_coefficient."""
+    l0_coefficient: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Values of train.sae.l0_coefficient."""
+    target_l0: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Values of train.sae.target_l0."""
     lr: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Values of train.lr."""
     d_sae: tuple[Annotated[int, Field(ge=1, lt=2**31)], ...] = ()
@@ -229,8 +248,9 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        if self.sweep and self.sweep.l1_coefficient and self.sae.l1_coefficient is None:
-            raise ValueError(f"sweep.l1_coefficient: kind {self.sae.kind} has no l1_coefficient")
+        for name, values in self.sweep or ():
+            if values and name in HYPERPARAMETERS and name not in KINDS[self.sae.kind].hyperparameters:
+                raise ValueError(f"sweep.{name}: kind {self.sae.kind} has no {name}")
         if self.sweep and self.sweep.d_sae and self.sae.d_sae is None:
             raise ValueError("sweep.d_sae needs sae.d_sae instead of sae.expansion_factor")
         if self.sweep and self.sweep.d_sae and self.start_from:
