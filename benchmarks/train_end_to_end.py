@@ -117,7 +117,7 @@ def main() -> None:
                 "benchmark": "train_end_to_end",
                 "shape": {"d_in": options.d_in, "d_sae": options.d_sae, "batch": options.batch},
                 "saes": len(trainers),
-                "kernels": ["sparse" if trainer.kernel.sparse else "dense" for trainer in trainers],
+                "kernels": [trainer.kernel.name for trainer in trainers],
                 "tokens_per_second": {name: round(tokens / statistics.median(w)) for name, w in walls.items()},
                 "store_over_memory": {
                     "wall": round(

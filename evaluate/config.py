@@ -6,6 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from evaluate.spellings import check_words
 from harvest.config import ComputeDtype, Device, ModelConfig, Seed, Settings, check_different
+from train.published_config import PublishedFiles
 
 EVALUATE_VERSION = 7
 LARGEST_STRENGTH = 1e6
@@ -173,36 +174,11 @@ class EvaluateRuntime(Settings):
     """Use only what the hub's local cache holds."""
 
 
-class PublishedSae(Settings):
+class PublishedSae(PublishedFiles):
     """An SAE of others, to be measured on our rows."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
     """How reports call it: letters, digits, dots, _ and -, up to 64."""
-    path: str
-    """Hub id, or a local folder or file. Enters the fingerprint by commit or by content."""
-    revision: str | None = None
-    """Hub commit; a branch is resolved once and recorded."""
-    file: str = ""
-    """Place within `path`: the folder of cfg.json (`blocks.19.hook_resid_post`), or the .pt file."""
-    format: Literal["saelens", "linear"] = "saelens"
-    """saelens: a folder with cfg.json and sae_weights.safetensors. linear: a .pt with the state of two Linear
-    layers, `encoder` and `decoder`, ReLU between them, as qresearch/DeepSeek-R1-Distill-Llama-8B-SAE-l19."""
-    hook: str | None = None
-    """Which of harvest.hooks it belongs to; a SAELens folder says so itself."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "PublishedSae":
-        if self.format == "linear" and self.hook is None:
-            raise ValueError("format linear needs hook, as the file does not say where it belongs")
-        if ".." in self.file.split("/") or self.file.startswith("/"):
-            raise ValueError(f"file: {self.file!r} must stay within path")
-        return self
-
-    def files(self) -> tuple[str, ...]:
-        """What is read, relative to `path`; an empty name is `path` itself."""
-        if self.format == "linear":
-            return (self.file,)
-        return tuple(f"{self.file}/{name}".lstrip("/") for name in ("cfg.json", "sae_weights.safetensors"))
 
 
 class EvaluateConfig(Settings):

@@ -51,7 +51,7 @@ class Measured(NamedTuple):
 
     name: str  # in evaluate.also; "" for the run's own
     hook: str
-    about: dict[str, Any]  # of a third-party SAE
+    about: dict[str, Any]  # of a third-party SAE, `label` of one in the place of training
     figures: tuple[Figure, ...]
     lists: dict[str, Any]
 

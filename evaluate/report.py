@@ -32,7 +32,7 @@ TEXT_COLUMNS = {  # of a source in the sample's summary
 def write_report(
     path: Path, evaluation: Evaluation, curves: dict[str, Path], manifests: dict[str, dict[str, Any]]
 ) -> None:
-    """Write the report of all SAEs of a run. `curves` are their metrics.jsonl by hook."""
+    """Write the report of all SAEs of a run. `curves` are their metrics.jsonl by hook, of those that were trained."""
     own = [sae for sae in evaluation.saes if not sae.name]
     filters = {"text": text, "shown": shown, "duration": duration, "visible": visible}
     template = environment(filters).get_template("report.html")
@@ -41,7 +41,7 @@ def write_report(
         own=own,
         also=[sae for sae in evaluation.saes if sae.name],
         paper=PAPER,
-        charts={sae.hook: _charts(sae, _lines(curves[sae.hook])) for sae in own},
+        charts={sae.hook: _charts(sae, _lines(curves[sae.hook]) if sae.hook in curves else []) for sae in own},
         diff_charts={sae.hook: _diff_charts(sae.lists.get("diff", {})) for sae in own},
         manifests=manifests,
         text_rows=_text(manifests.get("sample")),
@@ -109,14 +109,20 @@ def _charts(sae: Measured, log: list[dict[str, Any]]) -> dict[str, Any]:
         }
 
     histogram = sae.lists["features"]["log10_density_histogram"]
-    charts = {
+    of_training = {
         "Explained variance": lines("Explained variance by step", series("explained_variance")),
         "L0": lines("L0 by step", series("l0")),
-        "Loss (λ warms up)": lines("Loss by step", series("loss")),
-        "Feature density": bars(
-            "Features by density", histogram["counts"], histogram["edges"], "log10 of the part of rows it fires in"
-        ),
+        "Loss (its coefficients warm up)": lines("Loss by step", series("loss")),
     }
+    charts = of_training if log else {}
+    charts["Feature density"] = bars(
+        "Features by density", histogram["counts"], histogram["edges"], "log10 of the part of rows it fires in"
+    )
+    train = [line for line in log if line["kind"] == "train"]
+    names = {name.removesuffix("_coefficient") for line in train for name in line if name.endswith("_coefficient")}
+    terms = {n: [(line["step"], line[n]) for line in train if n in line] for n in (*sorted(names), "inner")}
+    if shown := {name: values for name, values in terms.items() if values}:
+        charts["Terms of the loss beside the squared error"] = lines("Terms of the loss by step", shown)
     if curve := sae.lists.get("reason_score", {}).get("curve"):
         points = [(log10(rank), score) for rank, score in curve]
         charts["ReasonScore"] = lines("Features by ReasonScore", {"score": points}, "log10 of the rank", clip=False)

@@ -17,7 +17,6 @@ from evaluate.feature_pages import pages
 from evaluate.fidelity import NAMES, Fidelity, FidelitySums, density_figures
 from evaluate.figures import KEPT, Evaluation, Figure, Measured, Section, definitions, figures_of, write_figures
 from evaluate.groups import context_groups, finest
-from evaluate.published import load_published
 from evaluate.reason_score import Scoring
 from evaluate.report import write_report
 from evaluate.subject import Reader, Subject, feed
@@ -34,6 +33,8 @@ from harvest.store_files import files_of
 from harvest.tokenizer import load_tokenizer, load_whole_tokenizer
 from train.checkpoint import SavedSae, load_sae
 from train.config import ExcludeConfig
+from train.published import load_published
+from train.published_config import PublishedExclude
 
 OF_TEXT = ("downstream", "reason_score", "feature_pages", "steering", "diff")  # they need the model or its text
 
@@ -75,13 +76,17 @@ def run(
         cache(partial(load_unembedding, given, model_commit, offline)),
         cache(partial(load_whole_tokenizer, given, model_commit, offline)),
     )
-    exclude = ExcludeConfig(**manifests["train"]["settings"]["exclude"])
+    of_others = "published" in manifests["train"]["inputs"]
+    exclude = (PublishedExclude if of_others else ExcludeConfig)(**manifests["train"]["settings"]["exclude"])
     own = {hook: _load(trained / slug(hook), hook, config, store) for hook in hooks}
     statistics = {hook: saved.statistics for hook, saved in own.items()}
     # All of them before the first is measured, so that what does not fit is said at once.
     saes = [("", saved) for saved in own.values()] + [
-        (published.name, load_published(published, commit, store, statistics, offline))
-        for published, commit in zip(config.also, also_commits, strict=True)
+        (
+            also.name,
+            load_published(f"evaluate.also ({also.name})", also, commit, store, statistics.__getitem__, offline),
+        )
+        for also, commit in zip(config.also, also_commits, strict=True)
     ]
     measured = []
     for name, saved in saes:
@@ -95,7 +100,7 @@ def run(
         directory.name, inputs, config.sae, left_out, tuple(measured), definitions() | {"steering": steering_texts}
     )
     write_figures(directory, evaluation)
-    curves = {hook: trained / slug(hook) / "metrics.jsonl" for hook in hooks}
+    curves = {} if of_others else {hook: trained / slug(hook) / "metrics.jsonl" for hook in hooks}
     write_report(directory / "report.html", evaluation, curves, manifests)
     return {sae.name or sae.hook: _main_figures(sae) for sae in measured}
 
@@ -121,7 +126,8 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
     heldout = sums.result()
     if not heldout.figures[KEPT]["all"]["rows"]:
         raise UserError(
-            f"train.exclude: {subject.exclude.model_dump()}: leaves none of the held-out rows of {subject.store.path}"
+            f"{subject.exclude.setting}: {subject.exclude.model_dump()}: leaves none of the held-out rows of "
+            f"{subject.store.path}"
         )
     sections = _of_rows(subject, heldout)
     if not left_out and config.downstream:
@@ -140,7 +146,8 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
     made = {name: section for name, section in sections.items() if section}
     figures = tuple(figure for section in made.values() for figure in section.figures)
     lists = {name: section.lists for name, section in made.items() if section.lists}
-    return Measured(subject.name, saved.hook, saved.about if subject.name else {}, figures, lists)
+    about = saved.about if subject.name else saved.about.get("published", {})
+    return Measured(subject.name, saved.hook, about, figures, lists)
 
 
 def _of_rows(subject: Subject, heldout: Fidelity) -> dict[str, Section | None]:

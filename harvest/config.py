@@ -136,8 +136,8 @@ class SampleConfig(Settings):
     """Tokens of a context, the sequence that the model sees."""
     shard_contexts: int = Field(ge=1)
     """Contexts of a shard, the unit of writing and resuming. Splits hold whole shards."""
-    train_tokens: int = Field(ge=1)
-    """Tokens to sample for training, rounded down to whole shards."""
+    train_tokens: int = Field(ge=0)
+    """Tokens to sample for training, rounded down to whole shards; 0 beside `published`, where nothing is trained."""
     holdout_tokens: int = Field(ge=1)
     """Tokens held out for evaluation, from documents that training never sees; rounded down as well."""
     holdout_fraction: float = Field(gt=0, lt=1)
@@ -163,7 +163,7 @@ class SampleConfig(Settings):
         if len(set(names)) < len(names) or {"all", "shards", "bos"} & set(names):
             raise ValueError(f"sources need names of their own, not 'all', 'shards' or 'bos': {', '.join(names)}")
         for split in ("train", "holdout"):
-            if self.shards(split) < 1:
+            if self.shards(split) < 1 and (split == "holdout" or self.train_tokens):
                 raise ValueError(
                     f"{split}_tokens is less than one shard of shard_contexts x context_size = "
                     f"{self.shard_rows} tokens; raise {split}_tokens or lower shard_contexts"

@@ -45,8 +45,9 @@ class Harvest:
         sample_directory: Path,
         directory: Path,
         begin: Callable[[dict[str, Any]], None],
+        splits: Sequence[str] = SPLITS,
     ) -> None:
-        """`begin` is called with the numerics before the first byte is written.
+        """`begin` is called with the numerics before the first byte is written; `splits` are all that the store has.
 
         Raises UserError for a model or hook that cannot be had.
         """
@@ -63,14 +64,15 @@ class Harvest:
         if limit and sample.context_size > limit:
             raise UserError(f"sample.context_size: {sample.context_size}: the model has {limit} positions; lower it")
         self._contexts = Contexts(sample_directory / "contexts")
+        shards = {s: self._contexts.count(s) // sample.shard_contexts if s in splits else 0 for s in SPLITS}
         geometry = Geometry(
             hooks=config.hooks,
             d_in=_width(self.model, config.hooks),
             context_size=sample.context_size,
             shard_contexts=sample.shard_contexts,
             chunk_rows=config.chunk_rows,
-            train_shards=self._contexts.count("train") // sample.shard_contexts,
-            holdout_shards=self._contexts.count("holdout") // sample.shard_contexts,
+            train_shards=shards["train"],
+            holdout_shards=shards["holdout"],
             stored=config.stored,
         )
         _compile(self.model, config, dtype, sample.context_size)
@@ -226,7 +228,7 @@ def _width(model: HookedModel, hooks: tuple[str, ...]) -> int:
 
 
 def store_summary(store: ActivationStore) -> dict[str, Any]:
-    """Rows of both splits, width, size in gigabytes, and mean norm of the training rows at each hook."""
+    """Rows of both splits, width, size in gigabytes, and mean norm at each hook, of the training rows if there are."""
     geometry = store.geometry
     records = {split: store.records(split) for split in SPLITS}
     summary: dict[str, Any] = {f"{split}_rows": len(records[split]) * geometry.shard_rows for split in SPLITS}
@@ -235,5 +237,7 @@ def store_summary(store: ActivationStore) -> dict[str, Any]:
         sum(file["bytes"] for split in SPLITS for record in records[split] for file in record["files"].values()) / 1e9
     )
     for hook in geometry.hooks:
-        summary[f"mean_norm {hook}"] = float(np.mean([r["norms"][hook]["mean_norm"] for r in records["train"]]))
+        summary[f"mean_norm {hook}"] = float(
+            np.mean([r["norms"][hook]["mean_norm"] for r in records["train"] or records["holdout"]])
+        )
     return summary

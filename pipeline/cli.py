@@ -16,7 +16,7 @@ from pipeline.status import status_lines
 STAGE_HELP = {
     "sample": "Turn the sources' text into packed contexts of tokens.",
     "harvest": "Run the model over the contexts and write its activations into a store.",
-    "train": "Train one SAE for each hook from the store.",
+    "train": "Train one SAE for each hook from the store; with `published`, fetch and check that SAE instead.",
     "evaluate": "Measure the SAE on held-out text and write report.html and metrics.json.",
 }
 
@@ -124,7 +124,7 @@ def prune(
     files = config_file or ([] if directories else [DEFAULT_CONFIG])
     sweeps = [each for file in files for each in Given(overrides, file, runs).find()]
     used = {each.directory(stage) for each in sweeps for stage in each.stages}
-    starts = [each.config.train.start_from for each in sweeps]
+    starts = [each.config.train and each.config.train.start_from for each in sweeps]
     used |= {run for start in starts if start and (run := pruning.start_run(start.path, runs))}
     pruning.prune(runs, directories, used, asker(yes), print)
 

@@ -4,29 +4,33 @@ An error names the file and line (or the command line), the setting, the value a
 """
 
 import difflib
+import sys
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from evaluate.config import EvaluateConfig
 from harvest.config import HarvestConfig, IngestConfig, ModelConfig, SampleConfig, Settings
-from pipeline.settings_text import Loaded, SettingsError, override, read
-from train.config import TrainConfig
+from pipeline.settings_text import COMMAND_LINE, Loaded, SettingsError, override, read
+from train.config import HYPERPARAMETERS, KINDS, ExcludeConfig, TrainConfig, exactly
+from train.published_config import PublishedConfig
 
 ABSENT: Any = None
 OF_TEXT = ("model", "sample", "harvest")  # sections whose place `ingest` takes
 
 
 class PipelineConfig(Settings):
-    """A settings file: a model and its text, or activations that are given (`ingest`)."""
+    """A settings file: a model and its text, or activations that are given (`ingest`); an SAE to train, or one that is
+    there (`published`)."""
 
     # Beside `ingest` these three are None; `load` makes sure that they are set otherwise.
     model: ModelConfig = Field(default=ABSENT)
     sample: SampleConfig = Field(default=ABSENT)
     harvest: HarvestConfig = Field(default=ABSENT)
     ingest: IngestConfig | None = None
-    train: TrainConfig
+    train: TrainConfig = Field(default=ABSENT)  # None beside `published`
+    published: PublishedConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
 
     @model_validator(mode="after")
@@ -38,14 +42,21 @@ class PipelineConfig(Settings):
             self._check_text(self.sample, self.harvest)
         else:
             return self
-        if self.train.pool_rows < chunk_rows:
+        if self.train and self.train.pool_rows < chunk_rows:
             raise ValueError(
                 f"train.pool_rows: {self.train.pool_rows}: must hold at least one chunk of "
                 f"{section}.chunk_rows = {chunk_rows}"
             )
         if context_size:
-            self.train.exclude.check_positions(context_size)
+            self.exclude.check_positions(context_size)
+        if self.published and self.evaluate.sae == "best":
+            raise ValueError("evaluate.sae: 'best': a published SAE is one; take this setting out")
         return self
+
+    @property
+    def exclude(self) -> ExcludeConfig:
+        """The rows that training, or what stands in its place, leaves out."""
+        return self.published.exclude if self.published else self.train.exclude
 
     def _check_text(self, sample: SampleConfig, harvest: HarvestConfig) -> None:
         if sample.shard_contexts % harvest.batch_contexts:
@@ -58,7 +69,12 @@ class PipelineConfig(Settings):
                 f"harvest.chunk_rows: {harvest.chunk_rows}: must divide the rows of a shard, "
                 f"sample.shard_contexts x context_size = {sample.shard_rows}"
             )
-        self.train.batches(sample.shards("train") * sample.shard_rows)
+        if self.published and len(harvest.hooks) > 1:
+            raise ValueError(f"harvest.hooks: {', '.join(harvest.hooks)}: published is one SAE, of one of them")
+        if self.train:
+            if not sample.shards("train"):
+                raise ValueError("sample.train_tokens: 0: leaves nothing to train on; it goes with `published` alone")
+            self.train.batches(sample.shards("train") * sample.shard_rows)
         known = [source.name for source in sample.sources]
         for setting in ("reason_score", "diff"):
             section = getattr(self.evaluate, setting)
@@ -75,20 +91,54 @@ def load(path: Path, overrides: list[str]) -> PipelineConfig:
     loaded = read(path, [*OF_TEXT, "train", "evaluate"])
     for text in overrides:
         override(loaded, text)
-    given = loaded.values.get("ingest") is not None
-    wrong = [_wrong_section(name, loaded, path, given) for name in OF_TEXT if given == (name in loaded.values)]
+    if aside := take_aside(loaded):
+        print(f"note: {path}: set aside, as {aside}", file=sys.stderr, flush=True)
+    for name in ("train", "published"):  # null takes a section away
+        if loaded.values.get(name, "") is None:
+            del loaded.values[name]
+    wrong = []
+    for names, other, why in (
+        (OF_TEXT, "ingest", "whose activations need no text and no model"),
+        (("train",), "published", "an SAE that is there and needs no training"),
+    ):
+        given = loaded.values.get(other) is not None
+        wrong += [
+            _wrong_section(name, loaded, path, given and f"{other}, {why}")
+            for name in names
+            if given == (name in loaded.values)
+        ]
     if wrong:
         raise SettingsError("\n".join(wrong))
     return _validated(loaded, path)
 
 
-def _wrong_section(name: str, loaded: Loaded, path: Path, given: bool) -> str:
-    if not given:
+def take_aside(loaded: Loaded) -> str:
+    """Take out the file's settings of kinds of SAE that the command line's kind is none of; what was, and why."""
+    train = loaded.values.get("train")
+    sections = {name: of for name in ("sae", "sweep") if isinstance(of := (train or {}).get(name), dict)}
+    chosen = [f"train.{n}.kind" for n in sections if loaded.places.get(f"train.{n}.kind") == COMMAND_LINE]
+    if not chosen:
+        return ""
+    by = chosen[-1]  # a sweep's kinds stand in the place of the one kind
+    given = sections[by.split(".")[1]]["kind"]
+    kinds = [given] if isinstance(given, str) else given or ()
+    if not all(isinstance(kind, str) and kind in KINDS for kind in kinds):
+        return ""  # an error, which names what is known
+    own = {name for kind in kinds for name in KINDS[kind].hyperparameters}
+    found = []
+    for section, values in sections.items():
+        others = [name for name in HYPERPARAMETERS if name not in own]
+        for name in [*others, *(["kind"] if section == "sweep" else [])]:
+            place = f"train.{section}.{name}"
+            if values.get(name) is not None and loaded.places.get(place) != COMMAND_LINE:
+                found.append(f"{place} = {exactly(values.pop(name))}")
+    return f"{by}={given}: {', '.join(found)}".replace("'", "") if found else ""
+
+
+def _wrong_section(name: str, loaded: Loaded, path: Path, beside: str | Literal[False]) -> str:
+    if not beside:
         return f"{path}: {name}: this setting is required"
-    return (
-        f"{loaded.places.get(name, path)}: {name}: not together with ingest, whose activations need no text and no "
-        "model; take one of them out"
-    )
+    return f"{loaded.places.get(name, path)}: {name}: not together with {beside}; take one of them out"
 
 
 def _validated(loaded: Loaded, path: Path) -> PipelineConfig:

@@ -24,6 +24,7 @@ MARKER = "dry-run.json"
 D_IN = 32
 NARROW = {"hidden_size": D_IN, "intermediate_size": 2 * D_IN, "num_attention_heads": 2, "num_key_value_heads": 1}
 NARROW |= {"head_dim": D_IN // 2}
+SAE, FACTOR = "sae", 16  # in the place of a published one, and its width in d_in
 STEPS = 8  # training steps at least
 HOLDOUT_FRACTION = 0.3  # of made-up text, of which there is little
 TEXT = (
@@ -46,12 +47,14 @@ def dry_run(config: PipelineConfig, folder: Path, name: str, say: Callable[[str]
     write_json(folder / MARKER, {"settings": name})
     d_in, origin = _write_model(config, folder / "model")
     rehearsed = rehearsal(config, d_in, folder)
+    if config.published:
+        _write_sae(folder / SAE, config)
     sample, fraction = rehearsed.sample, rehearsed.sample.holdout_fraction
     need = max(sample.train_tokens / (1 - fraction), sample.holdout_tokens / fraction)  # a word is a token at least
     for source in sample.sources:
         words = int(1.5 * source.share * need) + 20_000
-        write_rows(Path(source.path), source, words, config.train.exclude.token_ids)
-    if rehearsed.train.start_from:
+        write_rows(Path(source.path), source, words, config.exclude.token_ids)
+    if rehearsed.train and rehearsed.train.start_from:
         _write_start(rehearsed, Path(rehearsed.train.start_from.path))
     say(f"dry-run  {name}: shape of the model from {origin}; width {d_in} -> {D_IN}, everything into {folder}")
     sweep = find_runs(rehearsed, folder / "runs")
@@ -62,14 +65,17 @@ def dry_run(config: PipelineConfig, folder: Path, name: str, say: Callable[[str]
 
 
 def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig:
-    """The settings with model, text, width and budgets replaced, and without compiled layers on a CPU.
+    """The settings with model, text, width and budgets (or the published SAE) replaced, and without compiled layers on
+    a CPU.
 
     `d_in` is the width of the real model.
     """
     from harvest.device import resolve_device
 
     sample, train = config.sample, config.train
-    shards = min(sample.shards("train"), max(2, math.ceil(STEPS * train.batch_size / sample.shard_rows)))
+    shards = min(sample.shards("train"), 2)
+    if train:
+        shards = min(sample.shards("train"), max(2, math.ceil(STEPS * train.batch_size / sample.shard_rows)))
     rows = shards * sample.shard_rows
     settings = config.model_dump(exclude_unset=True)
 
@@ -90,15 +96,23 @@ def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig
     on_gpu = resolve_device(config.harvest.runtime.device).type == "cuda"
     harvest = change(settings, "harvest", compile=config.harvest.compile and on_gpu)  # a CPU may lack a compiler
     change(harvest, "runtime", store=None)
-    length = {"training_tokens": min(train.training_tokens, rows)} if train.training_tokens else {"epochs": 1.0}
-    trained = change(settings, "train", **length)
-    change(trained, "runtime", checkpoint_every=max(1, rows // train.batch_size // 2))
-    if train.start_from:
-        trained["start_from"] = str(folder / "start")
-    if train.sae.d_sae:
-        change(trained, "sae", d_sae=narrower(train.sae.d_sae))
-    if train.sweep and train.sweep.d_sae:
-        change(trained, "sweep", d_sae=[*dict.fromkeys(map(narrower, train.sweep.d_sae))])
+    if config.published:
+        for name in ("revision", "file", "format", "release", "id"):
+            settings["published"].pop(name, None)
+        change(settings, "published", path=str(folder / SAE))
+    else:
+        length = {"training_tokens": min(train.training_tokens, rows)} if train.training_tokens else {"epochs": 1.0}
+        trained = change(settings, "train", **length)
+        change(trained, "runtime", checkpoint_every=max(1, rows // train.batch_size // 2))
+        if train.start_from:
+            trained["start_from"] = str(folder / "start")
+        for name in ("sae", "sweep"):
+            section = getattr(train, name)
+            for width in ("d_sae", "k", "prefixes"):  # what counts features
+                if value := getattr(section, width, None):
+                    several = isinstance(value, tuple)
+                    new = [*dict.fromkeys(map(narrower, value))] if several else narrower(value)
+                    change(trained, name, **{width: new})
     analyses, evaluate = change(settings, "evaluate", also=[]), config.evaluate
     if evaluate.downstream:
         change(analyses, "downstream", contexts=min(2, evaluate.downstream.contexts), batch_contexts=1)
@@ -110,6 +124,17 @@ def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig
     if evaluate.steering:
         change(analyses, "steering", max_new_tokens=min(4, evaluate.steering.max_new_tokens))
     return PipelineConfig.model_validate(settings)
+
+
+def _write_sae(folder: Path, config: PipelineConfig) -> None:
+    """Write a random SAE of the narrow model as SAELens would, with the features that the settings name."""
+    from train.kinds import sae_class
+    from train.saelens import write_saelens_folder
+
+    features, steering = config.evaluate.features, config.evaluate.steering
+    named = (*(features.include if features else ()), *(steering.feature_ids if steering else ()))
+    sae = sae_class("standard").initial(D_IN, max([FACTOR * D_IN, *(feature + 1 for feature in named)]))
+    write_saelens_folder(folder, sae, {"hf_hook_name": config.harvest.hooks[0], "model_name": "model"})
 
 
 def _write_model(config: PipelineConfig, folder: Path) -> tuple[int, str]:

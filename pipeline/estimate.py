@@ -41,7 +41,8 @@ def estimate(config: PipelineConfig, root: Path) -> Iterator[str]:
     shape = find_architecture(config.model, config.harvest.runtime.offline)
     s = sizes(config, shape)
     here = measure(config, s, root)
-    yield from plan(config, shape, s, here, shutil.disk_usage(root).free, root)
+    lines = plan_published if config.published else plan
+    yield from lines(config, shape, s, here, shutil.disk_usage(root).free, root)
 
 
 def plan(config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, free: int, root: Path) -> Iterator[str]:
@@ -80,24 +81,66 @@ def plan(config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, f
     yield f"in short, on this machine: {'; '.join(obstacles) or 'it fits'}; {taken}; {size_text(needed)} of disk"
 
 
+def plan_published(
+    config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, free: int, root: Path
+) -> Iterator[str]:
+    """The lines where an SAE of others is in the place of training: the held-out rows are all that is made."""
+    g, batch = s.geometry, config.harvest.batch_contexts
+    in_bucket = config.harvest.runtime.store
+    total, tokens = 2 * s.contexts + (0 if in_bucket else s.store), g.holdout_shards * g.shard_rows
+    yield f"model    {config.model.name}: {s.layers} decoder layers are run, d_in {g.d_in:,} ({shape.origin})"
+    yield f"budget   {tokens:,} held-out tokens in {g.holdout_shards:,} shards; nothing is trained"
+    yield from _section(
+        "disk",
+        ("contexts", f"{size_text(2 * s.contexts)} while sampling, then {size_text(s.contexts)}"),
+        ("store, held out", f"{size_text(s.store)}{f', in {in_bucket}' if in_bucket else ''}"),
+        ("in all", f"{size_text(total)}; free in {root}: {size_text(free)}"),
+    )
+    memory = {}
+    for machine in (here, *([] if here.is_gpu else _elsewhere(config, s))):
+        fixed, context = _forward_memory(s, machine)
+        memory[machine.name] = fixed + batch * context
+        yield from _section(
+            machine.name,
+            ("rates", f"forward {_number(machine.forward, 'tokens/s')}; {machine.note}"),
+            ("memory, harvest", f"{size_text(memory[machine.name])} of {size_text(machine.memory)} free"),
+            ("harvest", _hours(harvest_seconds(s, machine, tokens))),
+        )
+    yield ""
+    yield "not measured: tokenizing, downloads of the model, the text and the SAE, evaluation and its memory"
+    obstacles = [f"the disk of {root} lacks {size_text(total - free)}"] if total > free else []
+    fits = memory[here.name] <= MARGIN * here.memory
+    obstacles += [] if fits else [f"harvest.batch_contexts={batch} does not fit into {size_text(here.memory)}"]
+    yield (
+        f"in short, on this machine: {'; '.join(obstacles) or 'it fits'}; "
+        f"harvest {_hours(harvest_seconds(s, here, tokens))}; {size_text(total)} of disk"
+    )
+
+
 def _elsewhere(config: PipelineConfig, s: Sizes) -> Iterator[Machine]:
     for known in KNOWN:
         if s.geometry.d_in >= known.least_d_in:
             forward = FORWARD_PART[config.harvest.compile] * known.flops / s.flop_per_token
-            step = known.step * config.train.batch_size * s.geometry.d_in * s.d_sae
+            step = known.step * config.train.batch_size * s.geometry.d_in * s.d_sae if config.train else None
             yield Machine(known.name, True, 2, known.memory, None, None, forward, step, "in proportion to the work")
 
 
 def _memory(config: PipelineConfig, s: Sizes, machine: Machine) -> tuple[int, int, int]:
     """Bytes of device memory of the harvest and of training, and the largest batch of contexts that fits."""
     g, train = s.geometry, config.train
-    fixed = s.parameters * machine.element + g.shard_rows * g.d_in * 2 * (3 + len(g.hooks))
-    context = s.context * machine.element // 4
+    fixed, context = _forward_memory(s, machine)
     # Weights, gradients and two moments of Adam, copies for the products; then what a dense step makes of a batch.
     training = s.saes * s.sae // 4 * (16 + 2) + 13 * train.batch_size * s.d_sae + 2 * g.d_in * train.validation_rows
     room = MARGIN * machine.memory - fixed
     fitting = [k for k in range(1, g.shard_contexts + 1) if g.shard_contexts % k == 0 and k * context <= room]
     return fixed + config.harvest.batch_contexts * context, training, max(fitting, default=0)
+
+
+def _forward_memory(s: Sizes, machine: Machine) -> tuple[int, int]:
+    """Bytes that a harvest holds whatever its batch, and of each context of a batch."""
+    g = s.geometry
+    fixed = s.parameters * machine.element + g.shard_rows * g.d_in * 2 * (3 + len(g.hooks))
+    return fixed, s.context * machine.element // 4
 
 
 def _too_large(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:

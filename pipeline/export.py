@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -22,6 +22,11 @@ from harvest.sources import hub_errors
 from pipeline.metrics import read_evaluation
 from pipeline.running import trained
 from pipeline.stages import Runs, swept
+from train.config import said
+from train.published_config import PLACE
+
+if TYPE_CHECKING:
+    from train.checkpoint import SavedSae  # loads torch
 
 # Figures of the card, and how each is written.
 FIGURES = {
@@ -74,7 +79,7 @@ def export(sweep: Sequence[Runs], to: Path | None, model_name: str | None, force
         rows = []
         for sae in saes:
             saved = load_sae(sae.source)
-            write_saelens_folder(partial / sae.folder, saved.sae, _metadata(sae, model))
+            write_saelens_folder(partial / sae.folder, saved.sae, _metadata(sae, model) | _training_of_others(saved))
             rows.append(_card_row(sae, saved.sae))
         (partial / "README.md").write_text(_card(saes, rows, model, terms), encoding="utf-8")
     return folder
@@ -139,11 +144,20 @@ def _metadata(sae: Exported, model: str) -> dict[str, Any]:
         "hook_head_index": None,
         "context_size": config.sample.context_size,
         "prepend_bos": bos in ("document", "context"),
-        "exclude_special_tokens": list(config.train.exclude.token_ids) or False,
+        "exclude_special_tokens": list(config.exclude.token_ids) or False,
         # Of several, a name that no loader takes for one of them.
         "dataset_path": ", ".join(_public_name(source.path) for source in config.sample.sources),
         "reasoning_sae": _origin(sae.runs),
     }
+
+
+def _training_of_others(saved: "SavedSae") -> dict[str, Any]:
+    """What its cfg.json says of the training of a published SAE, in the place of our text; nothing of our own."""
+    if "published" not in saved.about:
+        return {}
+    theirs = saved.about["published"].get("cfg", {})
+    said = {name: theirs.get(name) for name in ("dataset_path", "context_size", "prepend_bos")}
+    return {**said, "exclude_special_tokens": False}
 
 
 def _origin(runs: Runs) -> dict[str, str]:
@@ -171,7 +185,7 @@ def _card(saes: list[Exported], rows: list[dict[str, Any]], model: str, terms: l
     contents = [content.removeprefix("hub:").rpartition("@")[2][:19] for content in runs.inputs.sources]
     hub = [source.path for source in runs.config.sample.sources if not is_local(source.path)]
     front: dict[str, Any] = {"library_name": "saelens", "tags": ["sparse-autoencoder", "saelens", "interpretability"]}
-    front |= {"datasets": hub} if hub else {}
+    front |= {"datasets": hub} if hub and not runs.config.published else {}
     front |= {"base_model": model} if not looks_local(model) else {}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -189,13 +203,28 @@ def _card(saes: list[Exported], rows: list[dict[str, Any]], model: str, terms: l
         sources=list(zip(runs.config.sample.sources, contents, terms, strict=True)),
         settings=_card_settings(manifest, single=len(saes) == 1),
         exclude=manifest["settings"]["exclude"],
+        published=_origin_of_others(runs),
         versions=manifest["versions"],
     )
+
+
+def _origin_of_others(runs: Runs) -> dict[str, str] | None:
+    """What the card says of where a published SAE is from."""
+    published = runs.config.published
+    if published is None:
+        return None
+    public = (
+        "/".join(filter(None, (_public_name(published.path), published.file))) if published.path else published.label
+    )
+    content = str(runs.inputs.published)
+    return {"label": public, "version": resolved_commit(content) or content[:19]}
 
 
 def _card_settings(manifest: dict[str, Any], single: bool) -> dict[str, Any]:
     """Settings of the training; what it started from by its training run or name, and content."""
     settings = {name: value for name, value in manifest["settings"].items() if name != "sae" or single}
+    if "published" in manifest["inputs"]:  # the card says where it is from
+        settings = {name: value for name, value in settings.items() if name not in PLACE}
     if start := settings.get("start_from"):
         from train.start_files import train_run
 
@@ -211,7 +240,8 @@ def _code(value: Any) -> str:
 
 
 def _card_row(sae: Exported, trained: Any) -> dict[str, Any]:
-    run = sae.runs.of("evaluate")
+    run, config = sae.runs.of("evaluate"), sae.runs.config
+    formula = inspect.getdoc(type(trained)) or ""
     measured = read_evaluation(run).own(sae.hook) if run.is_complete else None
     figures = {name: measured.figure(name) if measured else None for name in FIGURES}
     return {
@@ -219,8 +249,8 @@ def _card_row(sae: Exported, trained: Any) -> dict[str, Any]:
         "hook": sae.hook,
         "d_in": trained.d_in,
         "d_sae": trained.d_sae,
-        "formula": inspect.getdoc(type(trained)),
-        "said": sae.runs.config.train.sae.said(everything=True),
+        "formula": formula if config.train else formula.partition(", loss ")[0],  # whose loss is not known
+        "said": config.train.sae.said(everything=True) if config.train else said(trained.kind, trained.settings()),
         "figures": [form.format(f.value) if (f := figures[name]) else "–" for name, form in FIGURES.items()],
         "evaluated": measured is not None,
         "definitions": {name: figure.definition if figure else "" for name, figure in sorted(figures.items())},

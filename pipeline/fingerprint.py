@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evaluate.config import PublishedSae
 from harvest.config import ModelConfig, Settings, Source
 from harvest.files import UserError
 from harvest.hub import hub_answers
@@ -18,6 +17,8 @@ from pipeline import assets
 from pipeline.config import PipelineConfig
 from pipeline.content import ContentHashes
 from train.config import StartFrom
+from train.published_config import PublishedFiles
+from train.saelens_releases import release_place
 from train.start_files import find_start, is_on_hub
 
 STAGES = ("sample", "harvest", "train", "evaluate")
@@ -43,13 +44,15 @@ class Inputs(NamedTuple):
     also: tuple[str, ...] = ()  # evaluate.also
     diff: str | None = None  # the second model of evaluate.diff
     start: str | None = None  # train.start_from
+    published: str | None = None  # the SAE in the place of training
     generation: str | None = None  # how a local model begins and ends its answers, which evaluate.steering reads
 
     def known(self, stage: str) -> dict[str, Any]:
         """Those that there are; third-party SAEs, a second model and generation concern evaluate alone, what training
-        starts from no stage before it."""
+        starts from no stage before it, and what stands in its place that alone."""
         of_others = () if stage == "evaluate" else ("also", "diff", "generation")
         of_others += ("start",) if stage in ("sample", "harvest") else ()
+        of_others += () if stage == "train" else ("published",)
         return {name: value for name, value in self._asdict().items() if value and name not in of_others}
 
 
@@ -93,12 +96,14 @@ def identify(config: PipelineConfig, memory: "Memory", stages: Sequence[str] = S
     inputs = Inputs(None, None, ())
     if "evaluate" in stages:
         second = config.evaluate.diff and config.evaluate.diff.model
-        also = [_published_identity(i, published, memory) for i, published in enumerate(config.evaluate.also)]
+        also = [_published_identity(f"evaluate.also.{i}", sae, memory) for i, sae in enumerate(config.evaluate.also)]
         inputs = inputs._replace(also=tuple(also))
         if second:
             both = (WEIGHT_FILES, TOKENIZER_FILES)
             inputs = inputs._replace(diff=_model_identity(second, both, memory, "evaluate.diff.model.name"))
-    if "train" in stages and config.train.start_from:
+    if config.published and "train" in stages:
+        inputs = inputs._replace(published=_published_identity("published", config.published, memory))
+    if "train" in stages and config.train and config.train.start_from:
         inputs = inputs._replace(start=start_identity(config.train.start_from, memory))
     if config.ingest:
         if "harvest" not in stages:
@@ -197,15 +202,19 @@ def _source_identity(i: int, source: Source, memory: Memory) -> str:
         raise UserError(f"{error}{_setup_hint(source.path)}") from None
 
 
-def _published_identity(i: int, published: PublishedSae, memory: Memory) -> str:
-    setting = f"evaluate.also.{i}.path"
-    if not looks_local(published.path) and not Path(published.path).exists():
-        commit = memory.commit("model", published.path, published.revision, setting)
+def _published_identity(setting: str, published: PublishedFiles, memory: Memory) -> str:
+    if published.release is not None and published.id is not None:
+        repository, place = release_place(setting, published.release, published.id)
+        commit = memory.commit("model", repository, published.revision, f"{setting}.release")
+        return f"{commit}/{place}"
+    path = str(published.path)
+    if not looks_local(path) and not Path(path).exists():
+        commit = memory.commit("model", path, published.revision, f"{setting}.path")
         return f"{commit}/{published.file}" if published.file else commit
-    files = [Path(published.path, name) for name in published.files()]
-    for path in files:
-        if not path.is_file():
-            raise UserError(f"{setting}: {published.path!r}: there is no file {path} (format {published.format})")
+    files = [Path(path, name) for name in published.files()]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{setting}.path: {path!r}: there is no file {file} (format {published.format})")
     return memory.files_hash(files)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from harvest.files import UserError, locked
 from harvest.stage_directory import BEGUN, MANIFEST, STARTS_OVER, DamagedManifestError, Run
 from harvest.workers import Workers
-from pipeline.stages import Begin, Job, Runs, Stage
+from pipeline.stages import GIVEN, PUBLISHED, Begin, Job, Runs, Stage
 from pipeline.tables import figures
 from pipeline.watch import Watch
 
@@ -129,7 +129,7 @@ def _lock(directory: Path, stage: str, force: bool) -> AbstractContextManager[No
 def _check_processes(record: Stage, stage: str, force: bool) -> None:
     if Workers.from_environment().world == 1:
         return
-    if stage in ("sample", "evaluate") or (stage == "harvest" and not record.upstreams):
+    if stage in ("sample", "evaluate") or record in (GIVEN, PUBLISHED):
         raise UserError(f"{stage}: works in one process; start it without the launcher (and without WORLD_SIZE)")
     if stage == "harvest" and force:
         raise UserError(

@@ -13,6 +13,7 @@ from harvest.config import HarvestConfig
 from harvest.files import UserError
 from harvest.hub import resolved_commit
 from pipeline.config import PipelineConfig
+from pipeline.fingerprint import Inputs
 from pipeline.stages import Runs, started
 
 TOKENS = (2, 3)  # that shapes are asked for
@@ -68,16 +69,18 @@ def _check_text(config: PipelineConfig) -> None:
     local = {"model": (config.model.name, config.model.revision)}
     if diff and diff.model:
         local["evaluate.diff.model"] = (diff.model.name, diff.model.revision)
-    if start := config.train.start_from:
+    if config.train and (start := config.train.start_from):
         local["train.start_from"] = (start.path, start.revision)
-    local |= {f"evaluate.also.{i}": (also.path, also.revision) for i, also in enumerate(config.evaluate.also)}
+    saes = {f"evaluate.also.{i}": also for i, also in enumerate(config.evaluate.also)}
+    saes |= {"published": config.published} if config.published else {}
+    local |= {setting: (sae.path, sae.revision) for setting, sae in saes.items() if sae.path}
     for setting, (path, revision) in local.items():
         if revision is not None and Path(path).exists():
             raise UserError(f"{setting}.revision: {revision!r}: {out}")
-    sample, positions = config.sample, config.train.exclude.positions
+    sample, positions = config.sample, config.exclude.positions
     if len(positions) == sample.context_size:
-        raise UserError(f"train.exclude.positions: {list(positions)}: leaves no row of a context to train on")
-    for split in ("train", "holdout"):
+        raise UserError(f"{config.exclude.setting}.positions: {list(positions)}: leaves no row of a context")
+    for split in ("train", "holdout") if sample.train_tokens else ("holdout",):
         for i, count in enumerate(contexts_by_source(sample, split)):
             if not count:
                 raise UserError(
@@ -89,19 +92,34 @@ def _check_text(config: PipelineConfig) -> None:
 
 def _warnings(config: PipelineConfig) -> Iterator[str]:
     """Settings that were given and have no effect, one sentence each."""
-    if not config.ingest:
+    if config.published:
+        yield from _warnings_beside(config)
+    elif not config.ingest:
         steps = config.train.batches(config.sample.shards("train") * config.sample.shard_rows)
         for name in ("lr_decay_fraction", "l1_warmup_fraction"):
             fraction = getattr(config.train, name)
             if fraction and not round(steps * fraction):
                 yield f"train.{name}: {fraction:g}: of {steps:,} steps is less than one, so it has no effect"
-    if "sparse_below" in config.train.model_fields_set and config.train.kernel != "auto":
+    if config.train and "sparse_below" in config.train.model_fields_set and config.train.kernel != "auto":
         yield f"train.sparse_below: without effect, as train.kernel is {config.train.kernel}"
     for name, other in (NEEDS | REPLACED).items():
         section, value = _at(config, name.rpartition(".")[0]), _at(config, other)
         given = section is not None and name.rpartition(".")[2] in section.model_fields_set
         if given and bool(value) == (name in REPLACED):
             yield f"{name}: without effect, as {other} is {'set' if value else '0' if value == 0 else 'not set'}"
+
+
+def _warnings_beside(config: PipelineConfig) -> Iterator[str]:
+    """The same of text that nothing reads, as no SAE is trained."""
+    score, sample = config.evaluate.reason_score, config.sample
+    if sample and sample.train_tokens:
+        wanted = ((score and score.contexts) or 0) - sample.shards("holdout") * sample.shard_contexts
+        tokens = max(0, wanted) * sample.context_size
+        if tokens < sample.shards("train") * sample.shard_rows:
+            yield (
+                f"sample.train_tokens: {sample.train_tokens:,}: a published SAE is not trained, and evaluation reads "
+                f"{tokens:,} of them; lower it"
+            )
 
 
 def _at(config: PipelineConfig, name: str) -> Any:
@@ -135,7 +153,7 @@ def _check_model(sweep: Sequence[Runs], stage: str) -> None:
             return
         raise
     d_in = check_widths(skeleton, harvest)
-    if config.train.start_from and stage in ("sample", "harvest"):  # training looks itself
+    if config.train and config.train.start_from and stage in ("sample", "harvest"):  # training looks itself
         from train.start import check_start
 
         check_start(started(config.train, inputs), harvest.hooks, d_in)
@@ -150,10 +168,34 @@ def _check_model(sweep: Sequence[Runs], stage: str) -> None:
         )
     if evaluate.steering and limit:
         _check_prompts(config, tokenizer, limit)
-    for sae in (runs.config.train.sae for runs in sweep):
-        if d_sae := sae.width(d_in) if d_in else sae.d_sae:
-            for setting in ("evaluate.features.include", "evaluate.steering.feature_ids"):
-                check_features(_at(config, setting) or (), d_sae, setting)
+    if config.published:
+        widths = [_check_published(config, inputs, d_in)]
+    else:
+        widths = [sae.width(d_in) if d_in else sae.d_sae for sae in (runs.config.train.sae for runs in sweep)]
+    for d_sae in filter(None, widths):
+        for setting in ("evaluate.features.include", "evaluate.steering.feature_ids"):
+            check_features(_at(config, setting) or (), d_sae, setting)
+
+
+def _check_published(config: PipelineConfig, inputs: Inputs, d_in: int | None) -> int | None:
+    """Compare what an SAE of others says of itself with model and hook; its d_sae, None of one that says nothing.
+
+    Raises UserError for another hook or width.
+    """
+    from train.published import check_width, matching_hook, named_hook, other_model, read_config
+
+    published = config.published
+    assert published
+    found = read_config("published", published, resolved_commit(inputs.published), published.runtime.offline)
+    named = named_hook("published", published.hook, found) if found else published.hook or ""
+    matching_hook("published", named, config.harvest.hooks, "harvest.hooks")
+    if found is None:
+        return None
+    if d_in:
+        check_width(found.path, found.d_in, d_in, config.model.name)
+    if other := other_model(found, config.model.name):
+        _warn(f"published: {published.label} says that it is of {other!r}, and model.name is {config.model.name!r}")
+    return found.d_sae
 
 
 def check_widths(skeleton: Any, harvest: HarvestConfig) -> int | None:
@@ -217,7 +259,7 @@ def _shapes(model: Any, modules: dict[str, str]) -> dict[str, tuple[int, ...]] |
 
 
 def _check_token_ids(config: PipelineConfig, largest: int) -> None:
-    for setting in ("train.exclude.token_ids", "evaluate.reason_score.ignored_token_ids"):
+    for setting in (f"{config.exclude.setting}.token_ids", "evaluate.reason_score.ignored_token_ids"):
         if beyond := [token for token in _at(config, setting) or () if token > largest]:
             raise UserError(
                 f"{setting}: {beyond[0]}: never occurs, as the tokenizer's ids end at {largest}, so it leaves out "
@@ -242,13 +284,13 @@ def _warn_of_absent_tokens(config: PipelineConfig, folder: Path) -> None:
     """Say which tokens that training leaves out are nowhere in the first contexts of the sample."""
     from harvest.contexts import Contexts
 
-    if excluded := config.train.exclude.token_ids:
-        contexts = Contexts(folder)
-        count = min(contexts.count("train"), FIRST_CONTEXTS)
-        tokens = contexts.read("train", "tokens", 0, count)
+    if excluded := config.exclude.token_ids:
+        contexts, split = Contexts(folder), "holdout" if config.published else "train"
+        count = min(contexts.count(split), FIRST_CONTEXTS)
+        tokens = contexts.read(split, "tokens", 0, count)
         for token in excluded:
             if not (tokens == token).any():
                 _warn(
-                    f"train.exclude.token_ids: {token}: is not among the {tokens.size:,} tokens of the first "
-                    f"{count:,} contexts, so it may leave out nothing"
+                    f"{config.exclude.setting}.token_ids: {token}: is not among the {tokens.size:,} tokens of the "
+                    f"first {count:,} contexts, so it may leave out nothing"
                 )

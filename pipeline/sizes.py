@@ -13,7 +13,7 @@ from train.training import total_steps
 
 
 class Sizes(NamedTuple):
-    """Bytes, unless said otherwise."""
+    """Bytes, unless said otherwise. Beside a published SAE nothing is trained, and what training makes is 0."""
 
     geometry: Geometry
     layers: int  # decoder layers up to the last hook
@@ -69,12 +69,14 @@ def sizes(config: PipelineConfig, shape: Architecture) -> Sizes:
         context_size=sample.context_size,
         shard_contexts=sample.shard_contexts,
         chunk_rows=config.harvest.chunk_rows,
-        train_shards=sample.shards("train"),
+        train_shards=sample.shards("train") if train else 0,
         holdout_shards=sample.shards("holdout"),
         stored=config.harvest.stored,
     )
-    d_sae = max(single.sae.width(d_in) for single in train.expanded())
-    sae = sum(math.prod(shape) for shape in sae_class(train.sae.kind).shapes(d_in, d_sae).values())
+    saes = train.expanded() if train else []
+    d_sae = max((single.sae.width(d_in) for single in saes), default=0)
+    shapes = [sae_class(single.sae.kind).shapes(d_in, d_sae) for single in saes]
+    sae = max((sum(map(math.prod, of_kind.values())) for of_kind in shapes), default=0)
     return Sizes(
         geometry,
         layers,
@@ -82,11 +84,11 @@ def sizes(config: PipelineConfig, shape: Architecture) -> Sizes:
         sum(p.numel() for layer in run for p in layer.parameters()) + model.get_input_embeddings().weight.numel(),
         sample.context_size * (6 * d_in + 3 * widest) * 4,
         d_sae,
-        total_steps(train, geometry.train_shards * geometry.shard_rows),
-        len(train.expanded()),
-        8 * (geometry.train_shards + geometry.holdout_shards) * geometry.shard_rows,
+        total_steps(train, geometry.train_shards * geometry.shard_rows) if train else 0,
+        len(saes),
+        8 * (sample.shards("train") + sample.shards("holdout")) * sample.shard_rows,
         shard_bytes(geometry),
         4 * sae,
         12 * sae + 8 * d_sae,
-        train.runtime.keep_last,
+        train.runtime.keep_last if train else 0,
     )

@@ -8,16 +8,19 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluate.config import EVALUATE_VERSION, EvaluateConfig
 from harvest.config import HARVEST_VERSION, SAMPLE_VERSION
+from harvest.contexts import SPLITS
 from harvest.hub import resolved_commit
 from harvest.stage_directory import Run
 from pipeline.config import PipelineConfig
 from pipeline.fingerprint import Inputs, find_inputs, hashed_settings
 from train.config import TRAIN_VERSION, SweepConfig, TrainConfig, exactly
+from train.published_config import PLACE, PUBLISHED_VERSION
 
 Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
 Summary = dict[str, Any] | None  # None where other workers of a harvest have shards to write
@@ -116,11 +119,20 @@ def _train_inputs(settings: dict[str, Any], inputs: Inputs) -> None:
 
 def _evaluate_inputs(settings: dict[str, Any], inputs: Inputs) -> Any:
     for published, content in zip(settings.get("also", ()), inputs.also, strict=True):
-        del published["path"], published["revision"], published["file"]
-        published["content"] = content
+        _by_content(published, content)
     if settings.get("diff"):
         settings["diff"]["model"] = None
     return {"diff": inputs.diff, "generation": inputs.generation} if inputs.generation else inputs.diff
+
+
+def _published_inputs(settings: dict[str, Any], inputs: Inputs) -> Any:
+    _by_content(settings, inputs.published)
+
+
+def _by_content(published: dict[str, Any], content: str | None) -> None:
+    for name in PLACE:
+        published.pop(name, None)
+    published["content"] = content
 
 
 def _sample(jobs: Sequence[Job]) -> Iterator[Summary]:
@@ -131,13 +143,13 @@ def _sample(jobs: Sequence[Job]) -> Iterator[Summary]:
         yield sampling.run(config.model, commit, config.sample, inputs.sources, directory, begin)
 
 
-def _harvest(jobs: Sequence[Job]) -> Iterator[Summary]:
+def _harvest(jobs: Sequence[Job], splits: Sequence[str] = SPLITS) -> Iterator[Summary]:
     from harvest import run as harvest
 
     for runs, directory, begin, _ in jobs:
         config, commit = runs.config, resolved_commit(runs.inputs.model)
         settings = config.model, commit, config.sample, config.harvest
-        yield harvest.Harvest(*settings, runs.directory("sample"), directory, begin).run()
+        yield harvest.Harvest(*settings, runs.directory("sample"), directory, begin, splits).run()
 
 
 def _take_given(jobs: Sequence[Job]) -> Iterator[Summary]:
@@ -156,6 +168,15 @@ def _train(jobs: Sequence[Job]) -> Iterator[Summary]:
     with jobs[0].harvest or nullcontext() as made:
         summaries = train.run(tasks, jobs[0].runs.directory("harvest"), made)
     yield from summaries
+
+
+def _take_published(jobs: Sequence[Job]) -> Iterator[Summary]:
+    from train import published
+
+    for runs, directory, begin, _ in jobs:
+        assert runs.config.published
+        commit = resolved_commit(runs.inputs.published)
+        yield published.run(runs.config.published, commit, runs.directory("harvest"), directory, begin)
 
 
 def started(train: TrainConfig, inputs: Inputs) -> TrainConfig:
@@ -192,17 +213,25 @@ def _given(config: PipelineConfig) -> dict[str, Any]:
     return {"ingest": _section("ingest")(config)}
 
 
+def _heldout(config: PipelineConfig) -> dict[str, Any]:
+    """Those of the harvest for an SAE that is there: training rows, which nothing reads, are not made."""
+    return {**_section("harvest")(config), "splits": ["holdout"]}
+
+
 SAMPLE = Stage("sample", SAMPLE_VERSION, (), _section("sample"), _sample_inputs, _sample)
 HARVEST = Stage("harvest", HARVEST_VERSION, ("sample",), _section("harvest"), lambda _, i: i.model, _harvest)
+HELDOUT = HARVEST._replace(settings=_heldout, run=partial(_harvest, splits=("holdout",)))
 GIVEN = Stage("harvest", HARVEST_VERSION, (), _given, _given_inputs, _take_given)
 TRAIN = Stage("train", TRAIN_VERSION, ("harvest",), _section("train"), _train_inputs, _train)
+PUBLISHED = Stage("train", PUBLISHED_VERSION, ("harvest",), _section("published"), _published_inputs, _take_published)
 EVALUATE = Stage("evaluate", EVALUATE_VERSION, ("train",), _section("evaluate"), _evaluate_inputs, _evaluate)
 
 
 def stages_of(config: PipelineConfig) -> dict[str, Stage]:
-    """The stages of these settings, first ones first: given activations are another kind of harvest, without text."""
-    first = (GIVEN,) if config.ingest else (SAMPLE, HARVEST)
-    return {stage.name: stage for stage in (*first, TRAIN, EVALUATE)}
+    """The stages of these settings, first ones first: given activations are another kind of harvest, without text; a
+    published SAE is another kind of training, for which held-out rows are harvested."""
+    first = (GIVEN,) if config.ingest else (SAMPLE, HELDOUT if config.published else HARVEST)
+    return {stage.name: stage for stage in (*first, PUBLISHED if config.published else TRAIN, EVALUATE)}
 
 
 def fingerprints(config: PipelineConfig, inputs: Inputs) -> dict[str, str]:
@@ -224,16 +253,21 @@ def find_runs(config: PipelineConfig, root: Path) -> list[Runs]:
     See `find_inputs` for what it raises.
     """
     inputs = find_inputs(config, root)
-    single = [config.model_copy(update={"train": train}) for train in config.train.expanded()]
+    single = [config]
+    if config.train:
+        single = [config.model_copy(update={"train": train}) for train in config.train.expanded()]
     return [Runs(c, inputs, fingerprints(c, inputs), root) for c in single]
 
 
 def swept(runs: Runs, sweep: Sequence[Runs], between: str = " ", equals: str = "=") -> str:
-    """What sets a run apart from the others of its sweep, as `l1_coefficient=5`; empty without a sweep."""
+    """What sets a run apart from the others of its sweep, as `kind=topk k=16`; empty without a sweep."""
+    if len(sweep) == 1:
+        return ""
 
-    def values(name: str, of: Sequence[Runs]) -> list[float | int | None]:
+    def values(name: str, of: Sequence[Runs]) -> list[Any]:
         sections = [each.config.train if name == "lr" else each.config.train.sae for each in of]
         return [getattr(section, name) for section in sections]
 
-    apart = [name for name in SweepConfig.model_fields if len(set(values(name, sweep))) > 1]
-    return between.join(f"{name}{equals}{exactly(values(name, [runs])[0])}" for name in apart)
+    apart = [name for name in SweepConfig.model_fields if len({*values(name, sweep)} - {None}) > 1]
+    mine = {name: values(name, [runs])[0] for name in apart}  # None for what its kind does not have
+    return between.join(f"{name}{equals}{exactly(value)}" for name, value in mine.items() if value is not None)

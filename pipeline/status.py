@@ -58,6 +58,7 @@ def _why(runs: Runs, stage: str, stale: str | None) -> str:
     """Why a stage has no directory yet: how the nearest (newest) one on the same upstreams differs."""
     siblings = sorted((runs.root / stage).glob(f"*/{BEGUN}"), key=lambda path: path.stat().st_mtime, reverse=True)
     mine, settings = [run.path for run in runs.upstreams(stage)], runs.settings(stage)
+    inputs = runs.inputs.known(stage)
     nearest: list[str] = []
     was_run = False
     for path in siblings:
@@ -67,13 +68,15 @@ def _why(runs: Runs, stage: str, stale: str | None) -> str:
             continue
         if ("ingest" in other.get("settings", {})) != ("ingest" in settings):
             continue
+        if ("published" in other.get("inputs", {})) != ("published" in inputs):
+            continue
         was_run = True
         if [run.path for run in upstreams(other, runs.root)] != mine:
             continue
         changes = _differences(other.get("settings", {}), settings)
         if other.get("version") != runs.stages[stage].version:
             changes.insert(0, f"{stage} version: {other.get('version')} -> {runs.stages[stage].version}")
-        changes = changes or _differences(other.get("inputs", {}), runs.inputs.known(stage))
+        changes = changes or _differences(other.get("inputs", {}), inputs)
         if changes and (not nearest or len(changes) < len(nearest)):
             nearest = changes
     if nearest:

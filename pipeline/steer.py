@@ -16,7 +16,7 @@ from harvest.files import write_json
 from harvest.hub import resolved_commit
 from pipeline.running import trained
 from pipeline.settings_text import SettingsError
-from pipeline.stages import Runs
+from pipeline.stages import Runs, swept
 from pipeline.tables import table
 
 Option = typer.Option
@@ -80,7 +80,7 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     if request.max_activation is None:
         store = ActivationStore.open(files_of(runs.directory("harvest")))
         store.check_complete(("holdout",))
-        maxima = steering.max_activations(store, saved, config.train.exclude, features)
+        maxima = steering.max_activations(store, saved, config.exclude, features)
     else:
         maxima = [request.max_activation] * len(features)
     device = resolve_device(settings.runtime.device)
@@ -131,9 +131,10 @@ def _checked(sweep: Sequence[Runs], request: Request) -> Path:
     """The directory of the training run, for options that make sense."""
     hooks, to = sweep[0].config.harvest.hooks, request.json
     if len({runs.directory("train") for runs in sweep}) > 1:
+        first = [f"train.{'' if one.startswith('lr=') else 'sae.'}{one}" for one in swept(sweep[0], sweep).split()]
         raise SettingsError(
             f"steer: these settings are a sweep of {len(sweep)} SAEs; choose one, as "
-            "train.sweep=null train.sae.l1_coefficient=5"
+            f"{' '.join(['train.sweep=null', *first])}"
         )
     if not request.prompt and not request.prompts and not request.measure:
         raise SettingsError("steer: no prompt: give --prompt TEXT, --prompts FILE, or --measure for the built-in ones")

@@ -27,6 +27,8 @@ def stream(sweep: Sequence[Runs], *, allow_mixed: bool) -> None:
     """
     from harvest.stream import is_streamed
 
+    if sweep[0].config.published:
+        raise UserError("published: nothing is trained, so there is nothing to stream; `make all` runs these settings")
     made = sweep[0].of("harvest")
     whole = made.is_complete and not is_streamed(made.path)
     if not whole:

@@ -61,7 +61,7 @@ def mask(active: ByRow, F: int = F) -> Tensor:
 def sets(path: str, sae: Sae, x_BD: Tensor, dead: Dead | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The entries that the path takes for active, for near a threshold, and among dead features for their largest."""
     x, z_BF = sae.scaled(x_BD), torch.addmm(sae.b_enc, sae.scaled(x_BD), sae.W_enc)
-    aux_k = sae.auxiliary(dead.count).k if dead and sae.auxiliary(dead.count) else 0
+    aux_k = sae.auxiliary(dead.total).k if dead and sae.auxiliary(dead.total) else 0
     if path == "sparse":
         source = Source(sae.W_enc, sae.b_enc, x, torch.float32, PLAIN)
         active, near = sae.split(source.active(sae.batch_rule(), 0, SINGLE)[0])

@@ -240,14 +240,14 @@ def test_a_kind_without_a_fast_path_trains_in_one_process(kind, way_out):
     ("given", "status", "message"),
     [
         (
-            ["train.sae.kind=topk", "train.sae.k=2"],
+            ["train.sae.kind=topk", "train.sae.k=2", "train.sae.l1_coefficient=1"],
             2,
-            "l1_coefficient = 1 is a setting of kind standard, plain, and kind is",
+            "sae.l1_coefficient = 1 is a setting of kind standard, plain, and kind is topk",
         ),
         (
             ["train.sae.k=2"],
             2,
-            "k = 2 is a setting of kind topk, batchtopk, matryoshka, and kind is standard; k=null takes it away",
+            "k = 2 is a setting of kind topk, batchtopk, matryoshka, and kind is standard; train.sae.k=null",
         ),
         (["train.sae.kind=topk", "train.sae.l1_coefficient=null", "train.sae.k=null"], 2, "kind topk needs k"),
         (["train.sae.kind=gated"], 2, "kind: 'gated': known kinds are standard, topk, batchtopk, jumprelu, matryoshka"),

@@ -14,10 +14,10 @@ from sae_lens.saes.sae import SAEMetadata
 
 from evaluate.config import PublishedSae
 from evaluate.figures import read_figures
-from evaluate.published import load_published
 from harvest.activation_store import ActivationStore
 from harvest.files import UserError
 from train.exclusion import InputStatistics
+from train.published import load_published
 
 HOOK = "model.layers.1"
 NAME = "blocks.1.hook_resid_post"
@@ -36,7 +36,8 @@ def rows(store) -> torch.Tensor:
 
 def load(folder: Path, store: ActivationStore, **settings):
     published = PublishedSae(name="theirs", path=str(folder), **settings)
-    return load_published(published, None, store, {HOOK: InputStatistics(0.5, 1.0, None)}, offline=True)
+    statistics = {HOOK: InputStatistics(0.5, 1.0, None)}
+    return load_published("evaluate.also (theirs)", published, None, store, statistics.__getitem__, offline=True)
 
 
 def write_theirs(folder: Path, config, hook: str = NAME) -> sae_lens.SAE:

@@ -33,16 +33,19 @@ class BatchTopK(TopK):
     of_batch = True
 
     def reading_rule(self) -> Rule:
+        """Above θ, in units of scores."""
         return Rule(above_F=self.threshold / self.weight_F)
 
     def activations(self, z_BF: Tensor) -> Tensor:
+        """f (B, F) of rows that are no batch."""
         return torch.relu(z_BF) * (z_BF > self.threshold / self.weight_F)
 
     def smallest(self, f_BF: Tensor) -> Tensor:
+        """The smallest score that the batch took, 0-d; 0 where every positive entry was taken."""
         score_BF = f_BF * self.weight_F
-        # Where every positive entry was taken, there is none that was not.
         full = (score_BF > 0).sum() >= self.k * len(f_BF)
         return torch.where(full, score_BF.where(score_BF > 0, torch.inf).amin(), 0.0)
 
     def exported(self) -> Sae:
+        """The JumpReLU SAE with the same f for a row alone."""
         return JumpRelu.from_published(self.parameters | {"threshold": self.threshold / self.weight_F}, self.scale)

@@ -1,7 +1,8 @@
 """Settings of the train stage."""
 
 import itertools
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -26,6 +27,7 @@ KINDS = {
     "matryoshka": Kind("train.matryoshka:Matryoshka", ("k", "prefixes", *AUX)),
 }
 HYPERPARAMETERS = tuple(dict.fromkeys(name for kind in KINDS.values() for name in kind.hyperparameters))
+SPARSITY_SETTINGS = ("k", "l1_coefficient", "l0_coefficient", "target_l0")  # what moves an SAE along its frontier
 DEFAULTS = {"l1_coefficient": 5.0, "k": 64, "aux_coefficient": 1 / 32, "l0_coefficient": 1.0, "bandwidth": 0.5}
 
 
@@ -35,6 +37,12 @@ def exactly(value: Any) -> str:
     return short if not isinstance(value, float) or float(short) == value else repr(value)
 
 
+def said(kind: str, hyperparameters: Mapping[str, Any]) -> str:
+    """A kind and its hyperparameters for people, as `batchtopk, k = 34`; without those that are None."""
+    given = {name: value for name, value in hyperparameters.items() if value is not None}
+    return ", ".join([kind, *(f"{name} = {exactly(value)}" for name, value in given.items())])
+
+
 def _own(name: str, **limits: Any) -> Any:
     """A setting of some kinds alone; None for the others."""
 
@@ -42,8 +50,8 @@ def _own(name: str, **limits: Any) -> Any:
         kind = KINDS.get(chosen.get("kind", ""))
         return DEFAULTS.get(name) if kind and name in kind.hyperparameters else None
 
-    added = {"json_schema_extra": {"added": True}} if name != "l1_coefficient" else {}
-    return Field(default_factory=default, **limits, **added)
+    added = name != "l1_coefficient"
+    return Field(default_factory=default, json_schema_extra={"added": True} if added else None, **limits)
 
 
 class SaeConfig(Settings):
@@ -80,15 +88,26 @@ class SaeConfig(Settings):
             raise ValueError("set exactly one of d_sae and expansion_factor (null takes one away)")
         if self.kind not in KINDS:
             raise ValueError(f"kind: {self.kind!r}: known kinds are {', '.join(KINDS)}")
-        own = KINDS[self.kind].hyperparameters
-        if missing := [name for name in own if name in DEFAULTS and getattr(self, name) is None]:
-            raise ValueError(f"kind {self.kind} needs {missing[0]}")
-        for name in HYPERPARAMETERS:
-            if name not in own and (value := getattr(self, name)) is not None:
-                kinds = ", ".join(kind for kind, about in KINDS.items() if name in about.hyperparameters)
-                said = f"{name} = {exactly(value)} is a setting of kind {kinds}, and kind is {self.kind}"
-                raise ValueError(f"{said}; {name}=null takes it away")
         return self
+
+    def check(self, kinds: Sequence[str]) -> None:
+        """Raise ValueError for a setting that none of these kinds has, or that one needs and null took away."""
+        needed = {name for kind in kinds for name in KINDS[kind].hyperparameters}
+        for name in (name for name in HYPERPARAMETERS if name in self.model_fields_set):
+            value, of = getattr(self, name), ", ".join(kinds)
+            if value is None and name in needed and name in DEFAULTS:
+                raise ValueError(f"sae.{name}: kind {of} needs {name}; leave it out for its default")
+            if value is not None and name not in needed:
+                having = ", ".join(kind for kind, about in KINDS.items() if name in about.hyperparameters)
+                text = f"sae.{name} = {exactly(value)} is a setting of kind {having}, and kind is {of}"
+                raise ValueError(f"{text}; train.sae.{name}=null takes it away")
+
+    def of_kind(self, kind: str, **chosen: Any) -> "SaeConfig":
+        """The same of another kind, with those settings that it has, and these ones in their place."""
+        own = KINDS[kind].hyperparameters
+        given = self.model_dump(exclude_unset=True).items()
+        kept = {name: value for name, value in given if name in own or name not in HYPERPARAMETERS}
+        return SaeConfig.model_validate(kept | {"kind": kind} | chosen)
 
     def hyperparameters(self) -> dict[str, Any]:
         """The settings that the kind's class takes, by name."""
@@ -97,9 +116,8 @@ class SaeConfig(Settings):
 
     def said(self, everything: bool = False) -> str:
         """Its kind and what sets its sparsity, as `batchtopk, k = 34`, or with all that the kind's own settings say."""
-        own = {name: value for name, value in self.hyperparameters().items() if value is not None}
-        named = {name: value for name, value in own.items() if everything or name in SweepConfig.model_fields}
-        return ", ".join([self.kind, *(f"{name} = {exactly(value)}" for name, value in named.items())])
+        own = self.hyperparameters()
+        return said(self.kind, {name: own[name] for name in own if everything or name in SPARSITY_SETTINGS})
 
     def width(self, d_in: int) -> int:
         """d_sae for rows of this width."""
@@ -109,6 +127,7 @@ class SaeConfig(Settings):
 class ExcludeConfig(Settings):
     """Rows that are not trained on."""
 
+    setting: ClassVar[str] = "train.exclude"  # as messages name it
     token_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Rows of these tokens are not trained on (the paper: 128000 and 128001, BOS and EOS)."""
     positions: tuple[Annotated[int, Field(ge=0)], ...] = ()
@@ -126,7 +145,7 @@ class ExcludeConfig(Settings):
     def check_positions(self, context_size: int) -> None:
         """Raise ValueError for positions that no context has."""
         if beyond := [position for position in self.positions if position >= context_size]:
-            said = f"train.exclude.positions: {beyond[0]}: a context has positions 0 to {context_size - 1}"
+            said = f"{self.setting}.positions: {beyond[0]}: a context has positions 0 to {context_size - 1}"
             raise ValueError(f"{said} (context_size), so this leaves out nothing")
 
 
@@ -154,8 +173,14 @@ class StartFrom(Settings):
 
 
 class SweepConfig(Settings):
-    """Several values of a setting: an SAE for each combination, from one reading of the store."""
+    """Several values of a setting: an SAE for each combination, from one reading of the store.
 
+    A kind takes the values of its own settings alone: kind [standard, topk], l1_coefficient [3, 5] and k [16, 34] are
+    four SAEs, not eight. What is one value for all of a kind stays in train.sae, of whichever of the kinds.
+    """
+
+    kind: tuple[str, ...] = ()
+    """Values of train.sae.kind, in whose place they are."""
     k: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Values of train.sae.k."""
     l1_coefficient: tuple[Annotated[float, Field(ge=0)], ...] = ()
@@ -174,6 +199,9 @@ class SweepConfig(Settings):
         for name, values in self:
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} names a value twice")
+        for kind in self.kind:
+            if kind not in KINDS:
+                raise ValueError(f"kind: {kind!r}: known kinds are {', '.join(KINDS)}")
         return self
 
 
@@ -215,7 +243,7 @@ class TrainConfig(Settings):
     lr_decay_fraction: float = Field(default=0.2, ge=0, le=1)
     """Last part of the steps, over which lr falls linearly to 0."""
     l1_warmup_fraction: float = Field(default=0.05, ge=0, le=1)
-    """First part of the steps, over which λ rises linearly from 0."""
+    """First part of the steps, over which the coefficients of the loss (λ, l0_coefficient) rise linearly from 0."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Adam's decay rates."""
     clip_norm: float = Field(default=1.0, gt=0)
@@ -248,9 +276,13 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
+        kinds = self.kinds
         for name, values in self.sweep or ():
-            if values and name in HYPERPARAMETERS and name not in KINDS[self.sae.kind].hyperparameters:
-                raise ValueError(f"sweep.{name}: kind {self.sae.kind} has no {name}")
+            if values and name in HYPERPARAMETERS and not any(name in KINDS[kind].hyperparameters for kind in kinds):
+                raise ValueError(f"sweep.{name}: kind {', '.join(kinds)} has no {name}")
+        self.sae.check(kinds)
+        if self.sweep and self.sweep.kind and self.start_from:
+            raise ValueError("sweep.kind: not together with start_from, whose SAE is of one kind")
         if self.sweep and self.sweep.d_sae and self.sae.d_sae is None:
             raise ValueError("sweep.d_sae needs sae.d_sae instead of sae.expansion_factor")
         if self.sweep and self.sweep.d_sae and self.start_from:
@@ -276,14 +308,22 @@ class TrainConfig(Settings):
             )
         return tokens // self.batch_size
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of SAE that these settings train."""
+        return (self.sweep and self.sweep.kind) or (self.sae.kind,)
+
     def expanded(self) -> list["TrainConfig"]:
         """The single settings that a sweep stands for; without one, these settings."""
         if self.sweep is None:
             return [self]
-        swept = {name: values for name, values in self.sweep if values}
+        swept = {name: values for name, values in self.sweep if values and name != "kind"}
         out = []
-        for values in itertools.product(*swept.values()):
-            chosen = dict(zip(swept, values, strict=True))
-            lr = chosen.pop("lr", self.lr)
-            out.append(self.model_copy(update={"sae": self.sae.model_copy(update=chosen), "lr": lr, "sweep": None}))
+        for kind in self.kinds:
+            own = [n for n in swept if n not in HYPERPARAMETERS or n in KINDS[kind].hyperparameters]
+            for values in itertools.product(*(swept[name] for name in own)):
+                chosen = dict(zip(own, values, strict=True))
+                lr = chosen.pop("lr", self.lr)
+                sae = self.sae.of_kind(kind, **chosen)
+                out.append(self.model_copy(update={"sae": sae, "lr": lr, "sweep": None}))
         return out

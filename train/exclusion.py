@@ -63,8 +63,8 @@ def kept_rows(
     for name, wanted in (("token_id", exclude.token_ids), ("position", exclude.positions)):
         if wanted and name in absent:
             raise UserError(
-                f"train.exclude.{name}s: {list(wanted)}: these activations were ingested without {name}s; set it to "
-                f"[], or ingest them with {WAY_TO_KNOW[name]}"
+                f"{exclude.setting}.{name}s: {list(wanted)}: these activations were ingested without {name}s; set it "
+                f"to [], or ingest them with {WAY_TO_KNOW[name]}"
             )
 
     def rows(name: str) -> np.ndarray:
@@ -73,18 +73,20 @@ def kept_rows(
     return Exclusion(exclude, norm_limit)(rows)
 
 
-def input_statistics(store: ActivationStore, hook: str, exclude: ExcludeConfig, window_shards: int) -> InputStatistics:
-    """Median norm, limit and scale from the first window.
+def input_statistics(
+    store: ActivationStore, hook: str, exclude: ExcludeConfig, window_shards: int, split: str = "train"
+) -> InputStatistics:
+    """Median norm, limit and scale from the first window of a split.
 
     Raises UserError when the exclusions leave no row.
     """
-    shards = range(min(window_shards, store.geometry.train_shards))
-    norms = np.concatenate([store.read_norms("train", hook, shard) for shard in shards])
+    shards = range(min(window_shards, store.geometry.shards(split)))
+    norms = np.concatenate([store.read_norms(split, hook, shard) for shard in shards])
     median = float(np.median(norms))
     limit = None if exclude.norm_above_median is None else exclude.norm_above_median * median
-    keep = np.concatenate([kept_rows(store, "train", hook, shard, exclude, limit) for shard in shards])
+    keep = np.concatenate([kept_rows(store, split, hook, shard, exclude, limit) for shard in shards])
     if not keep.any():
-        raise UserError(f"train.exclude: {exclude.model_dump()}: leaves no row of the first window to train on")
+        raise UserError(f"{exclude.setting}: {exclude.model_dump()}: leaves no row of the first window")
     mean = float(norms[keep].mean(dtype=np.float64))
     if not mean > 0:
         raise UserError(f"{store.path}: all rows of {hook} in the first window are zero; there is nothing to learn")

@@ -6,7 +6,7 @@ A step has no gradient, so thresholds get that of a rectangle of width ε around
 
 They are learnt through log θ, which keeps them positive.
 
-Shape suffixes: B rows of a batch, F d_sae.
+Shape suffixes: B rows of a batch, F d_sae, N entries.
 """
 
 from collections.abc import Mapping

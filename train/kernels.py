@@ -12,7 +12,7 @@ Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros, T tiles of a ro
 (D, F) are int64: 4096 × 524,288 passes 2³¹.
 """
 
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # Triton turns the numbers given for tl.constexpr parameters into constants itself.
 
 import torch
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.nonzeros import POSITIVE, SMALLEST, ByFeature, ByRow, Entries, Operations, Rule
+from train.nonzeros import POSITIVE, SMALLEST, ByFeature, ByRow, Entries, Operations, Rule, weight_of
 from train.step import Tensors
 
 AdamNumbers = tuple[float, tuple[float, float], int, Tensor, float]  # `train.adam.Update`, which imports this module
@@ -39,7 +39,7 @@ def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = POSITIVE, least: Tensor 
     tiles = triton.cdiv(F, EXTRACT_TILE)
     count_BT = torch.empty(B, tiles, dtype=torch.int32, device=pre_BF.device)
     if rule.largest and least is None:
-        least = least_of_rows(pre_BF, b_enc, rule.weight_F, rule.largest)
+        least = least_of_rows(pre_BF, b_enc, weight_of(rule), rule.largest)
     # Where a tensor is not needed, another one stands in for its address.
     least_B = b_enc if least is None else least.clamp_min(SMALLEST).expand(B).contiguous()
     above_F, weight_F = (b_enc if given is None else given for given in (rule.above_F, rule.weight_F))

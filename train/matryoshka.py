@@ -28,6 +28,7 @@ class Matryoshka(BatchTopK):
 
     @property
     def levels(self) -> tuple[int, ...]:
+        """Ends of the prefixes."""
         return tuple(self.prefixes)
 
     @classmethod

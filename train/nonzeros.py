@@ -3,7 +3,7 @@
 `train.kernels.TRITON` is the CUDA twin of `PLAIN`. On a CPU operands are float32: caches bound these gathers, so a
 smaller product type gains nothing. Every sum has one owner and a fixed order.
 
-Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros.
+Shape suffixes: B rows of a batch, D d_in, F d_sae, G groups of a row, N non-zeros.
 """
 
 import warnings
@@ -43,6 +43,12 @@ class Rule(NamedTuple):
 
 
 POSITIVE = Rule()
+
+
+def weight_of(rule: Rule) -> Tensor:
+    """Weights of scores (F,) of a rule that compares them."""
+    assert rule.weight_F is not None
+    return rule.weight_F
 
 
 class Entries(NamedTuple):
@@ -115,7 +121,7 @@ def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = POSITIVE, least: Tensor 
     B, F = pre_BF.shape
     # Not `pre > -b`: a NaN has to reach the loss, where the trainer looks for it.
     if rule.largest:
-        score_BF = _scores(pre_BF, b_enc, rule.weight_F)
+        score_BF = _scores(pre_BF, b_enc, weight_of(rule))
         least = (_least(score_BF, rule.largest) if least is None else least.expand(B)).clamp_min(SMALLEST)
         active_BF = (score_BF < least.unsqueeze(1)).logical_not_()
     else:
@@ -149,7 +155,7 @@ def decoder_sums(
 ) -> Tensor:
     """Σ_b f_bi e_b + scale_i W_dec,i for each feature i (F, D), float32; f_N in the order of `by`."""
     sums_FD = bag_sums(by.offset_F, by.row_N, f_N, error_BD)
-    return sums_FD if scale_F is None else sums_FD.addcmul_(W_dec, scale_F.unsqueeze(1))
+    return sums_FD if W_dec is None or scale_F is None else sums_FD.addcmul_(W_dec, scale_F.unsqueeze(1))
 
 
 def encoder_sums(by: ByFeature, df_N: Tensor, x_BD: Tensor) -> Tensor:

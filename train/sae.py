@@ -35,7 +35,7 @@ class Dead(NamedTuple):
     """Features that have not fired for a while."""
 
     feature_K: Tensor  # int64, among those of an SAE or of a rank's part
-    count: int  # on all ranks
+    total: int  # on all ranks
 
 
 class Auxiliary(NamedTuple):
@@ -98,12 +98,12 @@ class Sae:
         return {}
 
     def gates(self, z_BF: Tensor) -> dict[str, Tensor]:
-        """What learnt thresholds pay, from pre-activations; as `penalties`."""
+        """What learnt thresholds pay, from pre-activations (B, F): 0-d terms."""
         del z_BF
         return {}
 
     def nested(self, f_BF: Tensor, target_BD: Tensor) -> dict[str, Tensor]:
-        """The squared error of the prefixes of features before the last."""
+        """The squared error of the prefixes of features before the last: a 0-d term."""
         if len(self.levels) == 1:
             return {}
         x_BD, terms = self.scaled(target_BD), []
@@ -113,7 +113,7 @@ class Sae:
         return {"inner": torch.stack(terms).sum()}
 
     def revival(self, z_BF: Tensor, error_BD: Tensor, dead: Dead | None) -> dict[str, Tensor]:
-        """What dead features leave of the residual; see `Auxiliary`."""
+        """What dead features leave of the residual, a 0-d term; see `Auxiliary`."""
         del z_BF, error_BD, dead
         return {}
 
@@ -134,7 +134,7 @@ class Sae:
     def threshold_gradients(
         self, near: ByRow, df_N: Tensor, l0_B: Tensor, coefficients: Mapping[str, float]
     ) -> dict[str, Tensor]:
-        """Gradients of learnt thresholds, of the entries near them and the squared error's gradients df there."""
+        """Gradients of learnt thresholds (F,), from entries near them and the squared error's gradients df there."""
         raise NotImplementedError
 
     def smallest(self, f_BF: Tensor) -> Tensor | None:
@@ -149,7 +149,7 @@ class Sae:
 
     @property
     def trained(self) -> dict[str, Tensor]:
-        """The parameters that have gradients."""
+        """The parameters that have gradients, shapes as in `shapes`."""
         return {name: weight for name, weight in self.parameters.items() if name not in self.running}
 
     def finished(self) -> Self:
@@ -161,12 +161,12 @@ class Sae:
         return self
 
     def published(self) -> dict[str, Tensor]:
-        """The parameters by the names and in the forms that SAELens has."""
+        """The parameters by the names and in the forms that SAELens has, shapes as in `shapes`."""
         return self.parameters
 
     @classmethod
     def from_published(cls, tensors: dict[str, Tensor], scale: float, **rule: Any) -> Self:
-        """The SAE of parameters as `published` gives them."""
+        """The SAE of parameters as `published` gives them, shapes too."""
         return cls(tensors, scale, **rule)
 
     @property

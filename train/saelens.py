@@ -12,7 +12,7 @@ run code is refused.
 
 import pickle
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from train.sae import Sae
 
 CONFIG = "cfg.json"
 SAELENS_VERSION = "6.0.0"  # the form of cfg.json
+SCALING = ("scaling_factor", "finetuning_scaling_factor")  # of each feature, in forms that are no longer written
 LINEAR = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
 
@@ -69,11 +70,12 @@ def write_saelens_folder(folder: Path, sae: Sae, metadata: dict[str, Any]) -> No
 class SaelensConfig:
     """cfg.json of SAELens, forms 5 and 6: what decides the mathematics.
 
-    Raises UserError for what is not supported, by name.
+    `raw` is its content where it is no file, `path` is then what messages call it. Raises UserError for what is not
+    supported, by name.
     """
 
-    def __init__(self, path: Path) -> None:
-        raw = read_json(path)
+    def __init__(self, path: Path, raw: dict[str, Any] | None = None) -> None:
+        raw = read_json(path) if raw is None else raw
         metadata = raw.get("metadata")
         old_names = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
         flat = {**raw, **(metadata if isinstance(metadata, dict) else {})}
@@ -118,7 +120,15 @@ class SaelensConfig:
 
     def named(self) -> dict[str, Any]:
         """What a report says of it."""
-        names = ("model_name", "hook_name", "dataset_path", "context_size", "normalize_activations", "dtype")
+        names = (
+            "model_name",
+            "hook_name",
+            "dataset_path",
+            "context_size",
+            "prepend_bos",
+            "normalize_activations",
+            "dtype",
+        )
         return {name: self.fields[name] for name in names if isinstance(self.fields.get(name), str | int)}
 
     def read_sae(self, path: Path, scale: float) -> Sae:
@@ -126,29 +136,45 @@ class SaelensConfig:
 
         Shapes are checked before a byte is read. Raises UserError for a file that is damaged or does not fit.
         """
-        names, shapes = self.of_kind.published_names, self.of_kind.shapes(self.d_in, self.d_sae)
-        shapes = {names.get(name, name): shape for name, shape in shapes.items()}
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                found = set(file.keys())
-                for name, shape in shapes.items():
-                    if name not in found:
-                        raise UserError(f"{path}: holds no {name}; found: {', '.join(map(repr, sorted(found)))[:200]}")
-                    has = tuple(file.get_slice(name).get_shape())
-                    if has != shape:
-                        raise UserError(f"{path}: {name} is {has}; cfg.json says {shape}")
-                tensors = {name: file.get_tensor(name).float().contiguous() for name in shapes}
-                scaling = file.get_tensor("scaling_factor") if "scaling_factor" in found else torch.ones(1)
+                self._check_shapes(path, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in self._names(file.keys())}
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged, or not a safetensors file ({error})") from None
-        if not (scaling == 1).all():
-            raise UserError(f"{path}: scaling_factor (finetuning_scaling_factor) is not supported")
-        check_finite(path, tensors)
+        return self.sae(path, tensors, scale)
+
+    def sae(self, path: Path, tensors: Mapping[str, Tensor], scale: float) -> Sae:
+        """The same of tensors in memory, of any float type and shapes as in cfg.json; `path` is for messages.
+
+        Raises UserError for tensors that do not fit, or hold a NaN.
+        """
+        self._check_shapes(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        weights = {name: tensors[name].float().contiguous() for name in self._names(tensors)}
+        for name in SCALING:
+            if name in weights and not (weights.pop(name) == 1).all():
+                raise UserError(f"{path}: {name} (finetuning_scaling_factor) is not supported")
+        check_finite(path, weights)
         if self.b_dec_from_input:
-            moved = tensors["b_dec"].double() @ tensors["W_enc"].double()
-            tensors["b_enc"] = (tensors["b_enc"].double() - moved).float()
-        sae = self.of_kind.from_published(tensors, scale, **self.rule)
+            moved = weights["b_dec"].double() @ weights["W_enc"].double()
+            weights["b_enc"] = (weights["b_enc"].double() - moved).float()
+        sae = self.of_kind.from_published(weights, scale, **self.rule)
         return replace(sae, by_decoder_norm=True).finished() if self.by_decoder_norm else sae
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        names = self.of_kind.published_names
+        return {names.get(n, n): shape for n, shape in self.of_kind.shapes(self.d_in, self.d_sae).items()}
+
+    def _names(self, there: Iterable[str]) -> list[str]:
+        found = set(there)
+        return [*self._shapes(), *(name for name in SCALING if name in found)]
+
+    def _check_shapes(self, path: Path, found: dict[str, tuple[int, ...]]) -> None:
+        for name, shape in self._shapes().items():
+            if name not in found:
+                raise UserError(f"{path}: holds no {name}; found: {', '.join(map(repr, sorted(found)))[:200]}")
+            if found[name] != shape:
+                raise UserError(f"{path}: {name} is {found[name]}; cfg.json says {shape}")
 
     def _count(self, name: str) -> int:
         value = self.fields.get(name)
@@ -167,7 +193,8 @@ def canonical_hook(hook: str) -> str:
     before = hook.removesuffix(".hook_resid_pre").removeprefix("blocks.")
     if before.isdigit() and int(before) > 0 and hook == f"blocks.{before}.hook_resid_pre":
         return f"blocks.{int(before) - 1}.hook_resid_post"
-    return saelens_hook(hook) or hook
+    module = hook.removesuffix(".output")  # as Gemma Scope 2 names it
+    return saelens_hook(module) or module
 
 
 def read_linear(path: Path) -> Sae:

@@ -10,7 +10,7 @@ Shape suffixes: B rows of a batch, F d_sae, N entries, K largest keys, R ranks.
 import torch
 from torch import Tensor
 
-from train.nonzeros import ByRow, Entries, Rule
+from train.nonzeros import ByRow, Entries, Rule, weight_of
 from train.parallel import FeatureRanks
 
 TIE_BITS = 32  # of a key, below the 31 of a positive score
@@ -51,7 +51,8 @@ def keys(entries: Entries, row_N: Tensor, rule: Rule, first_feature: int) -> Ten
 
     Raises ValueError where there are more places than tell entries apart.
     """
-    B, F = len(entries.count_B), len(rule.weight_F)
+    weight_F = weight_of(rule)
+    B, F = len(entries.count_B), len(weight_F)
     feature_N = entries.feature_N.long()
     tie_N = first_feature + feature_N
     if rule.of_batch:
@@ -60,7 +61,7 @@ def keys(entries: Entries, row_N: Tensor, rule: Rule, first_feature: int) -> Ten
             raise ValueError(
                 f"{B:,} rows times {first_feature + F:,} features are above 2^{TIE_BITS}: use a smaller batch"
             )
-    score_N = entries.f_N * rule.weight_F[feature_N]
+    score_N = entries.f_N * weight_F[feature_N]
     bits_N = score_N.view(torch.int32).long() & 0x7FFFFFFF  # a NaN is above all: it has to reach the loss
     return (bits_N << TIE_BITS) + (2**TIE_BITS - 1 - tie_N)
 

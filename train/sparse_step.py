@@ -12,7 +12,7 @@ order (no atomics): equal inputs and threads give equal bytes.
 On CUDA (from Ampere on) the gathers are the Triton kernels of `train.kernels`, from operands in
 compute_dtype, elsewhere the plain functions of `train.nonzeros`, in float32.
 
-Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros.
+Shape suffixes: B rows of a batch, D d_in, F d_sae, L nested prefixes, N non-zeros.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from harvest.device import is_ampere
-from train.nonzeros import PLAIN, ByRow, Entries, Operations, Rule, by_feature
+from train.nonzeros import PLAIN, ByRow, Entries, Operations, Rule, by_feature, weight_of
 from train.parallel import SINGLE, FeatureRanks
 from train.sae import Auxiliary, Dead, Sae
 from train.selection import largest
@@ -65,7 +65,7 @@ def sparse_step(
     found = feature_gradients(leveled, pull, x, W_dec, ops, 2 / B, price)
     gradients = found.gradients | {"b_dec": pull_BD[:B].sum(0).mul_(2 / B)}
     terms: dict[str, Tensor] = {}
-    if price:
+    if price and found.f_sum_F is not None:
         terms["l1"] = found.f_sum_F @ price.norm_F / B
     if len(error_LBD) > 1:
         terms["inner"] = error_LBD[:-1].square().sum(2).mean(1).sum()
@@ -74,12 +74,12 @@ def sparse_step(
         dots_N = ops.row_dots(near, pull, W_dec).mul_(2 / B)
         terms |= {name: term_B.mean() for name, term_B in sae.l0_terms(l0_B).items()}
         gradients |= sae.threshold_gradients(near, dots_N, l0_B, coefficients)
-    if dead and (auxiliary := sae.auxiliary(dead.count)):
+    if dead and (auxiliary := sae.auxiliary(dead.total)):
         factor = 2 / B * auxiliary.scale * coefficients["aux"]
         error_B, added = _revival(sae, source, W_dec, error_BD, dead, auxiliary, factor, ranks)
         terms["aux"] = auxiliary.scale * error_B.mean()
         for name, gradient in added.items():
-            gradients[name].index_add_(sae.feature_axes()[name], dead.feature_K, gradient)
+            gradients[name].index_add_(1 if name == "W_enc" else 0, dead.feature_K, gradient)
     return result(x_BD, error_BD, gradients, terms, found.count_F)._replace(smallest=smallest)
 
 
@@ -122,14 +122,16 @@ class FeatureGradients(NamedTuple):
 
     gradients: dict[str, Tensor]  # W_enc, b_enc, W_dec
     count_F: Tensor  # rows in which a feature is active
-    f_sum_F: Tensor  # with a price
+    f_sum_F: Tensor | None  # with a price
 
 
 def feature_gradients(
     active: ByRow, pull: Tensor, x: Tensor, W_dec: Tensor, ops: Operations, factor: float, price: Price | None = None
 ) -> FeatureGradients:
-    """Gradients of factor/2 · Σ ‖error‖² and of the price, from the error `pull` of the rows of `active`; x has as many
-    rows, or they repeat it."""
+    """Gradients of factor/2 · Σ ‖error‖² and of the price, from the errors `pull` (rows of `active`, D).
+
+    x (B, D) are scaled rows, as many or repeated by those of `active`; W_dec (F, D).
+    """
     df_N = ops.row_dots(active, pull, W_dec).mul_(factor)
     if price:
         df_N.add_(price.norm_F[active.feature_N], alpha=price.coefficient)
@@ -161,7 +163,7 @@ def _revival(
     """‖ê − (x − x̂)‖² of each row (B,), and the gradients of the dead features."""
     W_dec, ops = W_dec[dead.feature_K], source.ops
     of_dead = source._replace(W_enc=source.W_enc[:, dead.feature_K], b_enc=source.b_enc[dead.feature_K])
-    rule = Rule(largest=auxiliary.k, weight_F=sae.batch_rule().weight_F[dead.feature_K])
+    rule = Rule(largest=auxiliary.k, weight_F=weight_of(sae.batch_rule())[dead.feature_K])
     active = of_dead.active(rule, sae.first_feature, ranks)[0]
     left_BD = _sum(active, W_dec, torch.zeros_like(sae.b_dec), -error_BD, ops, ranks)
     found = feature_gradients(active, left_BD.to(W_dec.dtype), source.x_BD.to(W_dec.dtype), W_dec, ops, factor)
@@ -221,7 +223,7 @@ class Source(NamedTuple):
     ops: Operations
 
     def active(self, rule: Rule, first_feature: int, ranks: FeatureRanks) -> tuple[ByRow, Tensor | None]:
-        """The entries that the rule takes, of all features, and the smallest score among them if it chooses by score.
+        """The entries that the rule takes, and the smallest score among them (0-d) if it chooses by score.
 
         Raises ValueError at 2³¹ or more of them: the places in them are int32.
         """
@@ -238,7 +240,10 @@ class Source(NamedTuple):
         return largest(entries, rule, first_feature, ranks)
 
     def entries(self, rule: Rule, ranks: FeatureRanks = SINGLE, least: Tensor | None = None) -> Entries:
-        """Candidates of the rule; of one that chooses from the batch, those whose score is at least `least`."""
+        """Candidates of the rule; of one that chooses from the batch, those whose score is at least `least` (0-d).
+
+        Raises ValueError at 2³¹ or more of them.
+        """
         B = len(self.x_BD)
         # The kernels need no cache-sized blocks, and the host waits for each block's count.
         rows = min(B, BLOCK_ROWS) if self.ops is PLAIN else B
@@ -252,7 +257,7 @@ class Source(NamedTuple):
                 # Half of these rows have twice their share of entries above it. Other rows are like them; if not, too
                 # few are found, and that is seen.
                 share = -(-2 * rule.largest // ranks.size)
-                mine = self.ops.least_of_rows(pre, self.b_enc, rule.weight_F, share).median()
+                mine = self.ops.least_of_rows(pre, self.b_enc, weight_of(rule), share).median()
                 least = ranks.each(mine.unsqueeze(0)).amin()
             parts.append(self.ops.extract(pre, self.b_enc, rule, least))
         count_B, feature_N, f_N = (torch.cat([getattr(part, name) for part in parts]) for name in Entries._fields[:3])

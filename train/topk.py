@@ -7,7 +7,7 @@ norm 1: there it is z itself.
 Features that have not fired for a while are dead; the aux_k largest of them in a row rebuild what the others leave
 (appendix A.2 there), so that they come back.
 
-Shape suffixes: B rows of a batch, F d_sae.
+Shape suffixes: B rows of a batch, D d_in, F d_sae, K dead features.
 """
 
 from dataclasses import dataclass, replace
@@ -42,6 +42,7 @@ class TopK(Sae):
 
     @property
     def weight_F(self) -> Tensor:
+        """What z is multiplied by to be compared (F,)."""
         return self.W_dec.detach().norm(dim=1) if self.by_decoder_norm else torch.ones_like(self.b_enc)
 
     def batch_rule(self) -> Rule:
@@ -58,7 +59,7 @@ class TopK(Sae):
         return Auxiliary(min(self.aux_k, dead), min(1.0, dead / self.aux_k)) if dead and self.aux_coefficient else None
 
     def revival(self, z_BF: Tensor, error_BD: Tensor, dead: Dead | None) -> dict[str, Tensor]:
-        auxiliary = self.auxiliary(dead.count) if dead else None
+        auxiliary = self.auxiliary(dead.total) if dead else None
         if not dead or not auxiliary:
             return {}
         z_BK, weight_K = z_BF[:, dead.feature_K], self.weight_F[dead.feature_K]

@@ -3,7 +3,7 @@
 Knows nothing of stores: it takes batches of rows, wherever they come from. Where the features are split
 over ranks, each rank has a trainer, and all of them make the same calls with the same rows.
 
-Shape suffixes: B rows of a batch, D d_in, F d_sae.
+Shape suffixes: B rows of a batch, D d_in, F d_sae, K dead features.
 """
 
 from dataclasses import replace
