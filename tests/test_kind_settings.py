@@ -71,6 +71,20 @@ def test_settings_that_are_no_kinds_own(tmp_path, file, given, message):
         load(settings(tmp_path, file), given)
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([*TOPK, "train.sweep.k=[3, 129]"], "train.sae.k: 129: the SAE has 128 features"),
+        (["train.sae.kind=matryoshka", "train.sae.prefixes=[4, 64]"], "[4, 64]: not widths that rise to d_sae = 128"),
+    ],
+)
+def test_what_does_not_fit_the_width_is_said_before_anything_runs(fresh_folder, given, message):
+    ran = pipeline("sample", *given)
+    assert ran.status == 1
+    assert message in " ".join(ran.out.split())
+    assert not list(Path("runs").glob("sample/*/begun.json"))
+
+
 def test_a_kind_takes_of_a_sweep_what_it_has():
     sae = SaeConfig(d_sae=8, l1_coefficient=7, aux_coefficient=0.5, bandwidth=0.1)
     kinds = ("standard", "topk", "jumprelu", "batchtopk")

@@ -66,7 +66,8 @@ class SaeConfig(Settings):
     l1_coefficient: float | None = _own("l1_coefficient", ge=0)
     """standard: λ, weight of the sparsity penalty. Comparable only at the input scale √d_in that we train at."""
     k: int | None = _own("k", ge=1)
-    """topk: features that are active in a row; batchtopk, matryoshka: on average over a batch."""
+    """topk: features that are active in a row; batchtopk, matryoshka: on average over a batch. Where fewer are positive
+    they are all active, and L0 counts those."""
     aux_coefficient: float | None = _own("aux_coefficient", ge=0)
     """topk, batchtopk, matryoshka: weight of what dead features leave of the residual; 0 leaves them alone."""
     aux_k: int | None = _own("aux_k", ge=1)
