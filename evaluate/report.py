@@ -112,12 +112,17 @@ def _charts(sae: Measured, log: list[dict[str, Any]]) -> dict[str, Any]:
     of_training = {
         "Explained variance": lines("Explained variance by step", series("explained_variance")),
         "L0": lines("L0 by step", series("l0")),
-        "Loss (λ warms up)": lines("Loss by step", series("loss")),
+        "Loss (its coefficients warm up)": lines("Loss by step", series("loss")),
     }
     charts = of_training if log else {}
     charts["Feature density"] = bars(
         "Features by density", histogram["counts"], histogram["edges"], "log10 of the part of rows it fires in"
     )
+    train = [line for line in log if line["kind"] == "train"]
+    names = {name.removesuffix("_coefficient") for line in train for name in line if name.endswith("_coefficient")}
+    terms = {n: [(line["step"], line[n]) for line in train if n in line] for n in (*sorted(names), "inner")}
+    if shown := {name: values for name, values in terms.items() if values}:
+        charts["Terms of the loss beside the squared error"] = lines("Terms of the loss by step", shown)
     if curve := sae.lists.get("reason_score", {}).get("curve"):
         points = [(log10(rank), score) for rank, score in curve]
         charts["ReasonScore"] = lines("Features by ReasonScore", {"score": points}, "log10 of the rank", clip=False)

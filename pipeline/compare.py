@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.compare import FIGURES, Evaluated, compare, short_name, titles, write_comparison
+from evaluate.compare import FIGURES, KIND, SAE, Evaluated, columns, compare, short_name, titles, write_comparison
 from evaluate.figures import text
 from harvest.files import UserError
 from harvest.stage_directory import FINGERPRINT, Run
@@ -12,6 +12,7 @@ from pipeline.config import load
 from pipeline.metrics import read_evaluation
 from pipeline.stages import find_runs
 from pipeline.tables import table
+from train.config import SaeConfig
 
 
 def compare_runs(names: Sequence[str], overrides: list[str], root: Path, to: Path) -> list[str]:
@@ -60,6 +61,10 @@ def _read(run: Run) -> Evaluated:
         before = Run(run.path.parents[1] / stage / str(fingerprint))
         if before.is_complete:  # it may have been pruned
             settings |= _flat(before.settings, stage)
+            if (
+                stage == "train" and f"{SAE}.d_sae" in settings
+            ):  # as older runs had it, and as fingerprints leave it out
+                settings.setdefault(KIND, SaeConfig.model_fields["kind"].default)
     return Evaluated(run.path.name, evaluation, settings)
 
 
@@ -70,12 +75,12 @@ def _flat(value: Any, prefix: str) -> dict[str, Any]:
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
-    differing = sorted({name for row in rows for name in row["settings"]})
-    cells = [["run", "hook", *map(short_name, differing), *(titles()[name] for name in FIGURES)]]
+    names = columns(rows)
+    cells = [["run", "hook", "kind", *map(short_name, names), *(titles()[name] for name in FIGURES)]]
     for row in rows:
-        settings = [_short(row["settings"].get(name, "")) for name in differing]
+        settings = [_short(row["settings"].get(name, "")) for name in names]
         figures = [text(row["figures"][name], name) for name in FIGURES]
-        cells.append([_short(row["sae"] or row["run"]), _short(row["hook"]), *settings, *figures])
+        cells.append([_short(row["sae"] or row["run"]), _short(row["hook"]), row["kind"], *settings, *figures])
     return table(cells, right=range(2, len(cells[0])))
 
 

@@ -4,6 +4,7 @@ An error names the file and line (or the command line), the setting, the value a
 """
 
 import difflib
+import sys
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,8 +12,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from evaluate.config import EvaluateConfig
 from harvest.config import HarvestConfig, IngestConfig, ModelConfig, SampleConfig, Settings
-from pipeline.settings_text import Loaded, SettingsError, override, read
-from train.config import ExcludeConfig, TrainConfig
+from pipeline.settings_text import COMMAND_LINE, Loaded, SettingsError, override, read
+from train.config import HYPERPARAMETERS, KINDS, ExcludeConfig, TrainConfig, exactly
 from train.published_config import PublishedConfig
 
 ABSENT: Any = None
@@ -90,6 +91,8 @@ def load(path: Path, overrides: list[str]) -> PipelineConfig:
     loaded = read(path, [*OF_TEXT, "train", "evaluate"])
     for text in overrides:
         override(loaded, text)
+    if aside := take_aside(loaded):
+        print(f"note: {path}: set aside, as {aside}", file=sys.stderr, flush=True)
     for name in ("train", "published"):  # null takes a section away
         if loaded.values.get(name, "") is None:
             del loaded.values[name]
@@ -107,6 +110,29 @@ def load(path: Path, overrides: list[str]) -> PipelineConfig:
     if wrong:
         raise SettingsError("\n".join(wrong))
     return _validated(loaded, path)
+
+
+def take_aside(loaded: Loaded) -> str:
+    """Take out the file's settings of kinds of SAE that the command line's kind is none of; what was, and why."""
+    train = loaded.values.get("train")
+    sections = {name: of for name in ("sae", "sweep") if isinstance(of := (train or {}).get(name), dict)}
+    chosen = [f"train.{n}.kind" for n in sections if loaded.places.get(f"train.{n}.kind") == COMMAND_LINE]
+    if not chosen:
+        return ""
+    by = chosen[-1]  # a sweep's kinds stand in the place of the one kind
+    given = sections[by.split(".")[1]]["kind"]
+    kinds = [given] if isinstance(given, str) else given or ()
+    if not all(isinstance(kind, str) and kind in KINDS for kind in kinds):
+        return ""  # an error, which names what is known
+    own = {name for kind in kinds for name in KINDS[kind].hyperparameters}
+    found = []
+    for section, values in sections.items():
+        others = [name for name in HYPERPARAMETERS if name not in own]
+        for name in [*others, *(["kind"] if section == "sweep" else [])]:
+            place = f"train.{section}.{name}"
+            if values.get(name) is not None and loaded.places.get(place) != COMMAND_LINE:
+                found.append(f"{place} = {exactly(values.pop(name))}")
+    return f"{by}={given}: {', '.join(found)}".replace("'", "") if found else ""
 
 
 def _wrong_section(name: str, loaded: Loaded, path: Path, beside: str | Literal[False]) -> str:

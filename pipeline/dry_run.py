@@ -106,10 +106,13 @@ def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig
         change(trained, "runtime", checkpoint_every=max(1, rows // train.batch_size // 2))
         if train.start_from:
             trained["start_from"] = str(folder / "start")
-        if train.sae.d_sae:
-            change(trained, "sae", d_sae=narrower(train.sae.d_sae))
-        if train.sweep and train.sweep.d_sae:
-            change(trained, "sweep", d_sae=[*dict.fromkeys(map(narrower, train.sweep.d_sae))])
+        for name in ("sae", "sweep"):
+            section = getattr(train, name)
+            for width in ("d_sae", "k", "prefixes"):  # what counts features
+                if value := getattr(section, width, None):
+                    several = isinstance(value, tuple)
+                    new = [*dict.fromkeys(map(narrower, value))] if several else narrower(value)
+                    change(trained, name, **{width: new})
     analyses, evaluate = change(settings, "evaluate", also=[]), config.evaluate
     if evaluate.downstream:
         change(analyses, "downstream", contexts=min(2, evaluate.downstream.contexts), batch_contexts=1)

@@ -22,6 +22,7 @@ from harvest.sources import hub_errors
 from pipeline.metrics import read_evaluation
 from pipeline.running import trained
 from pipeline.stages import Runs, swept
+from train.config import said
 from train.published_config import PLACE
 
 if TYPE_CHECKING:
@@ -241,7 +242,6 @@ def _code(value: Any) -> str:
 def _card_row(sae: Exported, trained: Any) -> dict[str, Any]:
     run, config = sae.runs.of("evaluate"), sae.runs.config
     formula = inspect.getdoc(type(trained)) or ""
-    sparsity = config.train.sae.hyperparameters() if config.train else trained.settings()
     measured = read_evaluation(run).own(sae.hook) if run.is_complete else None
     figures = {name: measured.figure(name) if measured else None for name in FIGURES}
     return {
@@ -250,7 +250,7 @@ def _card_row(sae: Exported, trained: Any) -> dict[str, Any]:
         "d_in": trained.d_in,
         "d_sae": trained.d_sae,
         "formula": formula if config.train else formula.partition(", loss ")[0],  # whose loss is not known
-        "sparsity": ", ".join(f"{k} {v:g}" for k, v in sparsity.items()) or "–",
+        "said": config.train.sae.said(everything=True) if config.train else said(trained.kind, trained.settings()),
         "figures": [form.format(f.value) if (f := figures[name]) else "–" for name, form in FIGURES.items()],
         "evaluated": measured is not None,
         "definitions": {name: figure.definition if figure else "" for name, figure in sorted(figures.items())},

@@ -20,7 +20,8 @@ from train.trainer import Trainer
 DISK_BYTES = 128 << 20
 PRODUCT_FLOP = {"cpu": 1e10, "cuda": 1e13}
 STEP_FLOP = {"cpu": 4e10, "cuda": 1e14}  # of the dense step that is timed: well below a second
-ACTIVE_DEVIATIONS = 2.576  # of a normal variable; it is above with a probability of 0.5%, the L0 of the timed step
+ACTIVE = 0.005  # L0 of the timed step, as a part of its features
+ACTIVE_DEVIATIONS = 2.576  # of a normal variable; it is above with that probability
 # What part of the rate of its matrix products a forward pass reaches, eager and compiled, writing included: measured
 # for 20 layers of the 8B shape on an H100 (benchmarks/results.md).
 FORWARD_PART = {False: 0.57, True: 0.71}
@@ -83,18 +84,32 @@ def _product_rate(d_in: int, dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _step(train: TrainConfig, s: Sizes, device: torch.device) -> tuple[float | None, int]:
-    """Seconds of one training step, Adam included, scaled from so many features as a second takes; and how many."""
+    """Seconds of one training step, Adam included, scaled from so many features as a second takes; and how many.
+
+    Of several kinds of SAE the mean; without dead features, whose revival is one more product.
+    """
+    of_kinds = {single.sae.kind: single for single in train.expanded()}.values()
+    found = [_step_of_kind(single, s, device) for single in of_kinds]
+    seconds = [each for each, _ in found if each is not None]
+    return sum(seconds) / len(seconds) if len(seconds) == len(found) else None, found[0][1]
+
+
+def _step_of_kind(train: TrainConfig, s: Sizes, device: torch.device) -> tuple[float | None, int]:
     d_in, batch, kernel = s.geometry.d_in, train.batch_size, "dense" if train.kernel == "dense" else "sparse"
     part = max(64, min(s.d_sae, int(STEP_FLOP[device.type] / (10 * batch * d_in))))
     try:
-        narrow = train.sae.model_copy(update={"d_sae": part, "expansion_factor": None})
+        own, active = train.sae.hyperparameters(), {"k": max(1, round(ACTIVE * part)), "target_l0": ACTIVE * part}
+        rules = {name: value for name, value in active.items() if name in own}
+        width = {"d_sae": part, "expansion_factor": None, "prefixes": None}
+        narrow = train.sae.model_copy(update=width | rules)
         settings = train.model_copy(update={"kernel": kernel, "lr": 0.0, "sae": narrow})
         sae = new_sae(settings, d_in, 1.0, device)
-        sae.b_enc.fill_(-ACTIVE_DEVIATIONS * float(sae.W_enc.norm(dim=0).mean()))
+        if not rules:  # what is active hangs on the weights alone
+            sae.b_enc.fill_(-ACTIVE_DEVIATIONS * float(sae.W_enc.norm(dim=0).mean()))
         trainer = Trainer(sae, settings, 1000, batch, resolve_dtype(train.compute_dtype, device))
         rows = torch.randn(batch, d_in, device=device).bfloat16()
         return _fastest(lambda: trainer.step(rows), device) * s.d_sae / part, part
-    except (MemoryError, RuntimeError, UserError) as error:  # a TopK of more features than the part has
+    except (MemoryError, RuntimeError, UserError) as error:
         if not isinstance(error, UserError) and not is_out_of_memory(error):
             raise
         return None, part

@@ -139,6 +139,7 @@ def _check_model(sweep: Sequence[Runs], stage: str) -> None:
     from harvest.device import check_threads, resolve_device
     from harvest.language_model import load_skeleton
     from harvest.tokenizer import load_whole_tokenizer
+    from train.kinds import sae_class
 
     config, inputs = sweep[0].config, sweep[0].inputs
     harvest, evaluate = config.harvest, config.evaluate
@@ -171,7 +172,11 @@ def _check_model(sweep: Sequence[Runs], stage: str) -> None:
     if config.published:
         widths = [_check_published(config, inputs, d_in)]
     else:
-        widths = [sae.width(d_in) if d_in else sae.d_sae for sae in (runs.config.train.sae for runs in sweep)]
+        saes = [runs.config.train.sae for runs in sweep]
+        widths = [sae.width(d_in) if d_in else sae.d_sae for sae in saes]
+        for sae, d_sae in zip(saes, widths, strict=True):
+            if d_sae:  # a row of width 1 is enough for a kind to refuse what does not fit d_sae
+                sae_class(sae.kind).initial(1, d_sae, **sae.hyperparameters())
     for d_sae in filter(None, widths):
         for setting in ("evaluate.features.include", "evaluate.steering.feature_ids"):
             check_features(_at(config, setting) or (), d_sae, setting)

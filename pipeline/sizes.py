@@ -75,8 +75,8 @@ def sizes(config: PipelineConfig, shape: Architecture) -> Sizes:
     )
     saes = train.expanded() if train else []
     d_sae = max((single.sae.width(d_in) for single in saes), default=0)
-    shapes = sae_class(train.sae.kind).shapes(d_in, d_sae) if train else {}
-    sae = sum(math.prod(shape) for shape in shapes.values())
+    shapes = [sae_class(single.sae.kind).shapes(d_in, d_sae) for single in saes]
+    sae = max((sum(map(math.prod, of_kind.values())) for of_kind in shapes), default=0)
     return Sizes(
         geometry,
         layers,

@@ -19,7 +19,7 @@ from harvest.hub import resolved_commit
 from harvest.stage_directory import Run
 from pipeline.config import PipelineConfig
 from pipeline.fingerprint import Inputs, find_inputs, hashed_settings
-from train.config import TRAIN_VERSION, SweepConfig, TrainConfig
+from train.config import TRAIN_VERSION, SweepConfig, TrainConfig, exactly
 from train.published_config import PLACE, PUBLISHED_VERSION
 
 Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
@@ -260,20 +260,14 @@ def find_runs(config: PipelineConfig, root: Path) -> list[Runs]:
 
 
 def swept(runs: Runs, sweep: Sequence[Runs], between: str = " ", equals: str = "=") -> str:
-    """What sets a run apart from the others of its sweep, as `l1_coefficient=5`; empty without a sweep."""
-
+    """What sets a run apart from the others of its sweep, as `kind=topk k=16`; empty without a sweep."""
     if len(sweep) == 1:
         return ""
 
-    def values(name: str, of: Sequence[Runs]) -> list[float | int | None]:
+    def values(name: str, of: Sequence[Runs]) -> list[Any]:
         sections = [each.config.train if name == "lr" else each.config.train.sae for each in of]
         return [getattr(section, name) for section in sections]
 
-    apart = [name for name in SweepConfig.model_fields if len(set(values(name, sweep))) > 1]
-    return between.join(f"{name}{equals}{_exactly(values(name, [runs])[0])}" for name in apart)
-
-
-def _exactly(value: float | int | None) -> str:
-    """A number in as few digits as tell it apart."""
-    short = f"{value:g}" if isinstance(value, float) else str(value)
-    return short if value is None or float(short) == value else repr(value)
+    apart = [name for name in SweepConfig.model_fields if len({*values(name, sweep)} - {None}) > 1]
+    mine = {name: values(name, [runs])[0] for name in apart}  # None for what its kind does not have
+    return between.join(f"{name}{equals}{exactly(value)}" for name, value in mine.items() if value is not None)

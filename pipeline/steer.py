@@ -16,7 +16,7 @@ from harvest.files import write_json
 from harvest.hub import resolved_commit
 from pipeline.running import trained
 from pipeline.settings_text import SettingsError
-from pipeline.stages import Runs
+from pipeline.stages import Runs, swept
 from pipeline.tables import table
 
 Option = typer.Option
@@ -131,9 +131,10 @@ def _checked(sweep: Sequence[Runs], request: Request) -> Path:
     """The directory of the training run, for options that make sense."""
     hooks, to = sweep[0].config.harvest.hooks, request.json
     if len({runs.directory("train") for runs in sweep}) > 1:
+        first = [f"train.{'' if one.startswith('lr=') else 'sae.'}{one}" for one in swept(sweep[0], sweep).split()]
         raise SettingsError(
             f"steer: these settings are a sweep of {len(sweep)} SAEs; choose one, as "
-            "train.sweep=null train.sae.l1_coefficient=5"
+            f"{' '.join(['train.sweep=null', *first])}"
         )
     if not request.prompt and not request.prompts and not request.measure:
         raise SettingsError("steer: no prompt: give --prompt TEXT, --prompts FILE, or --measure for the built-in ones")

@@ -73,7 +73,8 @@ def test_a_sweep_of_a_settings_file(run_folder):
     ran = run("compare", TINY, *SWEEP)
     assert ran.status == 0, ran.out
     lines = ran.out.splitlines()
-    assert lines[0].split()[:3] == ["run", "hook", "l1_coefficient"]
+    assert lines[0].split()[:3] == ["run", "hook", "kind"]
+    assert "standard, l1_coefficient = 0.5" in lines[2] and "standard, l1_coefficient = 2" in lines[1]
     assert len(lines) == 4
     assert lines[-1] == "runs/compare/compare.html"
     rows = json.loads(Path("runs/compare/compare.json").read_text())["rows"]

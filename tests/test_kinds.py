@@ -107,6 +107,7 @@ def test_it_trains_and_says_so(ran, kind):
     assert train[-1].get("l1_coefficient") == {"topk": None, "plain": 0.3}[kind]
     for line in train:
         expected = line["mse"] + (line["l1_coefficient"] * line["l1"] if kind == "plain" else 0)
+        expected += line.get("aux", 0) * line.get("aux_coefficient", 0)
         assert line["loss"] == pytest.approx(expected, rel=1e-6)
     validation = [line for line in lines if line["kind"] == "validation"]
     assert validation[-1]["explained_variance"] > validation[0]["explained_variance"]
@@ -238,11 +239,15 @@ def test_a_kind_without_a_fast_path_trains_in_one_process(kind, way_out):
 @pytest.mark.parametrize(
     ("given", "status", "message"),
     [
-        (["train.sae.kind=topk", "train.sae.k=2"], 2, "l1_coefficient = 1 is a setting of kind standard, and kind is"),
+        (
+            ["train.sae.kind=topk", "train.sae.k=2", "train.sae.l1_coefficient=1"],
+            2,
+            "sae.l1_coefficient = 1 is a setting of kind standard, plain, and kind is topk",
+        ),
         (
             ["train.sae.k=2"],
             2,
-            "k = 2 is a setting of kind topk, batchtopk, matryoshka, and kind is standard; k=null takes it away",
+            "k = 2 is a setting of kind topk, batchtopk, matryoshka, and kind is standard; train.sae.k=null",
         ),
         (["train.sae.kind=topk", "train.sae.l1_coefficient=null", "train.sae.k=null"], 2, "kind topk needs k"),
         (["train.sae.kind=gated"], 2, "kind: 'gated': known kinds are standard, topk, batchtopk, jumprelu, matryoshka"),

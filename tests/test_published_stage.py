@@ -152,7 +152,7 @@ def test_the_report_says_whose_it_is(published):
     assert "model_name <code>tiny</code>" in html
     assert "SAE of training" not in html
     assert html.count("<figcaption>") == html.count("<svg")
-    for absent in ("Loss (λ warms up)", "Training and features", "as in training"):
+    for absent in ("Loss (its coefficients warm up)", "Training and features", "as in training"):
         assert absent not in html
     for present in ("ReasonScore", "Feature pages", "Steering", "Feature density"):
         assert present in html

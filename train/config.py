@@ -1,6 +1,7 @@
 """Settings of the train stage."""
 
 import itertools
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -29,7 +30,21 @@ DEFAULTS = {
     "l1_coefficient": 5.0, "k": 64, "aux_coefficient": 1 / 32,
     "l0_coefficient": 1.0, "target_l0": 64.0, "bandwidth": 2.0,
 }  # fmt: skip
-OPTIONAL = ("target_l0",)
+OPTIONAL = ("target_l0",)  # may be null although they have a default
+HYPERPARAMETERS = tuple(dict.fromkeys(name for kind in KINDS.values() for name in kind.hyperparameters))
+SPARSITY_SETTINGS = ("k", "l1_coefficient", "l0_coefficient", "target_l0")  # what moves an SAE along its frontier
+
+
+def exactly(value: Any) -> str:
+    """Text of a setting; a float in as few digits as tell it apart."""
+    short = f"{value:g}" if isinstance(value, float) else str(value)
+    return short if not isinstance(value, float) or float(short) == value else repr(value)
+
+
+def said(kind: str, hyperparameters: Mapping[str, Any]) -> str:
+    """A kind and its hyperparameters for people, as `batchtopk, k = 34`; without those that are None."""
+    given = {name: value for name, value in hyperparameters.items() if value is not None}
+    return ", ".join([kind, *(f"{name} = {exactly(value)}" for name, value in given.items())])
 
 
 def _own(name: str, **limits: Any) -> Any:
@@ -55,7 +70,8 @@ class SaeConfig(Settings):
     l1_coefficient: float | None = _own("l1_coefficient", ge=0)
     """standard: λ, weight of the sparsity penalty. Comparable only at the input scale √d_in that we train at."""
     k: int | None = _own("k", ge=1)
-    """topk: features that are active in a row; batchtopk, matryoshka: on average over a batch."""
+    """topk: features that are active in a row; batchtopk, matryoshka: on average over a batch. Where fewer are positive
+    they are all active, and L0 counts those."""
     aux_coefficient: float | None = _own("aux_coefficient", ge=0)
     """topk, batchtopk, matryoshka: weight of what dead features leave of the residual; 0 leaves them alone."""
     aux_k: int | None = _own("aux_k", ge=1)
@@ -77,22 +93,36 @@ class SaeConfig(Settings):
             raise ValueError("set exactly one of d_sae and expansion_factor (null takes one away)")
         if self.kind not in KINDS:
             raise ValueError(f"kind: {self.kind!r}: known kinds are {', '.join(KINDS)}")
-        own = KINDS[self.kind].hyperparameters
-        if missing := [
-            name for name in own if name in DEFAULTS and name not in OPTIONAL and getattr(self, name) is None
-        ]:
-            raise ValueError(f"kind {self.kind} needs {missing[0]}")
-        for name in dict.fromkeys(name for kind in KINDS.values() for name in kind.hyperparameters):
-            if name not in own and (value := getattr(self, name)) is not None:
-                kinds = ", ".join(kind for kind, about in KINDS.items() if name in about.hyperparameters)
-                said = f"{name} = {value} is a setting of kind {kinds}, and kind is {self.kind}"
-                raise ValueError(f"{said}; {name}=null takes it away")
         return self
+
+    def check(self, kinds: Sequence[str]) -> None:
+        """Raise ValueError for a setting that none of these kinds has, or that one needs and null took away."""
+        needed = {name for kind in kinds for name in KINDS[kind].hyperparameters}
+        for name in (name for name in HYPERPARAMETERS if name in self.model_fields_set):
+            value, of = getattr(self, name), ", ".join(kinds)
+            if value is None and name in needed and name in DEFAULTS and name not in OPTIONAL:
+                raise ValueError(f"sae.{name}: kind {of} needs {name}; leave it out for its default")
+            if value is not None and name not in needed:
+                having = ", ".join(kind for kind, about in KINDS.items() if name in about.hyperparameters)
+                text = f"sae.{name} = {exactly(value)} is a setting of kind {having}, and kind is {of}"
+                raise ValueError(f"{text}; train.sae.{name}=null takes it away")
+
+    def of_kind(self, kind: str, **chosen: Any) -> "SaeConfig":
+        """The same of another kind, with those settings that it has, and these ones in their place."""
+        own = KINDS[kind].hyperparameters
+        given = self.model_dump(exclude_unset=True).items()
+        kept = {name: value for name, value in given if name in own or name not in HYPERPARAMETERS}
+        return SaeConfig.model_validate(kept | {"kind": kind} | chosen)
 
     def hyperparameters(self) -> dict[str, Any]:
         """The settings that the kind's class takes, by name."""
         names = KINDS[self.kind].hyperparameters
         return {name: getattr(self, name) for name in names if name != "dead_after"}
+
+    def said(self, everything: bool = False) -> str:
+        """Its kind and what sets its sparsity, as `batchtopk, k = 34`, or with all that the kind's own settings say."""
+        own = self.hyperparameters()
+        return said(self.kind, {name: own[name] for name in own if everything or name in SPARSITY_SETTINGS})
 
     def width(self, d_in: int) -> int:
         """d_sae for rows of this width."""
@@ -148,10 +178,22 @@ class StartFrom(Settings):
 
 
 class SweepConfig(Settings):
-    """Several values of a setting: an SAE for each combination, from one reading of the store."""
+    """Several values of a setting: an SAE for each combination, from one reading of the store.
 
+    A kind takes the values of its own settings alone: kind [standard, topk], l1_coefficient [3, 5] and k [16, 34] are
+    four SAEs, not eight. What is one value for all of a kind stays in train.sae, of whichever of the kinds.
+    """
+
+    kind: tuple[str, ...] = ()
+    """Values of train.sae.kind, in whose place they are."""
+    k: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Values of train.sae.k."""
     l1_coefficient: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Values of train.sae.l1_coefficient."""
+    l0_coefficient: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Values of train.sae.l0_coefficient."""
+    target_l0: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """Values of train.sae.target_l0."""
     lr: tuple[Annotated[float, Field(gt=0)], ...] = ()
     """Values of train.lr."""
     d_sae: tuple[Annotated[int, Field(ge=1, lt=2**31)], ...] = ()
@@ -162,6 +204,9 @@ class SweepConfig(Settings):
         for name, values in self:
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} names a value twice")
+        for kind in self.kind:
+            if kind not in KINDS:
+                raise ValueError(f"kind: {kind!r}: known kinds are {', '.join(KINDS)}")
         return self
 
 
@@ -203,7 +248,7 @@ class TrainConfig(Settings):
     lr_decay_fraction: float = Field(default=0.2, ge=0, le=1)
     """Last part of the steps, over which lr falls linearly to 0."""
     l1_warmup_fraction: float = Field(default=0.05, ge=0, le=1)
-    """First part of the steps, over which λ rises linearly from 0."""
+    """First part of the steps, over which the coefficients of the loss (λ, l0_coefficient) rise linearly from 0."""
     adam_betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     """Adam's decay rates."""
     clip_norm: float = Field(default=1.0, gt=0)
@@ -236,8 +281,13 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
-        if self.sweep and self.sweep.l1_coefficient and self.sae.l1_coefficient is None:
-            raise ValueError(f"sweep.l1_coefficient: kind {self.sae.kind} has no l1_coefficient")
+        kinds = self.kinds
+        for name, values in self.sweep or ():
+            if values and name in HYPERPARAMETERS and not any(name in KINDS[kind].hyperparameters for kind in kinds):
+                raise ValueError(f"sweep.{name}: kind {', '.join(kinds)} has no {name}")
+        self.sae.check(kinds)
+        if self.sweep and self.sweep.kind and self.start_from:
+            raise ValueError("sweep.kind: not together with start_from, whose SAE is of one kind")
         if self.sweep and self.sweep.d_sae and self.sae.d_sae is None:
             raise ValueError("sweep.d_sae needs sae.d_sae instead of sae.expansion_factor")
         if self.sweep and self.sweep.d_sae and self.start_from:
@@ -263,14 +313,22 @@ class TrainConfig(Settings):
             )
         return tokens // self.batch_size
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of SAE that these settings train."""
+        return (self.sweep and self.sweep.kind) or (self.sae.kind,)
+
     def expanded(self) -> list["TrainConfig"]:
         """The single settings that a sweep stands for; without one, these settings."""
         if self.sweep is None:
             return [self]
-        swept = {name: values for name, values in self.sweep if values}
+        swept = {name: values for name, values in self.sweep if values and name != "kind"}
         out = []
-        for values in itertools.product(*swept.values()):
-            chosen = dict(zip(swept, values, strict=True))
-            lr = chosen.pop("lr", self.lr)
-            out.append(self.model_copy(update={"sae": self.sae.model_copy(update=chosen), "lr": lr, "sweep": None}))
+        for kind in self.kinds:
+            own = [n for n in swept if n not in HYPERPARAMETERS or n in KINDS[kind].hyperparameters]
+            for values in itertools.product(*(swept[name] for name in own)):
+                chosen = dict(zip(own, values, strict=True))
+                lr = chosen.pop("lr", self.lr)
+                sae = self.sae.of_kind(kind, **chosen)
+                out.append(self.model_copy(update={"sae": sae, "lr": lr, "sweep": None}))
         return out
