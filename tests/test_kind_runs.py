@@ -127,6 +127,6 @@ def test_its_export_opens_in_saelens_with_equal_activations(alone, tmp_path, kin
     ours = saved.sae.encode(x)
     with torch.no_grad():
         f, x_hat = theirs.encode(x.float()), theirs(x.float())
-    assert torch.equal(f > 0, ours > 0) and 1 < (f > 0).sum(1).float().mean() < 20
+    assert torch.equal(f > 0, ours > 0) and 1 < (f > 0).sum(1).float().mean() < 64
     torch.testing.assert_close(ours, f, rtol=1e-5, atol=0)
     torch.testing.assert_close(saved.sae.decode(ours), x_hat, rtol=1e-5, atol=1e-5)
