@@ -164,6 +164,22 @@ def evaluated(kind: str, l0: float, **of_kind) -> Evaluated:
     return Evaluated(f"{kind}{l0}", Evaluation("r", {}, "last", [], (sae,), {}), about)
 
 
+def test_report_and_card_say_the_kind(run_folder):
+    """And the report draws the terms that its kind's loss has."""
+    settings = ("train.sae.kind=matryoshka", "train.sae.k=5", "train.sae.dead_after=64", "evaluate.features=null")
+    ran = pipeline("run", *settings)
+    assert ran.status == 0, ran.out
+    html = Path(ran.out.splitlines()[-1]).read_text()
+    assert "the last SAE (matryoshka, k = 5) of training" in " ".join(html.split())
+    chart = html[html.index('aria-label="Terms of the loss by step"') :].partition("</svg>")[0]
+    assert [name for name in ("inner", "aux", "l1") if f">{name}</text>" in chart] == ["inner", "aux"]
+    assert chart.count("<polyline") == 2
+    assert pipeline("export", *settings, "--to", "out").status == 0
+    card = Path("out/README.md").read_text()
+    assert " | matryoshka, k = 5, aux_coefficient = 0.03125 | " in card
+    assert card.count("as batchtopk, loss Σ over nested prefixes") == 1
+
+
 def test_a_comparison_has_a_line_and_a_colour_for_each_kind():
     runs = [evaluated("standard", l0, l1_coefficient=10 / l0) for l0 in (20, 40)]
     runs += [evaluated(kind, k, k=k, aux_coefficient=0.1) for kind in ("topk", "batchtopk") for k in (16, 34)]
