@@ -100,7 +100,7 @@ check: setup .venv/.dev ## style, types, the direction of imports, and the rules
 	.venv/bin/lint-imports
 	.venv/bin/python -m pytest --noconftest tests/test_house.py
 
-check-gpu: setup .venv/.dev ## what only a GPU shows, in minutes; ARGS="--minutes 7 --only kernels"
+check-gpu: setup .venv/.dev ## what only a GPU shows, in minutes; ARGS="--minutes 4 --only kernels"
 	.venv/bin/python -m benchmarks.gpu $(ARGS)
 
 mutants: setup .venv/.dev ## plant small faults in the code, and see which the tests miss; ARGS="--count 20 --files 'train/*.py'"

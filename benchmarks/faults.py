@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/faults.py --stage train --kills 20
     .venv/bin/python benchmarks/faults.py --stage train --kills 20 --signal INT
+    .venv/bin/python benchmarks/faults.py --kills 10 --set train.sae.kind=batchtopk train.sae.k=4
     .venv/bin/python benchmarks/faults.py --stage harvest --kills 30 --workers 2
     unshare -Urm .venv/bin/python benchmarks/faults.py --disk
 
@@ -134,7 +135,7 @@ def kills(options: argparse.Namespace, temporary: Path) -> dict:
         equal += result(stage, folder, options.signal) == expected
         print(f"{equal} of {finished} runs equal the undisturbed one", file=sys.stderr, flush=True)
         shutil.rmtree(folder)
-    settings = {name: getattr(options, name) for name in ("stage", "signal", "workers", "seed")}
+    settings = {name: getattr(options, name) for name in ("stage", "signal", "workers", "seed", "set")}
     figures = settings | {"kills": count, "runs": finished}
     return figures | {"byte_identical": equal, "kills_at": moments, "survivors": dict(said)}
 
@@ -179,8 +180,10 @@ def main() -> None:
     parser.add_argument("--signal", choices=["KILL", "INT", "TERM"], default="KILL")
     parser.add_argument("--workers", type=int, default=1, help="processes that share a harvest")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="+", default=[], help="further settings of all runs, as train.sae.kind=topk")
     parser.add_argument("--disk", action="store_true", help="the disk's faults in place of kills")
     options = parser.parse_args()
+    OVERRIDES.extend(options.set)
     if options.workers > 1 and options.stage == "train":
         parser.error("--workers: for the harvest alone")
     with tempfile.TemporaryDirectory() as temporary:

@@ -229,7 +229,7 @@ def truncated(options: argparse.Namespace, hook: str, dtype: torch.dtype, device
     sliced = LlamaConfig(**R1_LLAMA_8B.to_dict() | {"num_hidden_layers": options.layer + 1})
     body: Any = AutoModel.from_config(sliced, dtype=dtype).eval().requires_grad_(False)
     torch.set_default_device("cpu")
-    return HookedModel(body, {hook: body.layers[options.layer]}, device)
+    return HookedModel(body, {hook: body.layers[options.layer]}, device, body.layers)
 
 
 def parse() -> argparse.Namespace:

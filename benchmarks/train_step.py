@@ -37,6 +37,7 @@ from train.checkpoint import load_sae
 from train.config import ExcludeConfig
 from train.dataloader import heldout_rows
 from train.dense_step import dense_step, product
+from train.nonzeros import csr
 from train.sae import DECODER_NORM, Sae
 from train.sparse_step import active_features, operations_for, sparse_step
 from train.standard import Standard
@@ -195,7 +196,7 @@ def own_active_set(path: str, sae: Sae, x_BD: Tensor, compute_dtype: torch.dtype
     if path.startswith("ours sparse"):
         ops = operations_for(x_BD.device)
         active = active_features(sae.W_enc, sae.b_enc, sae.scaled(x_BD), compute_dtype, ops)
-        return torch.sparse_csr_tensor(*active, size=(len(x_BD), sae.d_sae)).to_dense() > 0
+        return csr(active, sae.d_sae).to_dense() > 0
     if path == "ours dense":
         return product(sae.scaled(x_BD), sae.W_enc, compute_dtype) + sae.b_enc > 0
     with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=compute_dtype != torch.float32):

@@ -25,9 +25,13 @@ class UserError(Exception):
     """Something that the user can mend: one clear sentence with the file or setting, the value, the way out."""
 
 
+# What torch says with a plain RuntimeError: of a CPU, of pinned memory, of cuBLAS' workspace.
+NO_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether Python, numpy or torch got no memory."""
-    is_torchs = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    """Whether Python, numpy or torch got no memory, on the host or a device."""
+    is_torchs = type(error).__name__ == "OutOfMemoryError" or any(said in str(error) for said in NO_MEMORY)
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_torchs)
 
 

@@ -13,6 +13,7 @@ from harvest.progress import duration, size_text
 from pipeline.architecture import Architecture, find_architecture
 from pipeline.config import PipelineConfig
 from pipeline.measure import FORWARD_PART, Machine, measure
+from pipeline.memory import harvest_memory, pinned_pools, training_memory
 from pipeline.sizes import Sizes, sizes
 from pipeline.tables import table
 
@@ -99,8 +100,7 @@ def plan_published(
     )
     memory = {}
     for machine in (here, *([] if here.is_gpu else _elsewhere(config, s))):
-        fixed, context = _forward_memory(s, machine)
-        memory[machine.name] = fixed + batch * context
+        memory[machine.name] = harvest_memory(s, machine).of(batch)
         yield from _section(
             machine.name,
             ("rates", f"forward {_number(machine.forward, 'tokens/s')}; {machine.note}"),
@@ -126,26 +126,12 @@ def _elsewhere(config: PipelineConfig, s: Sizes) -> Iterator[Machine]:
             yield Machine(known.name, True, 2, known.memory, None, None, forward, step, "in proportion to the work")
 
 
-def _memory(config: PipelineConfig, s: Sizes, machine: Machine) -> tuple[int, int, int]:
-    """Bytes of device memory of the harvest and of training, and the largest batch of contexts that fits."""
-    g, train = s.geometry, config.train
-    fixed, context = _forward_memory(s, machine)
-    # Weights, gradients and two moments of Adam, copies for the products; then what a dense step makes of a batch.
-    training = s.saes * s.sae // 4 * (16 + 2) + 13 * train.batch_size * s.d_sae + 2 * g.d_in * train.validation_rows
-    room = MARGIN * machine.memory - fixed
-    fitting = [k for k in range(1, g.shard_contexts + 1) if g.shard_contexts % k == 0 and k * context <= room]
-    return fixed + config.harvest.batch_contexts * context, training, max(fitting, default=0)
-
-
-def _forward_memory(s: Sizes, machine: Machine) -> tuple[int, int]:
-    """Bytes that a harvest holds whatever its batch, and of each context of a batch."""
-    g = s.geometry
-    fixed = s.parameters * machine.element + g.shard_rows * g.d_in * 2 * (3 + len(g.hooks))
-    return fixed, s.context * machine.element // 4
+def _largest_batch(s: Sizes, machine: Machine) -> int:
+    return harvest_memory(s, machine).largest(s.geometry.shard_contexts, MARGIN * machine.memory)
 
 
 def _too_large(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:
-    _, train, largest = _memory(config, s, machine)
+    train, largest = training_memory(config.train, s, machine), _largest_batch(s, machine)
     batch = config.harvest.batch_contexts
     found = {f"harvest.batch_contexts={batch}": batch > largest, "training": train > MARGIN * machine.memory}
     return [f"{what} does not fit into {size_text(machine.memory)}" for what, holds in found.items() if holds]
@@ -153,8 +139,8 @@ def _too_large(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:
 
 def _machine(config: PipelineConfig, s: Sizes, here: Machine, machine: Machine) -> Iterator[str]:
     g, train, batch = s.geometry, config.train, config.harvest.batch_contexts
-    harvest, training, largest = _memory(config, s, machine)
-    pools = size_text(2 * 2 * g.d_in * train.pool_rows)
+    harvest, training = harvest_memory(s, machine).of(batch), training_memory(train, s, machine)
+    largest, pools = _largest_batch(s, machine), size_text(pinned_pools(train, s, machine))
     written = machine.forward and machine.forward * s.shard / g.shard_rows
     wanted = machine.step and train.batch_size / (machine.step * s.saes) * 2 * g.d_in
     forward, step = _number(machine.forward, "tokens/s"), _number(machine.step and 1000 * machine.step, "ms")

@@ -8,6 +8,7 @@ from pipeline import estimate
 from pipeline.architecture import find_architecture
 from pipeline.config import load
 from pipeline.measure import Machine, measure_disk
+from pipeline.memory import harvest_memory, pinned_pools, training_memory
 from pipeline.sizes import sizes
 
 R1 = ROOT / "configs" / "r1-llama-8b.yaml"
@@ -64,6 +65,53 @@ def test_what_does_not_fit_is_said_and_nothing_is_refused():
     last = text.splitlines()[-1]
     assert last.startswith("in short, on this machine: the disk of runs lacks 7.3 TB; harvest.batch_contexts=16 does")
     assert last.endswith("training does not fit into 10 GB; harvest 3,862 days, training 139 days; 8.3 TB of disk")
+
+
+def test_memory_of_the_papers_run_by_arithmetic():
+    def memory(*overrides: str, machine: Machine = GPU) -> int:
+        config = load(R1, list(overrides))
+        return training_memory(config.train, sizes(config, find_architecture(config.model, offline=True)), machine)
+
+    B, D, F = 4096, 4096, 65_536
+    weights, looks = 2 * D * F + D + F, 16_384 * D * 2
+    kept = 14 * weights + 4 * weights + looks  # weights, two moments, copies in bfloat16; gradients; rows
+    look = 6 * B * F + 12 * B * D  # a dense look: features in float32 and bfloat16; three float32 tensors of rows
+    assert memory() == kept + look
+    # Half of all entries are active at first: 28 bytes each beside the gradients, and the rows in five forms.
+    assert memory("train.kernel=sparse") == kept + 28 * B * F // 2 + 14 * B * D
+    sorted_first = memory("train.kernel=sparse", "train.batch_size=8192") - 14 * weights - looks
+    assert sorted_first == 44 * 8192 * F // 2  # more than the gradients and 28 bytes
+    # Three SAEs share a step's gradients; and float32 products take no copies.
+    assert memory("train.sweep.l1_coefficient=[3,5,8]") == memory() + 2 * 14 * weights
+    plain = 12 * weights + 4 * weights + looks
+    assert memory("train.compute_dtype=float32") == plain + 8 * B * F + 12 * B * D
+    # A TopK of 64 in a row is sparse at once, with few entries.
+    topk = ("train.sae.kind=topk", "train.sae.k=64", "train.sae.l1_coefficient=null", "train.sae.aux_coefficient=0.1")
+    assert memory(*topk) == kept + 2 * B * F + 16 * B * D  # a look's pre-activations take more than that
+    assert memory(*topk, "train.kernel=dense") == kept + 13 * B * F
+
+
+def test_the_harvests_memory_is_near_what_was_measured():
+    """benchmarks/gpu/harvest.py on an NVIDIA H200, which has two such models on the device."""
+    config = load(R1, [])
+    s = sizes(config, find_architecture(config.model, offline=True))
+    memory = harvest_memory(s, GPU)
+    assert memory.fixed == 2 * s.parameters + 2 * 65_536 * (2 * 4096 + 4)
+    assert 22_740_625_920 / (2 * s.parameters + memory.fixed + 16 * memory.context) == pytest.approx(1, abs=0.05)
+    two = config.model_copy(
+        update={"harvest": config.harvest.model_copy(update={"hooks": ("model.layers.3", "model.layers.19")})}
+    )
+    more = harvest_memory(sizes(two, find_architecture(config.model, offline=True)), GPU)
+    assert more.fixed - memory.fixed == 2 * 65_536 * (2 * 4096 + 4)
+    assert memory.largest(64, memory.fixed + 33 * memory.context) == 32
+    assert memory.largest(64, memory.fixed) == 0
+
+
+def test_pinned_pools_are_three_and_rounded_up():
+    config = load(R1, ["train.pool_rows=100_000"])
+    s = sizes(config, find_architecture(config.model, offline=True))
+    assert pinned_pools(config.train, s, CPU) == 2 * 100_000 * 8192
+    assert pinned_pools(config.train, s, GPU) == 3 * 2**30
 
 
 def test_a_bounded_disk_needs_room_for_its_part_alone():

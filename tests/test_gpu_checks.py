@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import kernels, training, wheels
-from benchmarks.gpu.__main__ import Check, run_check, table
-from benchmarks.gpu.check import Place
+from benchmarks.gpu import full_training, harvest, kernels, training, wheels
+from benchmarks.gpu.__main__ import NOT_RUN, Check, run_check, table, verdict
+from benchmarks.gpu.check import FULL, Place
 from harvest.device import has_bfloat16, resolve_dtype
+from harvest.files import is_out_of_memory
 from train.config import KINDS
 from train.nonzeros import PLAIN
 from train.sparse_step import operations_for
@@ -64,21 +65,53 @@ def test_differences_between_runs_are_named():
 def test_a_failed_check_is_told_whole_and_its_figures_stay(tmp_path, monkeypatch, capsys):
     popen = subprocess.Popen
 
-    def ended(body):
+    def ended(body, seconds=1.5):
         def started(arguments, **options):
             notes = arguments[arguments.index("--notes") + 1]
             code = f"import pathlib, time; pathlib.Path({notes!r}).write_text('{{\"l0\": 3.5}}\\n'); {body}"
             return popen([sys.executable, "-c", code], **options)
 
         monkeypatch.setattr(subprocess, "Popen", started)
-        return run_check(Check("harvest", 9, "says"), 1.5, tmp_path, tmp_path)
+        return run_check(Check("harvest", seconds, "says"), 1.5, tmp_path, tmp_path)
 
     failed, late, passed = map(ended, ("1/0", "time.sleep(60)", "0"))
+    cut_off = ended("time.sleep(60)", seconds=9)
     assert failed["status"] == "failed, exit 1" and "ZeroDivisionError" in failed["error"]
     assert "ZeroDivisionError" in capsys.readouterr().out
     assert late["status"].startswith("out of time") and late["figures"] == {"l0": 3.5} and late["seconds"] < 30
     assert passed["status"] == "passed" and "error" not in passed
     assert "| harvest | out of time after 2 s |" in table([failed, late, passed], "a machine")
+    assert cut_off["status"].startswith("cut off")
+    assert verdict([passed, {**failed, "check": "steps"}, cut_off], True) == "failed: steps; no time left for: harvest"
+    assert verdict([late], True) == "failed: harvest"
+    not_run = {"check": "suite", "status": NOT_RUN}
+    assert verdict([passed, not_run], False) == "no time left for: suite" and not verdict([passed, not_run], True)
+    assert "no time left for: suite" in capsys.readouterr().out
+    assert not verdict([passed], False)
+
+
+# On an NVIDIA H200 (benchmarks/results.md): the largest of torch.cuda.max_memory_allocated of the runs of a check.
+@pytest.mark.parametrize(
+    ("kind", "d_sae", "peak"),
+    [
+        ("standard", 65_536, 10_975_248_896),
+        ("standard", 16_384, 3.32e9),
+        ("topk", 4096, 1.24e9),
+        ("batchtopk", 4096, 1.24e9),
+        ("jumprelu", 4096, 1.06e9),
+        ("matryoshka", 4096, 2.18e9),
+    ],
+)
+def test_the_estimate_of_trainings_memory_is_near_what_was_measured(kind, d_sae, peak, tmp_path):
+    place = Place(tmp_path, tmp_path / "notes")
+    place.sizes = FULL
+    about = training.settings(kind, d_sae, place)
+    assert peak / full_training.estimated(place, about) == pytest.approx(1, abs=0.1)
+
+
+def test_the_model_of_the_harvest_check_has_the_layers_that_are_compiled():
+    made = harvest.model(compiled=False)
+    assert len(made.layers) == harvest.LAYER + 1 and made.modules[harvest.HOOK] is made.layers[-1]
 
 
 def test_figures_are_kept_as_they_come(tmp_path):
@@ -99,6 +132,19 @@ def test_the_stages_import_neither_datasets_nor_gguf():
 
 def test_every_wheel_has_a_version():
     assert all("==" in line for line in wheels.requirements()) and len(wheels.requirements()) >= 8
+
+
+@pytest.mark.parametrize(
+    ("said", "is_memory"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),  # pinned memory
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: an illegal memory access was encountered", False),
+    ],
+)
+def test_all_errors_of_a_gpus_memory_are_told_as_such(said, is_memory):
+    assert is_out_of_memory(RuntimeError(said)) == is_memory
+    assert not is_out_of_memory(ValueError(said))
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])

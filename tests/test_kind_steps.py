@@ -7,6 +7,7 @@ Shape suffixes: B rows of a batch, D d_in, F d_sae.
 """
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 from test_sparse_step import differences, rows
 from torch import Tensor
 
+from harvest.files import UserError
 from train import sparse_step as sparse_module
+from train.config import SaeConfig, TrainConfig
 from train.kinds import sae_class
 from train.nonzeros import PLAIN, ByRow, Rule
 from train.parallel import SINGLE
@@ -23,6 +26,7 @@ from train.sae import Dead, Sae
 from train.selection import largest_dense
 from train.sparse_step import Source
 from train.step import StepResult, kernels, total
+from train.trainer import Trainer
 
 D, F, B, K = 37, 211, 83, 7
 HYPERPARAMETERS: dict[str, dict[str, Any]] = {
@@ -110,6 +114,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse_module, "BLOCK_ROWS", 16)
 
 
+@cache
 def after_steps(name: str, count: int) -> Sae:
     sae, x_BD = new(name), rows(512, D, seed=2)
     adam = torch.optim.Adam(sae.trained.values(), lr=2e-3)
@@ -227,6 +232,51 @@ def test_a_nan_reaches_the_loss(name: str) -> None:
         sae = new(name)
         getattr(sae, weight).view(-1)[7] = float("nan")
         assert total(step(name, "sparse", sae, rows(B, D), None).terms, sae.coefficients).isnan(), weight
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_a_row_of_nan_lets_no_more_entries_through_than_its_own(name: str) -> None:
+    """With a NaN as the bound, all entries of the batch came through: gigabytes before the trainer sees the loss."""
+    sae, x_BD = new(name), rows(B, D)
+    source = Source(sae.W_enc, sae.b_enc, sae.scaled(x_BD), torch.float32, PLAIN)
+    clean = source.entries(sae.batch_rule())
+    x_BD[3] = float("nan")
+    found = source._replace(x_BD=sae.scaled(x_BD)).entries(sae.batch_rule())
+    assert found.count_B[3] == F
+    assert found.count_B.sum() <= clean.count_B.sum() + 2 * F
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
+def test_a_decoder_row_of_zeros_is_never_active(name: str) -> None:
+    sae, x_BD = new(name), rows(B, D)
+    sae.W_dec[11] = 0
+    sae.b_enc[11] = 50.0
+    for path in ("dense", "sparse"):
+        found = step(name, path, sae, x_BD, None)
+        assert not found.fired_F[11] and all(gradient.isfinite().all() for gradient in found.gradients.values())
+    done = sae.finished()
+    assert all(weight.isfinite().all() for weight in done.parameters.values())
+    assert not (done.encode(x_BD)[:, 11] > 0).any()
+
+
+@pytest.mark.parametrize("width", [1, 5])
+@pytest.mark.parametrize("name", ["topk", "batchtopk", "matryoshka"])
+def test_the_smallest_sizes(name: str, width: int) -> None:
+    """One row, fewer features than a group has entries, as many active as there are, rows that are all equal."""
+    given = {"prefixes": tuple(range(1, width + 1))} if name == "matryoshka" else {}
+    of_kind, x_BD = sae_class(name), rows(4, 3)
+    sae = of_kind.initial(3, width, seed=1, k=width, aux_coefficient=0.25, **given)
+    for batch_BD in (x_BD[:1], x_BD, x_BD[:1].expand(4, -1)):
+        dead = Dead(torch.arange(width), width)
+        dense, sparse = (step(name, path, sae, batch_BD, dead) for path in ("dense", "sparse"))
+        assert max(differences(sparse.gradients, {n: g.double() for n, g in dense.gradients.items()})) <= 1e-5
+        assert torch.equal(dense.fired_F, sparse.fired_F) and sparse.fired_F.any()
+
+
+def test_a_batch_with_more_entries_than_can_be_told_apart_is_refused() -> None:
+    config = TrainConfig(sae=SaeConfig(kind="batchtopk", d_sae=F, k=K), epochs=1, batch_size=2**25)
+    with pytest.raises(UserError, match=r"train\.batch_size: 33,554,432: times d_sae = 211 is above 2\^32"):
+        Trainer(new("batchtopk"), config, 1, 1, torch.float32)
 
 
 def test_equal_input_gives_equal_bytes() -> None:

@@ -64,7 +64,7 @@ def test_a_model_loaded_in_bfloat16(fresh_folder, monkeypatch):
 def test_a_harvest_says_how_it_multiplied(fresh_folder, monkeypatch, has):
     monkeypatch.setattr(products, "has_bfloat16", lambda _device: has)
     assert pipeline("sample").status == 0
-    ran = pipeline("harvest", "harvest.compute_dtype=bfloat16")
+    ran = pipeline("harvest", "harvest.compute_dtype=bfloat16", "harvest.runtime.device=cpu")
     assert ran.status == 0, ran.out
     numerics = read_json(only(fresh_folder, "runs/harvest/*/begun.json"))["numerics"]
     assert numerics.get("products") == (None if has else "float32, rounded")

@@ -6,6 +6,8 @@ product, and one flip moves a float32 gradient by more than all its rounding doe
 Shape suffixes: B rows of a batch, D d_in, F d_sae.
 """
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import only
+from conftest import ROOT, only
 from torch import Tensor
 
 from harvest.activation_store import ActivationStore
@@ -229,3 +231,14 @@ def test_a_nan_reaches_the_loss(weight: str) -> None:
     sae, x_BD = case("start")
     getattr(sae, weight).view(-1)[7] = float("nan")
     assert total(sparse_step(sae, x_BD, L1, torch.float32).terms, L1).isnan()
+
+
+def test_torchs_warnings_of_sparse_matrices_are_not_shown():
+    code = (
+        "import torch\n"
+        "from train.nonzeros import ByRow, row_dots\n"
+        "active = ByRow(torch.tensor([0, 1, 2]).int(), torch.tensor([1, 0]).int(), torch.ones(2))\n"
+        "print(row_dots(active, torch.eye(2, 3), torch.arange(6.0).view(2, 3)).tolist())"
+    )
+    ran = subprocess.run([sys.executable, "-W", "always", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (ran.stdout.strip(), ran.stderr) == ("[3.0, 1.0]", "")

@@ -203,12 +203,16 @@ def test_a_stream_that_was_stopped_becomes_a_whole_store(finished, folder):
 
 
 def test_two_ranks_share_windows_and_features(folder):
-    """As from the whole store: a window's shards are shared out, and each rank trains its features on all of them."""
+    """As from the whole store: a window's shards are shared out, and each rank trains its features on all of them.
+
+    On the CPU: a machine may have one GPU for the two.
+    """
+    on_cpu = ("harvest.runtime.device=cpu", "train.runtime.device=cpu")
 
     def run(rank: int, port: int, stage: str) -> None:
         place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank}
         os.environ.update({name: str(value) for name, value in place.items()})
-        ran = pipeline(stage, "train.epochs=1")
+        ran = pipeline(stage, "train.epochs=1", *on_cpu)
         print(ran.out)
         os._exit(ran.status)
 
@@ -225,7 +229,7 @@ def test_two_ranks_share_windows_and_features(folder):
     expected = weights(folder)
     assert shards_on_disk(folder) == set()
     shutil.rmtree(folder / "runs/train")
-    assert pipeline("harvest", "--force", "--yes").status == 0
+    assert pipeline("harvest", "--force", "--yes", *on_cpu).status == 0
     run_both("train")
     assert weights(folder) == expected
 

@@ -249,5 +249,5 @@ def test_a_clock_set_back_changes_nothing(finished, sampled, as_worker, monkeypa
 
 def test_threads_are_ours_whatever_a_launcher_exports(sampled):
     torch.set_num_threads(2)
-    assert pipeline("harvest").status == 0
+    assert pipeline("harvest", "harvest.runtime.device=cpu").status == 0
     assert torch.get_num_threads() == 1

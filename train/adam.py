@@ -5,6 +5,7 @@ where products run in bfloat16, the update writes those copies of W_enc and W_de
 it is one Triton kernel a tensor (`train.kernels.adam_update`), elsewhere torch's fused Adam and a copy.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -29,9 +30,11 @@ class Adam:
     """The moments of some parameters, and `operands`: the parameters as the products take them, matrices in
     compute_dtype."""
 
-    def __init__(self, parameters: dict[str, Tensor], compute_dtype: torch.dtype) -> None:
-        """`parameters`: float32, of any shapes, changed in place."""
-        self.parameters = parameters
+    def __init__(
+        self, parameters: dict[str, Tensor], compute_dtype: torch.dtype, rates: Mapping[str, float] | None = None
+    ) -> None:
+        """`parameters`: float32, of any shapes, changed in place; `rates` multiply the lr of some."""
+        self.parameters, self.rates = parameters, dict(rates or {})
         self.exp_avg, self.exp_avg_sq = ({n: torch.zeros_like(w) for n, w in parameters.items()} for _ in range(2))
         self.operands = {
             n: weight.to(compute_dtype) if weight.dim() > 1 else weight for n, weight in parameters.items()
@@ -42,7 +45,11 @@ class Adam:
         apply = plain_update
         if is_ampere(numbers.divisor.device):
             from train.kernels import adam_update as apply
-        apply(self.parameters, gradients, self.exp_avg, self.exp_avg_sq, self.operands, numbers)
+        for rate in dict.fromkeys([1.0, *self.rates.values()]):
+            names = [name for name in self.parameters if self.rates.get(name, 1.0) == rate]
+            tensors = (self.parameters, gradients, self.exp_avg, self.exp_avg_sq, self.operands)
+            mine = ({name: each[name] for name in names} for each in tensors)
+            apply(*mine, numbers._replace(lr=numbers.lr * rate))
 
     def weights_changed(self) -> None:
         """Make the operands anew, after the parameters were written from outside."""

@@ -26,9 +26,13 @@ KINDS = {
     "jumprelu": Kind("train.jumprelu:JumpRelu", ("l0_coefficient", "target_l0", "bandwidth")),
     "matryoshka": Kind("train.matryoshka:Matryoshka", ("k", "prefixes", *AUX)),
 }
+DEFAULTS = {
+    "l1_coefficient": 5.0, "k": 64, "aux_coefficient": 1 / 32,
+    "l0_coefficient": 1.0, "target_l0": 64.0, "bandwidth": 2.0,
+}  # fmt: skip
+OPTIONAL = ("target_l0",)  # may be null although they have a default
 HYPERPARAMETERS = tuple(dict.fromkeys(name for kind in KINDS.values() for name in kind.hyperparameters))
 SPARSITY_SETTINGS = ("k", "l1_coefficient", "l0_coefficient", "target_l0")  # what moves an SAE along its frontier
-DEFAULTS = {"l1_coefficient": 5.0, "k": 64, "aux_coefficient": 1 / 32, "l0_coefficient": 1.0, "bandwidth": 0.5}
 
 
 def exactly(value: Any) -> str:
@@ -83,9 +87,9 @@ class SaeConfig(Settings):
     l0_coefficient: float | None = _own("l0_coefficient", ge=0)
     """jumprelu: weight of L0, or with target_l0 of its distance from that."""
     target_l0: float | None = _own("target_l0", gt=0)
-    """jumprelu: rows pay for the square of their distance from this L0, not for L0 itself."""
+    """jumprelu: rows pay for the square of their distance from this L0; null: for L0 itself, at some 0.2 each."""
     bandwidth: float | None = _own("bandwidth", gt=0)
-    """jumprelu: width of the stretch around its threshold in which a pre-activation moves it."""
+    """jumprelu: width of the stretch around a threshold in which a pre-activation moves it (rows have norm √d_in)."""
     prefixes: tuple[Annotated[int, Field(ge=1)], ...] | None = _own("prefixes")
     """matryoshka: how many first features rebuild a row alone, up to d_sae. Default d_sae over 16, 8, 4, 2 and 1."""
 
@@ -102,7 +106,7 @@ class SaeConfig(Settings):
         needed = {name for kind in kinds for name in KINDS[kind].hyperparameters}
         for name in (name for name in HYPERPARAMETERS if name in self.model_fields_set):
             value, of = getattr(self, name), ", ".join(kinds)
-            if value is None and name in needed and name in DEFAULTS:
+            if value is None and name in needed and name in DEFAULTS and name not in OPTIONAL:
                 raise ValueError(f"sae.{name}: kind {of} needs {name}; leave it out for its default")
             if value is not None and name not in needed:
                 having = ", ".join(kind for kind, about in KINDS.items() if name in about.hyperparameters)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from train.nonzeros import POSITIVE, SMALLEST, ByFeature, ByRow, Entries, Operations, Rule, weight_of
+from train.nonzeros import extract as plain_extract
 from train.step import Tensors
 
 AdamNumbers = tuple[float, tuple[float, float], int, Tensor, float]  # `train.adam.Update`, which imports this module
@@ -36,6 +37,8 @@ F_TILE = 8  # features that one program of encoder_sums writes side by side: 32 
 def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = POSITIVE, least: Tensor | None = None) -> Entries:
     """`train.nonzeros.extract`, shapes as there."""
     B, F = pre_BF.shape
+    if not F:  # a rank without dead features
+        return plain_extract(pre_BF, b_enc, rule, least)
     tiles = triton.cdiv(F, EXTRACT_TILE)
     count_BT = torch.empty(B, tiles, dtype=torch.int32, device=pre_BF.device)
     if rule.largest and least is None:
@@ -126,11 +129,12 @@ def adam_update(
     """`train.adam.plain_update` with one reading of every tensor; gradients stay as they are (shapes as there)."""
     lr, (beta1, beta2), step, divisor, eps = numbers
     corrections = 1 - beta1**step, (1 - beta2**step) ** 0.5
+    rests = 1 - beta1, 1 - beta2  # from float64: 1 - 0.999 in float32 is off by 1.3e-5
     for name, weight in parameters.items():
         grid = (triton.cdiv(weight.numel(), ADAM_TILE),)
         adam_kernel[grid](
             weight, gradients[name], exp_avg[name], exp_avg_sq[name], operands[name],
-            divisor, weight.numel(), lr, beta1, beta2, *corrections, eps,
+            divisor, weight.numel(), lr, beta1, beta2, *rests, *corrections, eps,
             COPY=operands[name] is not weight, TILE=ADAM_TILE,
         )  # fmt: skip
 
@@ -288,7 +292,7 @@ def encoder_sums_kernel(
 @triton.jit
 def adam_kernel(
     weight, gradient, exp_avg, exp_avg_sq, operand, divisor, size,
-    lr, beta1, beta2, correction1, correction2, eps, COPY: tl.constexpr, TILE: tl.constexpr,
+    lr, beta1, beta2, rest1, rest2, correction1, correction2, eps, COPY: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """A program a tile of one tensor: its moments, weights and, with COPY, the operand."""
     at = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
@@ -298,8 +302,8 @@ def adam_kernel(
     m = tl.load(exp_avg + at, mask=inside, other=0.0)
     v = tl.load(exp_avg_sq + at, mask=inside, other=0.0)
     w = tl.load(weight + at, mask=inside, other=0.0)
-    m = beta1 * m + (1 - beta1) * g
-    v = beta2 * v + (1 - beta2) * g * g
+    m = beta1 * m + rest1 * g
+    v = beta2 * v + rest2 * g * g
     w -= lr / correction1 * m / (tl.sqrt(v) / correction2 + eps)
     tl.store(exp_avg + at, m, mask=inside)
     tl.store(exp_avg_sq + at, v, mask=inside)

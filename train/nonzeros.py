@@ -109,7 +109,10 @@ def _least(score_BF: Tensor, k: int) -> Tensor:
     if k > F:
         return score_BF.new_zeros(B)
     grouped_BG = score_BF[:, : groups * GROUP].view(B, GROUP, groups).amax(1) if groups >= k else score_BF
-    return grouped_BG.topk(k, dim=1, sorted=False).values.amin(1).clamp_min(0)
+    # A NaN is above all, as for `train.selection`: as a bound it would let every entry through.
+    return (
+        grouped_BG.nan_to_num(nan=torch.inf, posinf=torch.inf).topk(k, dim=1, sorted=False).values.amin(1).clamp_min(0)
+    )
 
 
 def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = POSITIVE, least: Tensor | None = None) -> Entries:
@@ -143,11 +146,15 @@ def residual(active: ByRow, W_dec: Tensor, b_dec: Tensor, x_BD: Tensor) -> Tenso
 
 def row_dots(active: ByRow, error_BD: Tensor, W_dec: Tensor) -> Tensor:
     """e_b · W_dec,i for each entry (b, i), float32 (N,)."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-        shape = (len(error_BD), len(W_dec))
-        pattern = torch.sparse_csr_tensor(*active, size=shape, check_invariants=False)
-    return torch.sparse.sampled_addmm(pattern, error_BD, W_dec.t(), beta=0.0).values()
+    return torch.sparse.sampled_addmm(csr(active, len(W_dec)), error_BD, W_dec.t(), beta=0.0).values()
+
+
+def csr(active: ByRow, d_sae: int) -> Tensor:
+    """The entries as torch's sparse matrix (B, d_sae)."""
+    with warnings.catch_warnings():  # it warns of its age and, on some versions, of the checks that are left out here
+        warnings.filterwarnings("ignore", message="Sparse (CSR tensor support is in beta|invariant checks are)")
+        shape = (len(active.offset_B) - 1, d_sae)
+        return torch.sparse_csr_tensor(*active, size=shape, check_invariants=False)
 
 
 def decoder_sums(

@@ -147,7 +147,7 @@ class FeatureRanks:
                 part = torch.empty(shape, dtype=mine.dtype, device=mine.device)
                 dist.recv(part, rank)
                 parts.append(part.cpu())
-            out[name] = torch.cat(parts, axis or 0)
+            out[name] = parts[0] if axis is None else torch.cat(parts, axis)
         return out
 
 

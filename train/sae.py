@@ -64,6 +64,7 @@ class Sae:
     running: ClassVar[tuple[str, ...]] = ()  # parameters that follow the batches, without a gradient
     parts: ClassVar[tuple[str, ...]] = ()  # terms of the loss that are sums over features: a rank has a part of each
     published_names: ClassVar[dict[str, str]] = {}  # SAELens' names of parameters that it has in another form
+    rates: ClassVar[dict[str, float]] = {}  # what multiplies the lr of a parameter
     decoder_norm: ClassVar[float] = DECODER_NORM  # of the first decoder rows
 
     parameters: dict[str, Tensor]  # in the order of `dims`

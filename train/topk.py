@@ -73,7 +73,11 @@ class TopK(Sae):
 
     def finished(self) -> Self:
         norm_F = self.weight_F
-        unit = {"W_enc": self.W_enc * norm_F, "b_enc": self.b_enc * norm_F, "W_dec": self.W_dec / norm_F[:, None]}
+        unit = {
+            "W_enc": self.W_enc * norm_F,
+            "b_enc": self.b_enc * norm_F,
+            "W_dec": self.W_dec / norm_F.clamp_min(1e-30)[:, None],
+        }
         return replace(self, parameters=self.parameters | unit, by_decoder_norm=False)
 
     @classmethod
@@ -84,5 +88,5 @@ class TopK(Sae):
         """
         if (k := hyperparameters["k"]) > d_sae:
             raise UserError(f"train.sae.k: {k}: the SAE has {d_sae:,} features; choose at most as many")
-        aux_k = hyperparameters.pop("aux_k", None) or d_in // 2  # the paper's
+        aux_k = hyperparameters.pop("aux_k", None) or max(1, d_in // 2)  # the paper's
         return super().initial(d_in, d_sae, *args, aux_k=aux_k, by_decoder_norm=True, **hyperparameters)

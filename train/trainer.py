@@ -18,6 +18,7 @@ from train.config import TrainConfig
 from train.kernel_choice import KernelChoice
 from train.parallel import SINGLE, FeatureRanks
 from train.sae import Dead, Sae
+from train.selection import TIE_BITS
 from train.step import AUTOGRAD, StepResult, kernels, total
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -59,7 +60,8 @@ class Trainer:
     ) -> None:
         """`rows` is one epoch. `sae` is whole; `self.sae`, and what hangs on it, are this rank's features of it.
 
-        Raises UserError for several ranks of a kind that trains in one process.
+        Raises UserError for several ranks of a kind that trains in one process, and for a batch that is too large for
+        its kind.
         """
         self.kernels = kernels(sae)
         self.kernel = KernelChoice(config, sae.d_sae, self.kernels)
@@ -67,6 +69,9 @@ class Trainer:
             way_out = "train.kernel=sparse" if "sparse" in self.kernels else "train.sae.kind=standard"
             said = f"train.sae.kind: {sae.kind!r} trains in one process with kernel {self.kernel.name}"
             raise UserError(f"{said}, and {ranks.size} were started; start one, or choose {way_out}")
+        if "sparse" in self.kernels and sae.batch_rule().of_batch and config.batch_size * sae.d_sae > 2**TIE_BITS:
+            said = f"train.batch_size: {config.batch_size:,}: times d_sae = {sae.d_sae:,} is above 2^{TIE_BITS}"
+            raise UserError(f"{said}, the entries that kind {sae.kind} can tell apart; use a smaller batch")
         self.config, self.steps, self.compute_dtype, self.ranks = config, steps, compute_dtype, ranks
         self.d_sae, self.axes = sae.d_sae, sae.feature_axes() | {"rows_since_fired": 0}
         self.sae = sae = ranks.shard(sae)
@@ -76,7 +81,7 @@ class Trainer:
         self.device = device = sae.W_enc.device
         self.rows_since_fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.bad_step = torch.full((), -1, device=device)  # the first whose loss or gradient is NaN or infinite
-        self.adam = Adam(sae.trained, torch.float32 if "autograd" in self.kernels else compute_dtype)
+        self.adam = Adam(sae.trained, torch.float32 if "autograd" in self.kernels else compute_dtype, sae.rates)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def on_device(self, rows_BD: Tensor) -> Tensor:

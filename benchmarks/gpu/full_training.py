@@ -11,7 +11,6 @@ from typing import Any
 
 from benchmarks.gpu.check import Place
 from benchmarks.gpu.training import (
-    HOOK,
     differences,
     killed_and_resumed,
     make_store,
@@ -20,22 +19,22 @@ from benchmarks.gpu.training import (
     settings,
     undisturbed,
 )
-from pipeline.estimate import _memory
+from pipeline.memory import training_memory
 from train.config import TrainConfig
-from train.standard import Standard
+from train.kinds import sae_class
 
 CHECKPOINT_EVERY, KILLED_AFTER = 35, 40  # no second checkpoint before the end
+WITHIN = 0.1  # the estimate of the peak
 
 
 def estimated(place: Place, about: dict[str, Any]) -> int:
     """Bytes that `make estimate` expects training to take on the device."""
-    s = place.sizes
-    config = SimpleNamespace(train=TrainConfig(**about), harvest=SimpleNamespace(batch_contexts=1))
-    geometry = SimpleNamespace(d_in=s.d_in, shard_rows=1, shard_contexts=1, hooks=(HOOK,))
-    sae = 4 * sum(math.prod(shape) for shape in Standard.shapes(s.d_in, s.d_sae).values())
-    known = SimpleNamespace(geometry=geometry, parameters=0, context=0, saes=1, sae=sae, d_sae=s.d_sae)
-    machine: Any = SimpleNamespace(element=2, memory=0)
-    return _memory(config, known, machine)[1]  # pyright: ignore[reportArgumentType]
+    config, d_in = TrainConfig(**about), place.sizes.d_in
+    d_sae = config.sae.width(d_in)
+    sae = 4 * sum(math.prod(shape) for shape in sae_class(config.sae.kind).shapes(d_in, d_sae).values())
+    known: Any = SimpleNamespace(geometry=SimpleNamespace(d_in=d_in), saes=1, sae=sae, d_sae=d_sae)
+    machine: Any = SimpleNamespace(element=2, is_gpu=True)
+    return training_memory(config, known, machine)
 
 
 def run(place: Place) -> None:
@@ -56,4 +55,5 @@ def run(place: Place) -> None:
     place.note(files_alike=len(result(whole)))
     if place.on_gpu:
         peak = int((whole / "peak").read_text())
-        place.note(peak_gb=peak / 1e9, peak_of_estimate=peak / estimated(place, about))
+        place.note(peak_gb=peak / 1e9, peak_of_estimate=peak / (expected := estimated(place, about)))
+        assert abs(peak / expected - 1) <= WITHIN, f"the peak is {peak:,} bytes, the estimate {expected:,}"

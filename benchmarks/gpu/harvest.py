@@ -54,8 +54,10 @@ def model(compiled: bool) -> HookedModel:
         narrow = {**R1_LLAMA_8B.to_dict(), **NARROW, "head_dim": 16, "vocab_size": 4096}
         harvest_throughput.R1_LLAMA_8B = LlamaConfig(**narrow)
     made = truncated(chosen, HOOK, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
+    assert len(made.layers) == LAYER + 1
     if compiled:
         made.compile_layers(torch.zeros(chosen.batch_contexts, chosen.context_size, dtype=torch.long))
+        assert all("forward" in vars(layer) for layer in made.layers), "a layer is not compiled"
     return made
 
 
