@@ -153,7 +153,7 @@ def test_words_of_a_sweep_leave_out_what_a_kind_does_not_have():
 def test_what_a_kind_says_of_itself():
     assert SaeConfig(d_sae=8, l1_coefficient=0.1).said() == "standard, l1_coefficient = 0.1"
     assert SaeConfig(kind="matryoshka", d_sae=8, k=34, prefixes=(2, 8)).said() == "matryoshka, k = 34"
-    jumprelu = SaeConfig(kind="jumprelu", d_sae=8, target_l0=34)
+    jumprelu = SaeConfig(kind="jumprelu", d_sae=8, target_l0=34, bandwidth=0.5)
     assert jumprelu.said() == "jumprelu, l0_coefficient = 1, target_l0 = 34"
     assert jumprelu.said(everything=True) == f"{jumprelu.said()}, bandwidth = 0.5"
 
