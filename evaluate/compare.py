@@ -8,7 +8,7 @@ from evaluate.charts import points
 from evaluate.figures import Evaluation, definitions, text
 from evaluate.report import environment, write_text
 from harvest.files import write_json
-from train.config import HYPERPARAMETERS, SPARSITY_SETTINGS, said
+from train.config import HYPERPARAMETERS, SPARSITY_SETTINGS, said_of
 
 OF_KINDS = frozenset(f"train.sae.{name}" for name in HYPERPARAMETERS)
 FIGURES = ("l0", "explained_variance", "explained_variance_legacy", "mse", "cosine", "dead_fraction")
@@ -53,8 +53,8 @@ def compare(runs: Sequence[Evaluated]) -> list[dict[str, Any]]:
 
 def _kind(settings: dict[str, Any]) -> str:
     """What a table says of an SAE of ours; empty where its training is not known."""
-    kind = settings.get(KIND)
-    return said(kind, {name: settings.get(f"{SAE}.{name}") for name in SPARSITY_SETTINGS}) if kind else ""
+    of_sae = {name.removeprefix(f"{SAE}."): value for name, value in settings.items()}
+    return said_of(of_sae) if KIND in settings else ""
 
 
 def _differing(runs: Sequence[Evaluated]) -> list[str]:

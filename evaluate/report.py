@@ -13,6 +13,7 @@ from evaluate.figures import Evaluation, Figure, Measured, text
 from evaluate.visible import visible
 from harvest.files import replacing
 from harvest.progress import duration
+from train.config import said_of
 
 # arXiv 2503.18878 for DeepSeek-R1-Distill-Llama-8B, layer 19; its 68.5% is the legacy formula, as
 # SAELens 5.5.2 logged it.
@@ -44,6 +45,7 @@ def write_report(
         charts={sae.hook: _charts(sae, _lines(curves[sae.hook]) if sae.hook in curves else []) for sae in own},
         diff_charts={sae.hook: _diff_charts(sae.lists.get("diff", {})) for sae in own},
         manifests=manifests,
+        kind=said_of(sae) if (sae := manifests["train"]["settings"].get("sae")) else "",
         text_rows=_text(manifests.get("sample")),
         settings={name: _flat(manifest["settings"]) for name, manifest in manifests.items()},
         numerics={name: _flat(manifest["numerics"]) for name, manifest in manifests.items()},

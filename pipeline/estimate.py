@@ -50,11 +50,12 @@ def plan(config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, f
     """The lines, from sizes and measurements; `free` bytes are left on the disk of `root`."""
     g, train, runtime = s.geometry, config.train, config.harvest.runtime
     total = 2 * s.contexts + (0 if runtime.store else s.store) + s.trained(s.saes)
+    kinds = "; ".join(dict.fromkeys(single.sae.said() for single in train.expanded()))
     yield f"model    {config.model.name}: {s.layers} decoder layers are run, d_in {g.d_in:,} ({shape.origin})"
     yield (
         f"budget   {s.rows:,} training tokens in {g.train_shards:,} shards, {g.holdout_shards:,} shards held out; "
         f"{s.steps:,} steps of {train.batch_size:,} rows = {s.steps * train.batch_size / s.rows:.2f} epochs; "
-        f"{len(g.hooks)} hook(s) x {s.saes} SAE(s) of up to {s.d_sae:,} features"
+        f"{len(g.hooks)} hook(s) x {s.saes} SAE(s) of up to {s.d_sae:,} features: {kinds}"
     )
     yield from _section(
         "disk",

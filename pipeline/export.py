@@ -241,7 +241,7 @@ def _code(value: Any) -> str:
 
 def _card_row(sae: Exported, trained: Any) -> dict[str, Any]:
     run, config = sae.runs.of("evaluate"), sae.runs.config
-    formula = inspect.getdoc(type(trained)) or ""
+    formula = " ".join((inspect.getdoc(type(trained)) or "").split())
     measured = read_evaluation(run).own(sae.hook) if run.is_complete else None
     figures = {name: measured.figure(name) if measured else None for name in FIGURES}
     return {

@@ -98,14 +98,14 @@ def _step_of_kind(train: TrainConfig, s: Sizes, device: torch.device) -> tuple[f
     d_in, batch, kernel = s.geometry.d_in, train.batch_size, "dense" if train.kernel == "dense" else "sparse"
     part = max(64, min(s.d_sae, int(STEP_FLOP[device.type] / (10 * batch * d_in))))
     try:
-        own, active = train.sae.hyperparameters(), {"k": max(1, round(ACTIVE * part)), "target_l0": ACTIVE * part}
-        rules = {name: value for name, value in active.items() if name in own}
+        of_rank = "k" in train.sae.hyperparameters()
+        rule = {"k": max(1, round(ACTIVE * part))} if of_rank else {}
         width = {"d_sae": part, "expansion_factor": None, "prefixes": None}
-        narrow = train.sae.model_copy(update=width | rules)
+        narrow = train.sae.model_copy(update=width | rule)
         settings = train.model_copy(update={"kernel": kernel, "lr": 0.0, "sae": narrow})
         sae = new_sae(settings, d_in, 1.0, device)
-        if not rules:  # what is active hangs on the weights alone
-            sae.b_enc.fill_(-ACTIVE_DEVIATIONS * float(sae.W_enc.norm(dim=0).mean()))
+        if not of_rank:  # what is active hangs on the weights, and on thresholds where there are some
+            sae.b_enc.copy_(getattr(sae, "threshold", 0.0) - ACTIVE_DEVIATIONS * sae.W_enc.norm(dim=0).mean())
         trainer = Trainer(sae, settings, 1000, batch, resolve_dtype(train.compute_dtype, device))
         rows = torch.randn(batch, d_in, device=device).bfloat16()
         return _fastest(lambda: trainer.step(rows), device) * s.d_sae / part, part

@@ -218,7 +218,7 @@ def test_the_report_opens_offline_and_escapes(run_folder):
     assert "&lt;script&gt;alert(1)" in html
     assert not re.search(r"(src|href)=\"?(https?:)?//", html)
     assert "default-src 'none'" in html
-    assert html.count("<svg") == 6
+    assert html.count("<svg") == 7
     assert "68.5%" in html
     assert "86.0" in html
 

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import TINY, contents, pipeline
@@ -151,7 +153,7 @@ def test_words_of_a_sweep_leave_out_what_a_kind_does_not_have():
 def test_what_a_kind_says_of_itself():
     assert SaeConfig(d_sae=8, l1_coefficient=0.1).said() == "standard, l1_coefficient = 0.1"
     assert SaeConfig(kind="matryoshka", d_sae=8, k=34, prefixes=(2, 8)).said() == "matryoshka, k = 34"
-    jumprelu = SaeConfig(kind="jumprelu", d_sae=8, target_l0=34)
+    jumprelu = SaeConfig(kind="jumprelu", d_sae=8, target_l0=34, bandwidth=0.5)
     assert jumprelu.said() == "jumprelu, l0_coefficient = 1, target_l0 = 34"
     assert jumprelu.said(everything=True) == f"{jumprelu.said()}, bandwidth = 0.5"
 
@@ -162,6 +164,22 @@ def evaluated(kind: str, l0: float, **of_kind) -> Evaluated:
     measured = {"l0": l0, "explained_variance": l0 / 100}
     sae = Measured("", "h", {}, tuple(figures_of("fidelity", measured, "outliers_excluded")), {})
     return Evaluated(f"{kind}{l0}", Evaluation("r", {}, "last", [], (sae,), {}), about)
+
+
+def test_report_and_card_say_the_kind(run_folder):
+    """And the report draws the terms that its kind's loss has."""
+    settings = ("train.sae.kind=matryoshka", "train.sae.k=5", "train.sae.dead_after=64", "evaluate.features=null")
+    ran = pipeline("run", *settings)
+    assert ran.status == 0, ran.out
+    html = Path(ran.out.splitlines()[-1]).read_text()
+    assert "the last SAE (matryoshka, k = 5) of training" in " ".join(html.split())
+    chart = html[html.index('aria-label="Terms of the loss by step"') :].partition("</svg>")[0]
+    assert [name for name in ("inner", "aux", "l1") if f">{name}</text>" in chart] == ["inner", "aux"]
+    assert chart.count("<polyline") == 2
+    assert pipeline("export", *settings, "--to", "out").status == 0
+    card = Path("out/README.md").read_text()
+    assert " | matryoshka, k = 5, aux_coefficient = 0.03125 | " in card
+    assert card.count("as batchtopk, loss Σ over nested prefixes") == 1
 
 
 def test_a_comparison_has_a_line_and_a_colour_for_each_kind():
@@ -191,18 +209,18 @@ def test_a_comparison_has_a_line_and_a_colour_for_each_kind():
 def test_an_estimate_times_every_kind(kind, monkeypatch):
     """At the L0 that it names, on as many features as it takes."""
     train = load(TINY, [f"train.sae.kind={kind}"]).train
-    sizes = type("Sizes", (), {"geometry": type("G", (), {"d_in": 32}), "d_sae": 4000})
+    sizes: Any = SimpleNamespace(geometry=SimpleNamespace(d_in=32), d_sae=4000)
     l0 = []
 
     class Watched(measure.Trainer):
-        def step(self, rows):
-            stepped = super().step(rows)
+        def step(self, rows_BD):
+            stepped = super().step(rows_BD)
             l0.append(float(stepped.result.l0))
             return stepped
 
     monkeypatch.setattr(measure, "Trainer", Watched)
     seconds, part = measure._step(train, sizes, measure.torch.device("cpu"))
-    assert seconds > 0 and part == 4000
+    assert seconds and part == 4000
     assert l0[0] == pytest.approx(20, rel=0.3)
 
 
@@ -210,8 +228,8 @@ def test_an_estimate_times_every_kind(kind, monkeypatch):
 def test_a_rehearsal_narrows_what_counts_features(kind):
     own = {"topk": ["train.sae.k=60"], "matryoshka": ["train.sae.prefixes=[640, 1280]", "train.sweep.k=[50, 100]"]}
     config = load(TINY, [f"train.sae.kind={kind}", *own.get(kind, [])])
-    for single in rehearsal(config, 320, Path("x")).train.expanded():
+    rehearsed = rehearsal(config, 320, Path("x")).train
+    for single in rehearsed.expanded():
         sae = new_sae(single, 32, 1.0, "cpu")
         assert (sae.kind, sae.d_sae) == (kind, 128)
-    if kind == "topk":
-        assert sae.k == 6
+    assert kind != "topk" or rehearsed.sae.k == 6

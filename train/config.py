@@ -47,6 +47,12 @@ def said(kind: str, hyperparameters: Mapping[str, Any]) -> str:
     return ", ".join([kind, *(f"{name} = {exactly(value)}" for name, value in given.items())])
 
 
+def said_of(sae: Mapping[str, Any]) -> str:
+    """The same of what sets the sparsity, from settings of train.sae that a manifest holds."""
+    kind = sae.get("kind", SaeConfig.model_fields["kind"].default)  # left out while it is that
+    return said(kind, {name: sae.get(name) for name in SPARSITY_SETTINGS})
+
+
 def _own(name: str, **limits: Any) -> Any:
     """A setting of some kinds alone; None for the others."""
 
@@ -121,8 +127,7 @@ class SaeConfig(Settings):
 
     def said(self, everything: bool = False) -> str:
         """Its kind and what sets its sparsity, as `batchtopk, k = 34`, or with all that the kind's own settings say."""
-        own = self.hyperparameters()
-        return said(self.kind, {name: own[name] for name in own if everything or name in SPARSITY_SETTINGS})
+        return said(self.kind, self.hyperparameters()) if everything else said_of(self.model_dump())
 
     def width(self, d_in: int) -> int:
         """d_sae for rows of this width."""
