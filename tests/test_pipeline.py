@@ -12,7 +12,7 @@ from conftest import ROOT, TINY, contents, only, pipeline
 from safetensors.torch import load_file, save_file
 
 from harvest.files import locked, read_json, write_sealed
-from pipeline.stages import _exactly
+from train.config import exactly
 
 
 def test_everything_twice_gives_the_same_bytes(finished, fresh_folder):
@@ -82,7 +82,7 @@ def test_status_of_a_sweep_says_which_is_which(run_folder):
 
 
 def test_numbers_of_a_sweep_are_told_apart():
-    assert [_exactly(value) for value in (5.0, 1e-3, 1.00000001e-3, 1_048_576)] == [
+    assert [exactly(value) for value in (5.0, 1e-3, 1.00000001e-3, 1_048_576)] == [
         "5",
         "0.001",
         "0.00100000001",
