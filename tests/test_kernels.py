@@ -102,6 +102,8 @@ class TestKernels:
             assert ((reached_B >= count) | (least == 0)).all()
             entries = ops.extract(pre_BF, sae.b_enc, rule, least.amin() if of_batch else None)
             if of_batch:
+                score_BF = (pre_BF + sae.b_enc) * weight_F
+                assert entries.kept == int((score_BF >= least.amin().clamp_min(1e-30)).sum())
                 entries = entries._replace(kept=min(len(entries.f_N), B * count))
             chosen.append(largest(entries, rule, 0, SINGLE))
         (ours, least), (plain, least_plain) = chosen

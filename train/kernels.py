@@ -53,6 +53,7 @@ def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = POSITIVE, least: Tensor 
     if rule.largest:
         numbers = torch.stack([end_BT[-1], count_B.clamp_max(rule.largest).sum(), count_B.amax()])
         N, kept, longest = numbers.tolist()
+        kept = N if rule.of_batch else kept
     else:
         N, longest = int(end_BT[-1]), 0
         kept = N

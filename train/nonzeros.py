@@ -57,7 +57,7 @@ class Entries(NamedTuple):
     count_B: Tensor  # of each row, an integer
     feature_N: Tensor  # int32 (N,)
     f_N: Tensor  # z, float32 (N,)
-    kept: int  # how many of them `Rule.largest` will keep, where all features are here
+    kept: int  # how many the rule keeps, where all features are here; of a rule of the batch: how many reach `least`
     longest: int  # the largest of count_B, for such a rule
 
 
@@ -88,6 +88,7 @@ def by_feature(active: ByRow, d_sae: int) -> ByFeature:
     return ByFeature(torch.searchsorted(feature_N, features, out_int32=True), row_N[order_N], order_N)
 
 
+SLACK = 1e-5  # more than scores differ by how they are rounded
 GROUP = 16  # entries of a group; fewer make a bound closer and dearer
 
 
@@ -96,11 +97,12 @@ def least_of_rows(pre_BF: Tensor, b_enc: Tensor, weight_F: Tensor, k: int) -> Te
 
     It is the k-th largest of the maxima of groups, so it is at most the k-th largest score, and near it.
     """
-    return _least(_scores(pre_BF, b_enc, weight_F), k)
+    return _least(_scores(pre_BF, b_enc, weight_F), k) * (1 - SLACK)
 
 
 def _scores(pre_BF: Tensor, b_enc: Tensor, weight_F: Tensor) -> Tensor:
-    return torch.add(pre_BF, b_enc).mul_(weight_F)
+    # In one pass, which rounds otherwise than (pre + b_enc) · weight.
+    return torch.addcmul(b_enc * weight_F, pre_BF.float(), weight_F)
 
 
 def _least(score_BF: Tensor, k: int) -> Tensor:
@@ -119,24 +121,28 @@ def extract(pre_BF: Tensor, b_enc: Tensor, rule: Rule = POSITIVE, least: Tensor 
     """Entries above the rule's threshold, with z = pre + b_enc.
 
     Of a rule with `largest`: the positive ones whose score is at least `least` (0-d, or of each row; by default
-    `least_of_rows`).
+    `least_of_rows`), and perhaps some just below it.
     """
     B, F = pre_BF.shape
     # Not `pre > -b`: a NaN has to reach the loss, where the trainer looks for it.
-    if rule.largest:
+    if rule.largest and (least is None or least.dim()):
         score_BF = _scores(pre_BF, b_enc, weight_of(rule))
-        least = (_least(score_BF, rule.largest) if least is None else least.expand(B)).clamp_min(SMALLEST)
-        active_BF = (score_BF < least.unsqueeze(1)).logical_not_()
+        least = _least(score_BF, rule.largest) if least is None else least
+        active_BF = (score_BF < (least * (1 - SLACK)).clamp_min(SMALLEST).unsqueeze(1)).logical_not_()
     else:
-        at_F = -b_enc if rule.above_F is None else rule.above_F - b_enc
-        active_BF = (pre_BF <= at_F).logical_not_()
+        at_F = least.clamp_min(SMALLEST) * (1 - SLACK) / weight_of(rule) if least is not None else rule.above_F
+        active_BF = (pre_BF <= (-b_enc if at_F is None else at_F - b_enc)).logical_not_()
     place_N = active_BF.view(-1).nonzero().squeeze(1)
     row_N = place_N // F
     feature_N = place_N - row_N * F
     f_N = pre_BF.view(-1)[place_N].float() + b_enc[feature_N]
     count_B = torch.bincount(row_N, minlength=B)
-    kept = len(f_N) if rule.of_batch or not rule.largest else int(count_B.clamp_max(rule.largest).sum())
-    return Entries(count_B, feature_N.int(), f_N, kept, int(count_B.max()) if rule.largest else 0)
+    if not rule.largest:
+        return Entries(count_B, feature_N.int(), f_N, len(f_N), 0)
+    if rule.of_batch and least is not None:
+        reach = int(((f_N * weight_of(rule)[feature_N]) < least).logical_not_().sum())
+        return Entries(count_B, feature_N.int(), f_N, reach, int(count_B.max()))
+    return Entries(count_B, feature_N.int(), f_N, int(count_B.clamp_max(rule.largest).sum()), int(count_B.max()))
 
 
 def residual(active: ByRow, W_dec: Tensor, b_dec: Tensor, x_BD: Tensor) -> Tensor:

@@ -233,7 +233,7 @@ class Source(NamedTuple):
         entries = self.entries(rule, ranks)
         if rule.of_batch:
             wanted = rule.largest * len(self.x_BD)
-            found = int(ranks.sum(torch.tensor(len(entries.f_N)))) if ranks.size > 1 else len(entries.f_N)
+            found = int(ranks.sum(torch.tensor(entries.kept))) if ranks.size > 1 else entries.kept
             if found < wanted:  # the bound was too high, or fewer are positive
                 entries = self.entries(rule, ranks, torch.zeros((), device=self.x_BD.device))
             entries = entries._replace(kept=min(len(entries.f_N), wanted))
