@@ -285,3 +285,23 @@ def test_equal_input_gives_equal_bytes() -> None:
         first, again = (step(name, "sparse", sae, x_BD, DEAD) for _ in range(2))
         assert all(torch.equal(first.gradients[n], again.gradients[n]) for n in first.gradients)
         assert replace(sae) is not sae
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_threshold_follows_the_batches(given: bool) -> None:
+    """A mean of them all at first, from a given SAE on at a rate of 0.01, and not at all at an lr of 0."""
+    start = {"start_from": {"path": "given"}} if given else {}
+    config = TrainConfig.model_validate({"sae": {"kind": "batchtopk", "d_sae": F, "k": K}, "epochs": 1, **start})
+    sae = new("batchtopk")
+    sae.threshold.fill_(0.5 if given else 0.0)
+    trainer = Trainer(sae, config, 10, 1000, torch.float32)
+    expected = 0.5
+    for n in range(3):
+        stepped = trainer.step(rows(B, D, seed=n))
+        rate = 0.01 if given else 1 / (n + 1)
+        expected += rate * (float(stepped.result.smallest) - expected)
+    assert float(sae.threshold) == pytest.approx(expected, rel=1e-5)
+    if given:
+        still = Trainer(sae, config.model_copy(update={"lr": 0.0}), 10, 1000, torch.float32)
+        still.step(rows(B, D, seed=9))
+        assert float(sae.threshold) == pytest.approx(expected, rel=1e-5)

@@ -117,8 +117,8 @@ class Trainer:
         self.bad_step.masked_fill_(bad, self.step_number)
         divisor = (grad_norm / config.clip_norm).clamp_min(1.0)
         self.adam.update(result.gradients, Update(lr, config.adam_betas, self.step_number + 1, divisor))
-        if "threshold" in self.sae.running and result.smallest is not None:
-            rate = max(THRESHOLD_RATE, 1 / (self.step_number + 1))
+        if "threshold" in self.sae.running and result.smallest is not None and lr > 0:
+            rate = THRESHOLD_RATE if config.start_from else max(THRESHOLD_RATE, 1 / (self.step_number + 1))
             moved = self.sae.threshold.lerp(result.smallest, rate)
             self.sae.threshold.copy_(torch.where(divisor.isfinite() & moved.isfinite(), moved, self.sae.threshold))
         self.rows_since_fired_F.add_(len(rows_BD)).masked_fill_(result.fired_F, 0)
