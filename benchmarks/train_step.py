@@ -31,6 +31,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from harvest.activation_store import ActivationStore
 from train.adam import Adam, Update
 from train.checkpoint import load_sae

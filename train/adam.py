@@ -48,8 +48,8 @@ class Adam:
         for rate in dict.fromkeys([1.0, *self.rates.values()]):
             names = [name for name in self.parameters if self.rates.get(name, 1.0) == rate]
             tensors = (self.parameters, gradients, self.exp_avg, self.exp_avg_sq, self.operands)
-            mine = ({name: each[name] for name in names} for each in tensors)
-            apply(*mine, numbers._replace(lr=numbers.lr * rate))
+            weights, mine, mean, square, copies = ({name: each[name] for name in names} for each in tensors)
+            apply(weights, mine, mean, square, copies, numbers._replace(lr=numbers.lr * rate))
 
     def weights_changed(self) -> None:
         """Make the operands anew, after the parameters were written from outside."""
