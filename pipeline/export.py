@@ -177,7 +177,7 @@ def _module(sae: Exported) -> str:
 
 def _public_name(name: str) -> str:
     """A hub id as it is; of a local path its last part alone, as paths tell of the machine."""
-    return Path(name).name if looks_local(name) or Path(name).exists() else name
+    return Path(name).name if is_local(name) else name
 
 
 def _card(saes: list[Exported], rows: list[dict[str, Any]], model: str, terms: list[Terms]) -> str:

@@ -208,7 +208,7 @@ def _published_identity(setting: str, published: PublishedFiles, memory: Memory)
         commit = memory.commit("model", repository, published.revision, f"{setting}.release")
         return f"{commit}/{place}"
     path = str(published.path)
-    if not looks_local(path) and not Path(path).exists():
+    if not is_local(path):
         commit = memory.commit("model", path, published.revision, f"{setting}.path")
         return f"{commit}/{published.file}" if published.file else commit
     files = [Path(path, name) for name in published.files()]

@@ -119,22 +119,23 @@ def real_run(tmp_path_factory) -> Path:
     return folder
 
 
+def current_copy(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of a folder, its links as they are, as the current one."""
+    shutil.copytree(source, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
 @pytest.fixture
 def run_folder(finished, tmp_path, monkeypatch) -> Path:
     """A copy of the finished run, as the current folder."""
-    folder = tmp_path / "copy"
-    shutil.copytree(finished, folder)
-    monkeypatch.chdir(folder)
-    return folder
+    return current_copy(finished, tmp_path / "copy", monkeypatch)
 
 
 @pytest.fixture
 def real_folder(real_run, tmp_path, monkeypatch) -> Path:
     """A copy of the run on real text, as the current folder."""
-    folder = tmp_path / "real"
-    shutil.copytree(real_run, folder, symlinks=True)
-    monkeypatch.chdir(folder)
-    return folder
+    return current_copy(real_run, tmp_path / "real", monkeypatch)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import only
+from test_kind_steps import step, trained, varied
 from test_sparse_step import rows
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from train.config import ExcludeConfig
 from train.dataloader import heldout_rows
 from train.kinds import sae_class
 from train.sae import Dead, Sae
-from train.step import StepResult, kernels, total
+from train.step import total
 
 sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: nothing to compare with")
 
@@ -48,26 +49,10 @@ THEIRS: dict[str, tuple[str, dict[str, Any]]] = {
 DEAD = Dead(torch.tensor([3, 17, 60, 100, 150, 210]), 6)
 
 
-def stepped(name: str, path: str, sae: Sae, x_BD: Tensor, dead: Dead | None) -> StepResult:
-    return kernels(sae)[path].step(sae, x_BD, sae.coefficients, torch.float32, dead=dead)
-
-
 @cache
 def sae_of(name: str, steps: int) -> Sae:
     """After so many steps of Adam on random rows; biases, decoder norms and thresholds differ between features."""
-    sae = sae_class(name.split()[0]).initial(D, F, seed=1, **OURS[name])
-    generator = torch.Generator().manual_seed(5)
-    sae.b_enc.normal_(0, 0.1, generator=generator)
-    sae.b_dec.normal_(0, 0.3, generator=generator)
-    sae.W_dec.mul_(torch.rand(F, 1, generator=generator) + 0.5)
-    if "log_threshold" in sae.parameters:
-        sae.log_threshold.add_(torch.rand(F, generator=generator) - 0.5)
-    x_BD, adam = rows(512, D, seed=2), torch.optim.Adam(sae.trained.values(), lr=2e-3)
-    for n in range(steps):
-        found = stepped(name, "sparse", sae, x_BD[n * 64 % 448 :][:64], DEAD)
-        for parameter, gradient in found.gradients.items():
-            sae.parameters[parameter].grad = gradient
-        adam.step()
+    sae = trained(varied(sae_class(name.split()[0]).initial(D, F, seed=1, **OURS[name])), steps, DEAD)
     return replace(sae, parameters={n: weight.detach().clone() for n, weight in sae.parameters.items()})
 
 
@@ -100,7 +85,7 @@ def compare(name: str, path: str, sae: Sae, x_BD: Tensor, dead: Dead | None) -> 
         )
     )
     output.loss.backward()
-    ours = stepped(name, path, sae, x_BD, dead)
+    ours = step(path, sae, x_BD, dead)
     gradients = ours.gradients
     if "log_threshold" in gradients:
         gradients = gradients | {"threshold": gradients["log_threshold"] / sae.threshold}

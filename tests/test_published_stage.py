@@ -9,7 +9,7 @@ import pytest
 import sae_lens
 import safetensors.torch
 import torch
-from conftest import ROOT, contents, only, pipeline
+from conftest import ROOT, contents, current_copy, only, pipeline
 from sae_lens import StandardSAEConfig
 from test_published import HOOK, NAME, D, F, edit_cfg, linear_state, write_theirs
 from transformers import AutoModelForCausalLM
@@ -61,10 +61,7 @@ def published(finished, tmp_path_factory) -> Path:
 @pytest.fixture
 def published_folder(published, tmp_path, monkeypatch) -> Path:
     """A copy of it, as the current folder."""
-    folder = tmp_path / "copy"
-    shutil.copytree(published, folder)
-    monkeypatch.chdir(folder)
-    return folder
+    return current_copy(published, tmp_path / "copy", monkeypatch)
 
 
 @pytest.fixture

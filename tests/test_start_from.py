@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TWO_HOOKS, contents, only, pipeline
+from conftest import ROOT, TWO_HOOKS, contents, current_copy, only, pipeline
 from test_peers import free_port
 from typer.testing import CliRunner
 
@@ -122,8 +122,7 @@ def test_it_enters_the_fingerprint_by_content(given):
 
 
 def test_of_several_hooks_each_starts_from_its_own(two_hooks, tmp_path, monkeypatch):
-    shutil.copytree(two_hooks, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
+    current_copy(two_hooks, tmp_path / "copy", monkeypatch)
     given = next(iter(sorted(Path("runs/train").iterdir())))
     options = (TWO_HOOKS, f"train.start_from={given}", "train.sweep.l1_coefficient=[1,2]", *STILL)
     run("train", *options)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import zarr
-from conftest import TINY, contents, only, pipeline
+from conftest import TINY, contents, current_copy, only, pipeline
 
 from evaluate.figures import read_figures
 from evaluate.groups import context_groups
@@ -171,8 +171,7 @@ def test_values_that_look_the_same_are_groups_of_their_own():
 
 @pytest.mark.parametrize("split", ["train", "holdout"])
 def test_a_missing_or_damaged_chunk_of_strata_is_found(stratified, tmp_path, monkeypatch, split):
-    shutil.copytree(stratified, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
+    current_copy(stratified, tmp_path / "copy", monkeypatch)
     arguments = (settings(TWO), *QUICK)
     assert pipeline("verify", *arguments).status == 0
     chunk = only(Path(), f"runs/sample/*/contexts/{split}/stratum/c/1")

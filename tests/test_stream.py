@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import contents, only, pipeline
+from conftest import contents, current_copy, only, pipeline
 from test_peers import free_port
 
 from evaluate.figures import read_figures
@@ -47,9 +47,7 @@ def sampled(finished, tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(sampled, tmp_path, monkeypatch) -> Path:
     """A copy of it, as the current folder."""
-    shutil.copytree(sampled, tmp_path / "copy")
-    monkeypatch.chdir(tmp_path / "copy")
-    return tmp_path / "copy"
+    return current_copy(sampled, tmp_path / "copy", monkeypatch)
 
 
 def streamed(*overrides: str) -> str:

@@ -32,13 +32,18 @@ class BatchTopK(TopK):
     kernels: ClassVar = {"dense": AUTOGRAD, "sparse": SPARSE}
     of_batch = True
 
+    @property
+    def threshold_F(self) -> Tensor:
+        """What z of a row alone has to be above (F,): θ speaks of scores."""
+        return self.threshold / self.weight_F
+
     def reading_rule(self) -> Rule:
-        """Above θ, in units of scores."""
-        return Rule(above_F=self.threshold / self.weight_F)
+        """Above θ."""
+        return Rule(above_F=self.threshold_F)
 
     def activations(self, z_BF: Tensor) -> Tensor:
         """f (B, F) of rows that are no batch."""
-        return torch.relu(z_BF) * (z_BF > self.threshold / self.weight_F)
+        return torch.relu(z_BF) * (z_BF > self.threshold_F)
 
     def smallest(self, f_BF: Tensor) -> Tensor:
         """The smallest score that the batch took, 0-d; 0 where every positive entry was taken."""
@@ -48,4 +53,4 @@ class BatchTopK(TopK):
 
     def exported(self) -> Sae:
         """The JumpReLU SAE with the same f for a row alone."""
-        return JumpRelu.from_published(self.parameters | {"threshold": self.threshold / self.weight_F}, self.scale)
+        return JumpRelu.from_published(self.parameters | {"threshold": self.threshold_F}, self.scale)

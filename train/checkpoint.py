@@ -22,10 +22,10 @@ from train.dataloader import Position
 from train.exclusion import InputStatistics
 from train.kinds import sae_class
 from train.sae import Sae
-from train.start_files import train_run
+from train.start_files import WEIGHTS, train_run
 
 MARKER, TENSORS = "checkpoint.json", "tensors.safetensors"
-WEIGHTS, ABOUT = "sae_weights.safetensors", "sae.json"
+ABOUT = "sae.json"  # beside WEIGHTS
 CHECKSUM = "tensors_crc32c"  # of the file of tensors, in the JSON file beside it
 
 

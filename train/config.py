@@ -159,6 +159,12 @@ class ExcludeConfig(Settings):
             raise ValueError(f"{said} (context_size), so this leaves out nothing")
 
 
+def check_within(file: str) -> None:
+    """Raise ValueError for a place that leaves the path it is relative to."""
+    if ".." in file.split("/") or file.startswith("/"):
+        raise ValueError(f"file: {file!r} must stay within path")
+
+
 class StartFrom(Settings):
     """A finished SAE. A path alone stands for it."""
 
@@ -177,8 +183,7 @@ class StartFrom(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> "StartFrom":
-        if ".." in self.file.split("/") or self.file.startswith("/"):
-            raise ValueError(f"file: {self.file!r} must stay within path")
+        check_within(self.file)
         return self
 
 

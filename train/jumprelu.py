@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from train.nonzeros import ByRow, Rule, by_feature, masked
+from train.nonzeros import ByRow, Rule, by_feature, masked, rows_of
 from train.sae import Sae
 from train.sparse_step import SPARSE
 from train.step import AUTOGRAD
@@ -25,7 +25,7 @@ from train.step import AUTOGRAD
 # weights move. Measured: docs/training.md.
 START_L0 = 30  # times target_l0
 UNTARGETED_L0 = 100
-THRESHOLD_RATE = 3.0
+THRESHOLD_LR = 3.0  # times train.lr
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class JumpRelu(Sae):
     elementwise = True
     decoder_norm = 1.0
     dims = Sae.dims | {"log_threshold": ("d_sae",)}
-    rates: ClassVar = {"log_threshold": THRESHOLD_RATE}
+    rates: ClassVar = {"log_threshold": THRESHOLD_LR}
     published_names: ClassVar = {"log_threshold": "threshold"}
     kernels: ClassVar = {"dense": AUTOGRAD, "sparse": SPARSE}
 
@@ -93,9 +93,7 @@ class JumpRelu(Sae):
         self, near: ByRow, df_N: Tensor, l0_B: Tensor, coefficients: Mapping[str, float]
     ) -> dict[str, Tensor]:
         slope_B = self.price(l0_B)[1] * (coefficients["sparsity"] / len(l0_B))
-        row_N = torch.arange(len(l0_B), device=df_N.device).repeat_interleave(
-            near.offset_B.diff(), output_size=len(df_N)
-        )
+        row_N = rows_of(near.offset_B.diff(), len(df_N))
         gradient_N = (self.threshold[near.feature_N] * df_N + slope_B[row_N]) / -self.bandwidth
         by = by_feature(near, self.d_sae)
         sums_F = torch.segment_reduce(gradient_N[by.order_N], "sum", offsets=by.offset_F)

@@ -72,10 +72,23 @@ class Operations(NamedTuple):
     encoder_sums: Callable[[ByFeature, Tensor, Tensor], Tensor]
 
 
+def offsets(count_B: Tensor) -> Tensor:
+    """Where each row's entries begin, and where the last one's end: int32 (B + 1,), of rows with so many (B,)."""
+    offset_B = torch.zeros(len(count_B) + 1, dtype=torch.int32, device=count_B.device)
+    offset_B[1:] = count_B.cumsum(0)
+    return offset_B
+
+
+def rows_of(count_B: Tensor, N: int) -> Tensor:
+    """The row of each of N entries, int32 (N,), of rows with so many (B,); does not wait for a device."""
+    row_B = torch.arange(len(count_B), dtype=torch.int32, device=count_B.device)
+    return row_B.repeat_interleave(count_B, output_size=N)
+
+
 def masked(entries: ByRow, keep_N: Tensor) -> ByRow:
     """Those entries for which keep_N (N,), bool, is set."""
-    before_N = torch.nn.functional.pad(keep_N.cumsum(0), (1, 0))
-    return ByRow(before_N[entries.offset_B].int(), entries.feature_N[keep_N], entries.f_N[keep_N])
+    before_N = offsets(keep_N)
+    return ByRow(before_N[entries.offset_B], entries.feature_N[keep_N], entries.f_N[keep_N])
 
 
 def by_feature(active: ByRow, d_sae: int) -> ByFeature:
@@ -83,8 +96,7 @@ def by_feature(active: ByRow, d_sae: int) -> ByFeature:
     device = active.feature_N.device
     feature_N, order_N = torch.sort(active.feature_N, stable=True)
     features = torch.arange(d_sae + 1, dtype=torch.int32, device=device)
-    rows = torch.arange(len(active.offset_B) - 1, dtype=torch.int32, device=device)
-    row_N = rows.repeat_interleave(active.offset_B.diff(), output_size=len(order_N))
+    row_N = rows_of(active.offset_B.diff(), len(order_N))
     return ByFeature(torch.searchsorted(feature_N, features, out_int32=True), row_N[order_N], order_N)
 
 

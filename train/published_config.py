@@ -5,7 +5,8 @@ from typing import ClassVar, Literal
 from pydantic import Field, model_validator
 
 from harvest.config import Settings
-from train.config import ExcludeConfig
+from train.config import ExcludeConfig, check_within
+from train.start_files import saelens_files
 
 PUBLISHED_VERSION = 1
 PLACE = ("path", "revision", "file", "release", "id")  # settings that enter a fingerprint by content
@@ -42,8 +43,7 @@ class PublishedFiles(Settings):
             raise ValueError("file and format belong to path; a release has id alone")
         if self.format == "linear" and self.hook is None:
             raise ValueError("format linear needs hook, as the file does not say where it belongs")
-        if ".." in self.file.split("/") or self.file.startswith("/"):
-            raise ValueError(f"file: {self.file!r} must stay within path")
+        check_within(self.file)
         return self
 
     @property
@@ -55,7 +55,7 @@ class PublishedFiles(Settings):
         """What is read, relative to `path`; an empty name is `path` itself."""
         if self.format == "linear":
             return (self.file,)
-        return tuple(f"{self.file}/{name}".lstrip("/") for name in ("cfg.json", "sae_weights.safetensors"))
+        return saelens_files(self.file)
 
 
 class PublishedExclude(ExcludeConfig):

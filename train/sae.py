@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.nonzeros import ByRow, Rule
+from train.nonzeros import ByRow, Rule, offsets
 
 DECODER_NORM = 0.1  # SAELens' decoder_init_norm for standard SAEs
 
@@ -206,9 +206,7 @@ class Sae:
         """The active features of stored rows in CSR: `encode` without its zeros."""
         f_BF = self.encode(x_BD)
         row_N, feature_N = f_BF.nonzero(as_tuple=True)
-        offset_B = torch.zeros(len(f_BF) + 1, dtype=torch.int32, device=f_BF.device)
-        offset_B[1:] = (f_BF != 0).sum(1).cumsum(0)
-        return ByRow(offset_B, feature_N.int(), f_BF[row_N, feature_N])
+        return ByRow(offsets((f_BF != 0).sum(1)), feature_N.int(), f_BF[row_N, feature_N])
 
     def decode(self, f_BF: Tensor) -> Tensor:
         """Rebuilt rows x̂ (B, D), in units of stored rows."""

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from harvest.files import UserError, read_json, replacing, write_json
 from harvest.language_model import saelens_hook
-from train.checkpoint import WEIGHTS
 from train.kinds import saelens_classes
 from train.sae import Sae
+from train.start_files import WEIGHTS
 
 CONFIG = "cfg.json"
 SAELENS_VERSION = "6.0.0"  # the form of cfg.json

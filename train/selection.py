@@ -10,7 +10,7 @@ Shape suffixes: B rows of a batch, F d_sae, N entries, K largest keys, R ranks.
 import torch
 from torch import Tensor
 
-from train.nonzeros import ByRow, Entries, Rule, weight_of
+from train.nonzeros import ByRow, Entries, Rule, offsets, rows_of, weight_of
 from train.parallel import FeatureRanks
 
 TIE_BITS = 32  # of a key, below the 31 of a positive score
@@ -23,7 +23,7 @@ def largest(entries: Entries, rule: Rule, first_feature: int, ranks: FeatureRank
     ValueError for a batch whose entries have more places than a key can tell apart.
     """
     B, N = len(entries.count_B), len(entries.f_N)
-    row_N = torch.arange(B, device=entries.f_N.device).repeat_interleave(entries.count_B, output_size=N)
+    row_N = rows_of(entries.count_B, N).long()
     key_N = keys(entries, row_N, rule, first_feature)
     mine_K = (
         _largest_of_batch(key_N, rule.largest * B) if rule.of_batch else _largest_of_rows(entries, row_N, key_N, rule)
@@ -40,10 +40,8 @@ def largest(entries: Entries, rule: Rule, first_feature: int, ranks: FeatureRank
     index_N = torch.empty(kept + 1, dtype=torch.int64, device=key_N.device)
     index_N = index_N.scatter_(0, place_N, torch.arange(N, device=key_N.device))[:kept]
     before_N = torch.nn.functional.pad(ends_N, (1, 0))
-    offset_B = before_N[torch.nn.functional.pad(entries.count_B.cumsum(0), (1, 0))].int()
-    return ByRow(offset_B, entries.feature_N[index_N], entries.f_N[index_N]), (least.amin() >> TIE_BITS).int().view(
-        torch.float32
-    )
+    active = ByRow(before_N[offsets(entries.count_B)].int(), entries.feature_N[index_N], entries.f_N[index_N])
+    return active, (least.amin() >> TIE_BITS).int().view(torch.float32)
 
 
 def keys(entries: Entries, row_N: Tensor, rule: Rule, first_feature: int) -> Tensor:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from harvest.device import is_ampere
-from train.nonzeros import PLAIN, ByRow, Entries, Operations, Rule, by_feature, weight_of
+from train.nonzeros import PLAIN, ByRow, Entries, Operations, Rule, by_feature, offsets, rows_of, weight_of
 from train.parallel import SINGLE, FeatureRanks
-from train.sae import Auxiliary, Dead, Sae
+from train.sae import Dead, Sae
 from train.selection import largest
 from train.step import Kernel, Reconstruction, StepResult, Tensors, result
 
@@ -53,7 +53,8 @@ def sparse_step(
     x_BD, weights, B = sae.scaled(x_BD), operands or sae.parameters, len(x_BD)
     W_dec = _decoder(sae, weights, compute_dtype, ops)
     source = Source(weights["W_enc"], sae.b_enc, x_BD, compute_dtype, ops)
-    entries, smallest = source.active(sae.batch_rule(), sae.first_feature, ranks)
+    rule = sae.batch_rule()
+    entries, smallest = source.active(rule, sae.first_feature, ranks)
     active, near = sae.split(entries)
     leveled, error_LBD = residuals(active, sae, W_dec, x_BD, ops, ranks)
     error_BD = error_LBD[-1]
@@ -76,7 +77,8 @@ def sparse_step(
         gradients |= sae.threshold_gradients(near, dots_N, l0_B, coefficients)
     if dead and (auxiliary := sae.auxiliary(dead.total)):
         factor = 2 / B * auxiliary.scale * coefficients["aux"]
-        error_B, added = _revival(sae, source, W_dec, error_BD, dead, auxiliary, factor, ranks)
+        of_dead = Rule(largest=auxiliary.k, weight_F=weight_of(rule)[dead.feature_K])
+        error_B, added = _revival(sae, source, W_dec, error_BD, dead, of_dead, factor, ranks)
         terms["aux"] = auxiliary.scale * error_B.mean()
         for name, gradient in added.items():
             gradients[name].index_add_(1 if name == "W_enc" else 0, dead.feature_K, gradient)
@@ -156,14 +158,13 @@ def _revival(
     W_dec: Tensor,
     error_BD: Tensor,
     dead: Dead,
-    auxiliary: Auxiliary,
+    rule: Rule,
     factor: float,
     ranks: FeatureRanks,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """‖ê − (x − x̂)‖² of each row (B,), and the gradients of the dead features."""
     W_dec, ops = W_dec[dead.feature_K], source.ops
     of_dead = source._replace(W_enc=source.W_enc[:, dead.feature_K], b_enc=source.b_enc[dead.feature_K])
-    rule = Rule(largest=auxiliary.k, weight_F=weight_of(sae.batch_rule())[dead.feature_K])
     active = of_dead.active(rule, sae.first_feature, ranks)[0]
     left_BD = _sum(active, W_dec, torch.zeros_like(sae.b_dec), -error_BD, ops, ranks)
     found = feature_gradients(active, left_BD.to(W_dec.dtype), source.x_BD.to(W_dec.dtype), W_dec, ops, factor)
@@ -181,7 +182,7 @@ def residuals(
         return active, _sum(active, W_dec, sae.b_dec, x_BD, ops, ranks).unsqueeze(0)
     L, B = len(sae.levels), len(x_BD)
     ends = torch.tensor(sae.levels, device=x_BD.device) - sae.first_feature
-    row_N = torch.arange(B, device=x_BD.device).repeat_interleave(active.offset_B.diff(), output_size=len(active.f_N))
+    row_N = rows_of(active.offset_B.diff(), len(active.f_N))
     level_N = torch.bucketize(active.feature_N, ends, right=True)
     row_N, order_N = torch.sort(level_N * B + row_N, stable=True)
     offset = torch.searchsorted(row_N, torch.arange(L * B + 1, device=x_BD.device), out_int32=True)
@@ -229,7 +230,7 @@ class Source(NamedTuple):
         """
         if not rule.largest:
             entries = self.entries(rule)
-            return ByRow(_offsets(entries.count_B), entries.feature_N, entries.f_N), None
+            return ByRow(offsets(entries.count_B), entries.feature_N, entries.f_N), None
         entries = self.entries(rule, ranks)
         if rule.of_batch:
             wanted = rule.largest * len(self.x_BD)
@@ -269,9 +270,3 @@ class Source(NamedTuple):
 def active_features(W_enc: Tensor, b_enc: Tensor, x_BD: Tensor, compute_dtype: torch.dtype, ops: Operations) -> ByRow:
     """The positive entries of ReLU(x W_enc + b_enc), shapes as in `Sae`, of scaled rows; product in compute_dtype."""
     return Source(W_enc, b_enc, x_BD, compute_dtype, ops).active(Rule(), 0, SINGLE)[0]
-
-
-def _offsets(count_B: Tensor) -> Tensor:
-    offset_B = torch.zeros(len(count_B) + 1, dtype=torch.int32, device=count_B.device)
-    offset_B[1:] = count_B.cumsum(0)
-    return offset_B

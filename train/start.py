@@ -8,12 +8,12 @@ import torch
 
 from harvest.files import UserError, read_json
 from harvest.hub_files import fetch_files
-from train.checkpoint import ABOUT, WEIGHTS, load_sae
+from train.checkpoint import ABOUT, load_sae
 from train.config import StartFrom, TrainConfig
 from train.kinds import new_sae
 from train.sae import Sae
 from train.saelens import CONFIG, SaelensConfig, canonical_hook, check_finite
-from train.start_files import find_start, hub_names, is_on_hub
+from train.start_files import WEIGHTS, find_start, is_on_hub, saelens_files
 
 
 def starting_sae(config: TrainConfig, hook: str, d_in: int | None, scale: float, device: torch.device | str) -> Sae:
@@ -57,7 +57,9 @@ def read_given(start: StartFrom, hook: str, scale: float, offline: bool) -> tupl
     Raises UserError for one that is missing, damaged or unfinished, and where none is of this hook.
     """
     if is_on_hub(start):
-        files = fetch_files(start.path, hub_names(start), start.revision or "main", offline, "train.start_from")
+        files = fetch_files(
+            start.path, saelens_files(start.file), start.revision or "main", offline, "train.start_from"
+        )
         folder, about = files[0].parent, CONFIG
         has = {folder: SaelensConfig(folder / about).hook}
     else:

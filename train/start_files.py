@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harvest.files import UserError
-from harvest.source_files import looks_local
+from harvest.source_files import is_local
 from harvest.stage_directory import Run
 from train.config import StartFrom
 
@@ -27,12 +27,12 @@ class StartFiles(NamedTuple):
 
 def is_on_hub(start: StartFrom) -> bool:
     """Whether it is a hub id: what exists is never taken for one."""
-    return not looks_local(start.path) and not Path(start.path).exists()
+    return not is_local(start.path)
 
 
-def hub_names(start: StartFrom) -> list[str]:
-    """What is read of a repository of the hub."""
-    return [f"{start.file}/{name}".lstrip("/") for name in ("cfg.json", WEIGHTS)]
+def saelens_files(folder: str) -> tuple[str, ...]:
+    """What is read of a SAELens folder, relative to where the folder is."""
+    return tuple(f"{folder}/{name}".lstrip("/") for name in ("cfg.json", WEIGHTS))
 
 
 def find_start(start: StartFrom) -> StartFiles:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import contents, only, pipeline, unlisted
+from conftest import contents, current_copy, only, pipeline, unlisted
 from test_compare import run as command
 
 from harvest.files import UserError, read_json
@@ -33,10 +33,7 @@ def both(finished, tmp_path_factory) -> Path:
 @pytest.fixture
 def runs(both, tmp_path, monkeypatch) -> Path:
     """A copy of them, as the current folder."""
-    folder = tmp_path / "copy"
-    shutil.copytree(both, folder)
-    monkeypatch.chdir(folder)
-    return folder / "runs"
+    return current_copy(both, tmp_path / "copy", monkeypatch) / "runs"
 
 
 def directory(stage: str, *settings: str) -> Path:
