@@ -54,7 +54,7 @@ class Reply(NamedTuple):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_arguments: Any) -> None:
+    def redirect_request(self, req: Any, fp: Any, code: Any, msg: Any, headers: Any, newurl: Any) -> None:  # noqa: ARG002
         return None  # the redirect is then the reply
 
 
@@ -95,7 +95,7 @@ def send(endpoint: Endpoint, path: str, payload: dict[str, Any] | None = None) -
     until, connected = time.monotonic() + endpoint.timeout_s, False
     try:
         try:
-            response = _opener(url).open(request, timeout=endpoint.timeout_s)
+            response: Any = _opener(url).open(request, timeout=endpoint.timeout_s)
         except HTTPError as error:
             response = error
         with response:
