@@ -5,8 +5,9 @@ Shape suffixes: F d_sae, K features that have a page, N excerpts of one, W words
 
 import math
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,6 +44,7 @@ class Site(NamedTuple):
     no_promoted: str  # why there are none
     nearest: list[list[tuple[int, float]]]  # of each chosen feature: (feature, cosine)
     scored: Scored | None
+    explained: Mapping[int, dict[str, Any]] = MappingProxyType({})  # label, sentence and scores by feature
 
     def by_source(self) -> dict[str, list[int]]:
         """Indices of the groups that each line of the table counts: a source with its strata, then each stratum."""
@@ -127,6 +129,7 @@ class Views:
             "suppressed": self._chips(k, 1),
             "no_promoted": site.no_promoted,
             "nearest": site.nearest[k],
+            "explanation": site.explained.get(feature),
             "score": None,
             "words": [],
         }
