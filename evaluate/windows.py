@@ -7,7 +7,7 @@ training leaves out; an active window is one in which it fires at a row that cou
 
 Memory: 21 bytes for each non-zero of the chosen features, on at most `ROWS` rows.
 
-Shape suffixes: C contexts, S positions, T tokens of a window, W windows, N non-zeros, K features, B rows.
+Shape suffixes: C contexts, S positions, T tokens of a window, W windows, N non-zeros, K features, B rows, D d_in.
 """
 
 from collections.abc import Sequence
