@@ -22,6 +22,7 @@ import torch
 from evaluate.activity import Excerpts
 from evaluate.asking import Answer, Question
 from evaluate.falsify_config import FalsifyConfig
+from evaluate.subject import Subject
 from harvest.activation_rows import Rule, kept_in_text
 from harvest.language_model import HookedModel
 from harvest.tokenizer import SegmentTokenizer
@@ -29,7 +30,7 @@ from train.checkpoint import SavedSae
 
 AT_ONCE = 5  # texts of one answer: models repeat themselves in long lists
 BATCH = 16  # texts of one forward pass
-LONGEST = 2_000  # characters of a text; 100 words have 600
+LONGEST, READ = 2_000, 40_000  # characters of a text, and of an answer that are looked through; 100 words have 600
 COPIED = 40  # characters of an example within a text that make it a copy
 CONTEXT_DEPENDENT = "context-dependent"  # the verdict of token injection
 
@@ -96,6 +97,19 @@ class Reading(NamedTuple):
             for t, f_SK in zip(part, f_TSK, strict=True):
                 out_T[t] = f_SK[:, asked.index(features[t])].max()
         return out_T
+
+
+def reading_of(subject: Subject) -> Reading:
+    """How the texts of an evaluated SAE are read: as its contexts, with a BOS where they have one."""
+    has_bos = subject.contexts.bos in ("document", "context")
+    return Reading(
+        subject.model(),
+        subject.saved,
+        subject.tokenizer(),
+        subject.rules[subject.saved.hook],
+        subject.chat_tokenizer().bos_token_id if has_bos else None,
+        subject.store.geometry.context_size,
+    )
 
 
 class _Asked(NamedTuple):
@@ -167,13 +181,19 @@ def counterexamples(
 
 
 def json_texts(answer: str) -> list[str]:
-    """The texts of a JSON array of strings within an answer, which models like to fence; none where there is none."""
-    try:
-        found = json.loads(answer[answer.index("[") : answer.rindex("]") + 1])
-    except (ValueError, RecursionError):
-        return []
-    whole = isinstance(found, list) and all(isinstance(text, str) for text in found)
-    return [text.strip()[:LONGEST] for text in found if text.strip()] if whole else []
+    """The texts of the first JSON array of strings in an answer, whatever stands around it; none if there is none."""
+    decoder, at = json.JSONDecoder(), -1
+    answer = answer[:READ]
+    while (at := answer.find("[", at + 1)) >= 0:
+        try:
+            found = decoder.raw_decode(answer, at)[0]
+        except ValueError:
+            continue
+        except RecursionError:  # untrusted text, nested deeply; from every bracket it would be read anew
+            break
+        if found and all(isinstance(text, str) for text in found):
+            return [text.strip()[:LONGEST] for text in found if text.strip()]
+    return []
 
 
 def verdict(fired: int, of: int, silent: int, paraphrases: int, at_least: int) -> str:

@@ -3,6 +3,7 @@
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from evaluate.counterexamples import (
     counterexamples,
     json_texts,
     most_calls,
+    reading_of,
     verdict,
 )
 from evaluate.falsify_config import FalsifyConfig
@@ -74,6 +76,20 @@ def plain(reading: Reading, text: str, feature: int) -> float:
             if reading.rule({name: np.array([value]) for name, value in about.items()}.__getitem__).all():
                 largest = max(largest, float(reading.saved.sae.encode(row_D.float()[None])[0, feature]))
     return largest
+
+
+@pytest.mark.parametrize(("bos", "first"), [("none", None), (None, None), ("document", 7), ("context", 7)])
+def test_texts_are_read_as_contexts_are(reading, bos, first):
+    subject = SimpleNamespace(
+        model=lambda: reading.model,
+        saved=reading.saved,
+        tokenizer=lambda: reading.tokenizer,
+        chat_tokenizer=lambda: SimpleNamespace(bos_token_id=7),
+        rules={HOOK: reading.rule, "another": None},
+        contexts=SimpleNamespace(bos=bos),
+        store=SimpleNamespace(geometry=SimpleNamespace(context_size=30)),
+    )
+    assert reading_of(subject) == reading._replace(bos=first)
 
 
 def claim(reading: Reading, feature: int, texts: list[str], explanation: str = "a word") -> Claim:
@@ -211,6 +227,7 @@ def test_copies_of_examples_do_not_count(reading, asking):
         ('Sure!\n```json\n["a\\n[1]"]\n```\nDone.', ["a\n[1]"]),
         ('["a", ""]', ["a"]),
         ('{"texts": ["a"]}', ["a"]),
+        ('Here are [2] texts [1, "b"]: ["a", "b]"] and ["c"]', ["a", "b]"]),
         ('[{"text": "a"}]', []),
         ('["a", "b', []),
         ("[" * 99_999 + "]" * 99_999, []),
@@ -219,7 +236,7 @@ def test_copies_of_examples_do_not_count(reading, asking):
 )
 def test_texts_are_found_in_what_models_answer(answer, texts):
     assert json_texts(answer) == texts
-    assert [len(text) for text in json_texts(json.dumps(["x" * 99_999]))] == [2_000]
+    assert [len(text) for text in json_texts(json.dumps(["x" * 9_999]))] == [2_000]
 
 
 def test_verdicts_by_counts():
