@@ -237,8 +237,10 @@ def _refused(endpoint: Endpoint, reply: Reply) -> UserError:
     if reply.status == 0:
         return UserError(f"{place}: does not answer ({reply.problem}); start the server, or give another address")
     if reply.status in (401, 403):
-        what = "does not take the key of the variable that this names" if endpoint.api_key else "wants a key"
-        way = "set the variable that this names" if not endpoint.api_key else "set another"
+        what = (
+            "does not take the key in the environment variable that this names" if endpoint.api_key else "wants a key"
+        )
+        way = "put another there" if endpoint.api_key else "name an environment variable that holds one"
         return UserError(f"{API_KEY}: {url} {what} (HTTP {reply.status}: {about}); {way}")
     if reply.status == 402:
         return UserError(f"{place}: wants to be paid first (HTTP 402: {about})")

@@ -280,8 +280,8 @@ def test_a_key_is_wanted_taken_and_never_shown(tmp_path, monkeypatch):
     with serving(echo) as server:
         server.key = "sk-right"
         assert refused(endpoint(server)) == (
-            f"explain.runtime.api_key_env: {server.url} wants a key (HTTP 401: Incorrect API key provided: None); set "
-            "the variable that this names"
+            f"explain.runtime.api_key_env: {server.url} wants a key (HTTP 401: Incorrect API key provided: None); name "
+            "an environment variable that holds one"
         )
         wrong = endpoint(server, api_key=KEY)
         said = refused(wrong)
