@@ -35,7 +35,11 @@ from harvest.files import UserError
 
 
 def pages(
-    subject: Subject, activity: Activity, explained: Mapping[int, dict[str, Any]] | None = None, to: Path | None = None
+    subject: Subject,
+    activity: Activity,
+    *,
+    explained: Mapping[int, dict[str, Any]] | None = None,
+    to: Path | None = None,
 ) -> Section | None:
     """Write the pages of chosen features, and say which they are; None where no feature fires.
 
