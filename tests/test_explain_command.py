@@ -1,5 +1,6 @@
 """What `pipeline explain` refuses and asks, and how other commands see its directory."""
 
+import json
 import shutil
 import socket
 from pathlib import Path
@@ -129,3 +130,24 @@ def test_status_verify_and_prune_know_it(folder):  # noqa: F811
     shutil.rmtree(only(folder, "runs/evaluate/*"))
     assert f"deleted  {place}" in pipeline("prune", *EVALUATED, "--yes").out
     assert not place.exists()
+
+
+def test_an_export_has_the_explanations_and_a_push_of_closed_text_has_not(folder):  # noqa: F811
+    with serving(oracle) as server:
+        explain(server, "--feature", "1", "--feature", "2")
+        explain(server, "--feature", "2", "--feature", "3")
+    exported = pipeline("export", "--model-name", "tiny/llama", *EVALUATED)
+    assert exported.status == 0, exported.out
+    (path,) = Path(exported.out.strip()).glob("*/explanations.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["index"] for line in lines] == [1, 2, 3]
+    assert {line["modelId"] for line in lines} == {"tiny/llama"}
+    assert {line["explanationModelName"] for line in lines} == {MODEL}
+    of = {e["feature"]: e for p in folder.glob("runs/explain/*/explanations-*.json") for e in read_json(p)["features"]}
+    assert all(line["description"] == of[line["index"]]["sentence"] for line in lines)
+    assert lines[0]["detection"] == of[1]["detection"]
+    said = pipeline("push", "me/mine", *EVALUATED).out
+    assert "explanations.jsonl, which may quote text of chat (local files)" in said
+    pushed = pipeline("push", "me/mine", *EVALUATED, "--with-text").out
+    assert "which may quote" not in pushed
+    assert "blocks.1.hook_resid_post/explanations.jsonl" in pushed
