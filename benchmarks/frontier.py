@@ -45,7 +45,7 @@ from train.trainer import Trainer
 LR = (1e-3, 2e-3)
 GRIDS: dict[str, list[dict[str, Any]]] = {  # of ours
     "standard": [{"l1_coefficient": 5.0}],
-    "jumprelu": [{"target_l0": 32.0}],
+    "jumprelu": [{"target_l0": 33.0}, {"target_l0": 32.0}],
 }
 THEIR_GRIDS: dict[str, list[dict[str, Any]]] = {
     "standard": [{"l1_coefficient": 5.0}],

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluate.claims import by_run
 from evaluate.compare import FIGURES, KIND, SAE, Evaluated, columns, compare, short_name, titles, write_comparison
 from evaluate.figures import text
 from harvest.files import UserError
@@ -24,7 +25,7 @@ def compare_runs(names: Sequence[str], overrides: list[str], root: Path, to: Pat
     found = [run.path.resolve() for name in names for run in _runs(name, overrides, root)]
     evaluated = [_read(Run(path)) for path in dict.fromkeys(found)]
     rows = compare(evaluated)
-    write_comparison(to, rows)
+    write_comparison(to, rows, by_run([run.figures for run in evaluated]))
     return _table(rows)
 
 
