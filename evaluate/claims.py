@@ -51,7 +51,8 @@ def claims(sae: Measured, count: int = 20) -> list[Claim]:
 def _steered(found: dict[str, Any]) -> dict[str, Any] | None:
     if not found:
         return None
-    strongest = max(found["by_strength"], key=lambda line: line["strength"])
+    _, *changed = found["by_strength"]  # the first is the model as it is
+    strongest = max(changed, key=lambda line: line["strength"])
     said = {"op": found.get("op", "add"), "strength": strongest["strength"]}
     return said | strongest["words_per_100_tokens_change"]
 

@@ -25,7 +25,9 @@ LISTS = {
             {
                 "feature": 7,
                 "op": "set",
-                "by_strength": [{"strength": s, "words_per_100_tokens_change": of(s)} for s in (0.0, 4.0, 2.0)],
+                "by_strength": [
+                    {"strength": s if s < 9 else None, "words_per_100_tokens_change": of(s)} for s in (9.0, 4.0, 2.0)
+                ],
             }
         ]
     },
