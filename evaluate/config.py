@@ -10,6 +10,9 @@ from train.published_config import PublishedFiles
 
 EVALUATE_VERSION = 7
 LARGEST_STRENGTH = 1e6
+Op = Literal["add", "set", "ablate", "scale"]
+Where = Literal["all", "prompt", "generated", "thinking"]
+AS_IT_IS: dict[Op, float] = {"add": 0.0, "scale": 1.0}  # strengths that change nothing
 
 
 class DownstreamConfig(Settings):
@@ -91,15 +94,20 @@ class ReasonScoreConfig(Settings):
 
 
 class SteeringConfig(Settings):
-    """What amplified features do to what the model writes."""
+    """What operations on features do to what the model writes."""
 
+    op: Op = Field(default="add", json_schema_extra={"added": True})
+    """What is done to a feature's activation: strength times its largest held-out activation is added to it ("add") or
+    put in its place ("set"), it becomes 0 ("ablate"), or strength times what it is ("scale")."""
+    where: Where = Field(default="all", json_schema_extra={"added": True})
+    """At which tokens: all, those of the prompt, those that the model wrote, or those between <think> and </think>."""
     features: int = Field(default=3, ge=1)
-    """How many features are amplified, those of the highest ReasonScore."""
+    """How many features are operated on, one at a time, those of the highest ReasonScore."""
     feature_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """These features instead."""
     strengths: tuple[float, ...] = Field(default=(0.5, 1.0, 2.0), min_length=1)
-    """Times the feature's largest held-out activation; the text without (0) is written in any case. Where the text
-    repeats itself, it is too much."""
+    """γ of the operation; the text without it is written in any case. Where the text repeats itself, it is too much.
+    Ablation has none."""
     prompts: tuple[str, ...] = ()
     """What the model is asked; the first `built_in_prompts` of evaluate/prompts.txt if empty."""
     built_in_prompts: int = Field(default=6, ge=1, le=60)
@@ -124,10 +132,14 @@ class SteeringConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> "SteeringConfig":
         for strength in self.strengths:
-            if not 0 < abs(strength) <= LARGEST_STRENGTH:
-                reason = f"from -{LARGEST_STRENGTH:g} to {LARGEST_STRENGTH:g}" if strength else "other than 0"
-                without = "" if strength else ", which is written in any case"
-                raise ValueError(f"strengths: {strength:g}: a strength is a number {reason}{without}")
+            if strength == (as_it_is := AS_IT_IS.get(self.op)):
+                raise ValueError(
+                    f"strengths: {strength:g}: a strength is a number other than {as_it_is:g}, which is written in any "
+                    "case"
+                )
+            if not abs(strength) <= LARGEST_STRENGTH:
+                reason = f"from -{LARGEST_STRENGTH:g} to {LARGEST_STRENGTH:g}"
+                raise ValueError(f"strengths: {strength:g}: a strength is a number {reason}")
         for number, prompt in enumerate(self.prompts):
             if not prompt.strip():
                 raise ValueError(f"prompts.{number}: {prompt!r}: is empty; give it text or leave it out")

@@ -23,8 +23,8 @@ from evaluate.activity import Activity
 from evaluate.config import FeaturesConfig
 from evaluate.feature_views import CHIPS, Scored, Site, Views, number, percent, thousandths
 from evaluate.figures import Section
+from evaluate.operations import check_features
 from evaluate.report import environment, write_text
-from evaluate.steering import check_features
 from evaluate.subject import Subject
 from evaluate.unembedding import Tokens, promoted
 from harvest.activation_store import slug

@@ -17,6 +17,7 @@ from evaluate.feature_pages import pages
 from evaluate.fidelity import NAMES, Fidelity, FidelitySums, density_figures
 from evaluate.figures import KEPT, Evaluation, Figure, Measured, Section, definitions, figures_of, write_figures
 from evaluate.groups import context_groups, finest
+from evaluate.operations import check_features
 from evaluate.reason_score import Scoring
 from evaluate.report import write_report
 from evaluate.subject import Reader, Subject, feed
@@ -183,9 +184,9 @@ def _load(folder: Path, hook: str, config: EvaluateConfig, store: ActivationStor
     if saved.hook != hook:
         raise UserError(f"{path}: an SAE of {saved.hook}, in the place of that of {hook}; train it anew")
     if config.features:
-        steering.check_features(config.features.include, saved.sae.d_sae, "evaluate.features.include")
+        check_features(config.features.include, saved.sae.d_sae, "evaluate.features.include")
     if config.steering:
-        steering.check_features(config.steering.feature_ids, saved.sae.d_sae, "evaluate.steering.feature_ids")
+        check_features(config.steering.feature_ids, saved.sae.d_sae, "evaluate.steering.feature_ids")
     return saved
 
 
