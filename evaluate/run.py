@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from evaluate import diff, downstream, steering
+from evaluate import diff, downstream, steering, token_injection
 from evaluate.activity import ActivitySums, write_activity
 from evaluate.config import EvaluateConfig
 from evaluate.feature_pages import pages
@@ -148,10 +148,14 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
         sources = subject.contexts.sources
         by_token = identity.result(sources, sources_read(config.reason_score, sources))
         write_identity(subject.file("token_identity", ".npz"), by_token)
+        for row in sections["reason_score"].lists.get("top", ()) if scoring else ():
+            row |= by_token.of(row["feature"])
+        sections["token_injection"] = token_injection.analyse(subject, heldout.density_F, by_token)
     if activity:
         found = activity.result()
         write_activity(subject.file("activity", ".safetensors"), found)
-        sections["feature_pages"] = pages(subject, found)
+        injected = sections.get("token_injection")
+        sections["feature_pages"] = pages(subject, found, injected.lists["features"] if injected else [])
     if is_whole:
         steered = steering.analyse(subject, heldout)
         sections["steering"] = Section([], steered) if steered else None

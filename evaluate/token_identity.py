@@ -16,6 +16,7 @@ Memory: `PAIRS` triples of feature, token and half of a source. Shape suffixes: 
 positions, F d_sae, G halves of sources, V vocabulary, N pairs, T own tokens of a feature, H sources.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +46,12 @@ class TokenIdentity(NamedTuple):
     rows: np.ndarray  # int64 (F, T, H): all of its rows there; active / rows is P(fires | token, source)
     inside: np.ndarray  # float64 (F,): part of the rows of all own tokens in reasoning sources that it fires in
     outside: np.ndarray  # float64 (F,): the same in the other sources
+
+    def of(self, feature: int) -> dict[str, float | None]:
+        """What tables say of a feature."""
+        of_all = {"explained": self.explained, "own_inside": self.inside, "own_outside": self.outside}
+        named = {name: float(value_F[feature]) for name, value_F in of_all.items()}
+        return {name: None if math.isnan(value) else value for name, value in named.items()}
 
 
 class TokenSums:
