@@ -8,7 +8,7 @@ from evaluate.spellings import check_words
 from harvest.config import ComputeDtype, Device, ModelConfig, Seed, Settings, check_different
 from train.published_config import PublishedFiles
 
-EVALUATE_VERSION = 7
+EVALUATE_VERSION = 8
 LARGEST_STRENGTH = 1e6
 Op = Literal["add", "set", "ablate", "scale"]
 Where = Literal["all", "prompt", "generated", "thinking"]
@@ -148,6 +148,30 @@ class SteeringConfig(Settings):
         return self
 
 
+class TokenInjectionConfig(Settings):
+    """Whether a feature's own tokens alone drive it, in text of another source (arXiv 2601.05679)."""
+
+    features: int = Field(default=20, ge=1, le=1000)
+    """Features that are tested, those of the highest ReasonScore, and as many random ones of like density."""
+    into: tuple[str, ...] = ()
+    """Sources whose text tokens are injected into; those that reason_score does not read if empty."""
+    texts: int = Field(default=20, ge=4)
+    """Injected texts of each feature and strategy."""
+    read: int = Field(default=256, ge=4)
+    """Texts that are read as they are, of these sources and of the reasoning ones: all features share them."""
+    tokens: int = Field(default=24, ge=8)
+    """Tokens of every text, injected ones included; a context's, where contexts are shorter."""
+    injected: int = Field(default=3, ge=1)
+    """Tokens or n-grams that are injected into a text; fewer where half of the text would not stay."""
+    seed: Seed = 0
+    """Choice of texts, of tokens, of their places and of the control group."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenInjectionConfig":
+        check_different("into", self.into)
+        return self
+
+
 class DiffConfig(Settings):
     """Firing rates on two sources, or under two models."""
 
@@ -210,6 +234,10 @@ class EvaluateConfig(Settings):
     """SAEs of others, measured on the same held-out text for comparison."""
     steering: SteeringConfig | None = SteeringConfig()
     """What the features of the highest ReasonScore do to what the model writes; null leaves it out."""
+    token_injection: TokenInjectionConfig | None = Field(
+        default=TokenInjectionConfig(), json_schema_extra={"added": True}
+    )
+    """Whether tokens alone drive a feature; null leaves it out, and what tokens explain of all features with it."""
     diff: DiffConfig | None = DiffConfig()
     """Firing rates on two sources of text, or under two models, against each other; null leaves it out."""
     runtime: EvaluateRuntime = EvaluateRuntime()

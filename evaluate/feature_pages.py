@@ -12,8 +12,10 @@ Shape suffixes: D d_in, F d_sae, K features that have a page.
 import base64
 import hashlib
 import shutil
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +28,17 @@ from evaluate.figures import Section
 from evaluate.operations import check_features
 from evaluate.report import environment, write_text
 from evaluate.subject import Subject
+from evaluate.token_identity import read_identity
 from evaluate.unembedding import Tokens, promoted
 from harvest.activation_store import slug
 from harvest.files import UserError
 
 
-def pages(subject: Subject, activity: Activity) -> Section | None:
-    """Write the pages of chosen features, and say which they are; None where no feature fires."""
+def pages(subject: Subject, activity: Activity, injected: Sequence[dict[str, Any]] = ()) -> Section | None:
+    """Write the pages of chosen features, and say which they are; None where no feature fires.
+
+    `injected` is what token injection found, by feature.
+    """
     config, saved = subject.config.features, subject.saved
     assert config is not None
     scored = read_scores(subject.file("reason_score", ".npz"))
@@ -45,7 +51,9 @@ def pages(subject: Subject, activity: Activity) -> Section | None:
     nearest = nearest_features(W_dec, chosen_K)
     folder = subject.directory / "features" / slug(saved.hook)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
-    write_pages(folder, Site(saved.hook, chosen_K, activity, text, found, why_none, nearest, scored), config)
+    identity, by_feature = read_identity(subject.file("token_identity", ".npz")), {f["feature"]: f for f in injected}
+    site = Site(saved.hook, chosen_K, activity, text, found, why_none, nearest, scored, identity, by_feature)
+    write_pages(folder, site, config)
     return Section([], {"index": f"features/{slug(saved.hook)}/index.html", "numbers": sorted(chosen_K.tolist())})
 
 
@@ -114,6 +122,7 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
         d_sae=site.activity["active"].shape[1],
         has_page={int(feature) for feature in site.chosen_K},
         scored=site.scored is not None,
+        by_token=site.identity is not None,
     )
     features = Views(site, config).all()
     page = templates.get_template("feature.html")

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from evaluate import diff, downstream, steering
+from evaluate import diff, downstream, steering, token_injection
 from evaluate.activity import ActivitySums, write_activity
 from evaluate.config import EvaluateConfig
 from evaluate.feature_pages import pages
@@ -18,9 +18,10 @@ from evaluate.fidelity import NAMES, Fidelity, FidelitySums, density_figures
 from evaluate.figures import KEPT, Evaluation, Figure, Measured, Section, definitions, figures_of, write_figures
 from evaluate.groups import context_groups, finest
 from evaluate.operations import check_features
-from evaluate.reason_score import Scoring
+from evaluate.reason_score import Scoring, sources_read
 from evaluate.report import write_report
 from evaluate.subject import Reader, Subject, feed
+from evaluate.token_identity import TokenSums, write_identity
 from evaluate.unembedding import load_unembedding
 from harvest.activation_rows import stored_rows
 from harvest.activation_store import ActivationStore, slug
@@ -37,7 +38,14 @@ from train.config import ExcludeConfig
 from train.published import load_published
 from train.published_config import PublishedExclude
 
-OF_TEXT = ("downstream", "reason_score", "feature_pages", "steering", "diff")  # they need the model or its text
+OF_TEXT = (
+    "downstream",
+    "reason_score",
+    "token_injection",
+    "feature_pages",
+    "steering",
+    "diff",
+)  # they need the model or its text
 
 
 def run(
@@ -121,7 +129,8 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
         tokens_CS = subject.contexts.read("holdout", "tokens", 0, count)
         groups = finest(subject.groups, count)
         activity = ActivitySums(saved.sae.d_sae, tokens_CS, groups, g.shard_contexts, config.features)
-    readers: list[Reader] = [reader for reader in (sums, scoring and scoring.sums, activity) if reader]
+    identity = TokenSums.of(subject) if config.token_injection and is_whole else None
+    readers: list[Reader] = [reader for reader in (sums, scoring and scoring.sums, activity, identity) if reader]
     rows = stored_rows(subject.store, "holdout", subject.rules, config.batch_rows, contexts=subject.contexts)
     feed(saved, subject.counted(rows, "held-out rows", g.holdout_shards * g.shard_rows), readers)
     heldout = sums.result()
@@ -136,10 +145,18 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
         sections["downstream"] = Section(_by_group("downstream", by_group, downstream.NAMES), {})
     if scoring:
         sections["reason_score"] = scoring.section()
+    if identity:
+        sources = subject.contexts.sources
+        by_token = identity.result(sources, sources_read(config.reason_score, sources))
+        write_identity(subject.file("token_identity", ".npz"), by_token)
+        for row in sections["reason_score"].lists.get("top", ()) if scoring else ():
+            row |= by_token.of(row["feature"])
+        sections["token_injection"] = token_injection.analyse(subject, heldout.density_F, by_token)
     if activity:
         found = activity.result()
         write_activity(subject.file("activity", ".safetensors"), found)
-        sections["feature_pages"] = pages(subject, found)
+        injected = sections.get("token_injection")
+        sections["feature_pages"] = pages(subject, found, injected.lists["features"] if injected else [])
     if is_whole:
         steered = steering.analyse(subject, heldout)
         sections["steering"] = Section([], steered) if steered else None
