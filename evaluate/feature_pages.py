@@ -12,7 +12,7 @@ Shape suffixes: D d_in, F d_sae, K features that have a page.
 import base64
 import hashlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,36 +23,46 @@ from markupsafe import Markup
 
 from evaluate.activity import Activity
 from evaluate.config import FeaturesConfig
-from evaluate.feature_views import CHIPS, Scored, Site, Views, number, percent, thousandths
+from evaluate.feature_views import CHIPS, QUARTERS, Scored, Site, Views, number, percent, thousandths
 from evaluate.figures import Section
 from evaluate.operations import check_features
 from evaluate.report import environment, write_text
 from evaluate.subject import Subject
 from evaluate.token_identity import read_identity
 from evaluate.unembedding import Tokens, promoted
+from evaluate.visible import visible
 from harvest.activation_store import slug
 from harvest.files import UserError
 
 
-def pages(subject: Subject, activity: Activity, injected: Sequence[dict[str, Any]] = ()) -> Section | None:
+def pages(
+    subject: Subject,
+    activity: Activity,
+    injected: Sequence[dict[str, Any]] = (),
+    explained: Mapping[int, dict[str, Any]] | None = None,
+    to: Path | None = None,
+) -> Section | None:
     """Write the pages of chosen features, and say which they are; None where no feature fires.
 
-    `injected` is what token injection found, by feature.
+    `injected` is what token injection found. `explained` are explanations by feature: each of these features has a page
+    too. All else is read from files of the evaluation, below whose directory the pages are written, or below `to`.
     """
     config, saved = subject.config.features, subject.saved
     assert config is not None
     scored = read_scores(subject.file("reason_score", ".npz"))
     density_F = activity["active"].sum(0) / max(1, activity["rows"].sum())
     chosen_K = choose_features(config, density_F, scored.score_F if scored else None)
+    chosen_K = np.concatenate([chosen_K, np.setdiff1d(list(explained or ()), chosen_K).astype(np.int64)])
     if not len(chosen_K):
         return None
     text, W_dec = subject.tokenizer().text, saved.sae.W_dec
     found, why_none = _promoted(subject, chosen_K)
     nearest = nearest_features(W_dec, chosen_K)
-    folder = subject.directory / "features" / slug(saved.hook)
+    folder = (to or subject.directory) / "features" / slug(saved.hook)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     identity, by_feature = read_identity(subject.file("token_identity", ".npz")), {f["feature"]: f for f in injected}
-    site = Site(saved.hook, chosen_K, activity, text, found, why_none, nearest, scored, identity, by_feature)
+    of_tokens = identity, by_feature, explained or {}
+    site = Site(saved.hook, chosen_K, activity, text, found, why_none, nearest, scored, *of_tokens)
     write_pages(folder, site, config)
     return Section([], {"index": f"features/{slug(saved.hook)}/index.html", "numbers": sorted(chosen_K.tolist())})
 
@@ -114,7 +124,7 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
     style, script = (files("evaluate").joinpath("templates", f"features.{s}").read_text("utf-8") for s in ("css", "js"))
     policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src '{_sha256(style)}'"
     templates = environment(
-        {"number": number, "percent": percent, "thousandths": thousandths},
+        {"number": number, "percent": percent, "thousandths": thousandths, "visible": visible},
         style=Markup(style),
         script=Markup(script),
         policy=f"{policy}; script-src '{_sha256(script)}'",
@@ -123,6 +133,8 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
         has_page={int(feature) for feature in site.chosen_K},
         scored=site.scored is not None,
         by_token=site.identity is not None,
+        explained=bool(site.explained),
+        quarters=QUARTERS,
     )
     features = Views(site, config).all()
     page = templates.get_template("feature.html")

@@ -7,6 +7,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,7 +46,8 @@ class Site(NamedTuple):
     nearest: list[list[tuple[int, float]]]  # of each chosen feature: (feature, cosine)
     scored: Scored | None
     identity: TokenIdentity | None = None  # what tokens alone say of all features
-    injected: Mapping[int, dict[str, Any]] = {}  # what token injection found, by feature
+    injected: Mapping[int, dict[str, Any]] = MappingProxyType({})  # what token injection found, by feature
+    explained: Mapping[int, dict[str, Any]] = MappingProxyType({})  # label, sentence and scores by feature
 
     def by_source(self) -> dict[str, list[int]]:
         """Indices of the groups that each line of the table counts: a source with its strata, then each stratum."""
@@ -130,6 +132,7 @@ class Views:
             "suppressed": self._chips(k, 1),
             "no_promoted": site.no_promoted,
             "nearest": site.nearest[k],
+            "explanation": site.explained.get(feature),
             "score": None,
             "words": [],
             "injected": site.injected.get(feature),

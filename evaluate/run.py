@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
 
 from evaluate import diff, downstream, steering, token_injection
 from evaluate.activity import ActivitySums, write_activity
@@ -69,13 +70,49 @@ def run(
     dtype = resolve_dtype(config.downstream.compute_dtype if config.downstream else "auto", device)
     threads = set_threads(config.runtime.threads, device)
     begin(numerics(device, dtype, threads=threads if device.type == "cpu" else None))
-    manifests, trained = {name: run.manifest for name, run in before.items()}, before["train"].path
-    store = ActivationStore.open(files_of(before["harvest"].path))
-    store.check_complete(("holdout",))
-    contexts = Contexts(before["sample"].path / "contexts") if "sample" in before else None
     left_out: list[str] = list(OF_TEXT) if model_config is None else []
     if left_out:
         print(f"evaluate: left out, as ingested rows have no model and no text: {', '.join(left_out)}", flush=True)
+    manifests, trained = {name: run.manifest for name, run in before.items()}, before["train"].path
+    own = own_subjects(model_config, model_commit, config, before, dtype, device, directory)
+    store, statistics = own[0].store, {subject.saved.hook: subject.saved.statistics for subject in own}
+    # All of them before the first is measured, so that what does not fit is said at once.
+    of_others = [
+        own[0]._replace(
+            saved=load_published(
+                f"evaluate.also ({also.name})", also, commit, store, statistics.__getitem__, config.runtime.offline
+            ),
+            name=also.name,
+        )
+        for also, commit in zip(config.also, also_commits, strict=True)
+    ]
+    measured = [measure(subject.on_device(), left_out) for subject in (*own, *of_others)]
+    inputs = {name: manifest["fingerprint"] for name, manifest in manifests.items()}
+    steering_texts = {name: {"text": text} for name, text in steering.DEFINITIONS.items()}
+    evaluation = Evaluation(
+        directory.name, inputs, config.sae, left_out, tuple(measured), definitions() | {"steering": steering_texts}
+    )
+    write_figures(directory, evaluation)
+    write_report(directory / "report.html", evaluation, curves_of(trained, manifests, store), manifests)
+    return {sae.name or sae.hook: _main_figures(sae) for sae in measured}
+
+
+def own_subjects(
+    model_config: ModelConfig | None,
+    model_commit: str | None,
+    config: EvaluateConfig,
+    before: dict[str, Run],
+    dtype: torch.dtype,
+    device: torch.device,
+    directory: Path,
+) -> list[Subject]:
+    """The run's own SAEs, one a hook, with all that an analysis reads; `before` as `run` takes it.
+
+    Raises UserError for an SAE that does not fit the store, and for a store that is not complete.
+    """
+    store = ActivationStore.open(files_of(before["harvest"].path))
+    store.check_complete(("holdout",))
+    contexts = Contexts(before["sample"].path / "contexts") if "sample" in before else None
     given, text = cast(ModelConfig, model_config), cast(Contexts, contexts)  # None only where nothing reads them
     hooks, offline = store.geometry.hooks, config.runtime.offline
     shared = (
@@ -85,33 +122,17 @@ def run(
         cache(partial(load_unembedding, given, model_commit, offline)),
         cache(partial(load_whole_tokenizer, given, model_commit, offline)),
     )
-    of_others = "published" in manifests["train"]["inputs"]
-    exclude = (PublishedExclude if of_others else ExcludeConfig)(**manifests["train"]["settings"]["exclude"])
-    own = {hook: _load(trained / slug(hook), hook, config, store) for hook in hooks}
-    statistics = {hook: saved.statistics for hook, saved in own.items()}
-    # All of them before the first is measured, so that what does not fit is said at once.
-    saes = [("", saved) for saved in own.values()] + [
-        (
-            also.name,
-            load_published(f"evaluate.also ({also.name})", also, commit, store, statistics.__getitem__, offline),
-        )
-        for also, commit in zip(config.also, also_commits, strict=True)
-    ]
-    measured = []
-    for name, saved in saes:
-        saved = saved._replace(sae=saved.sae.to(device))
-        measured.append(
-            measure(Subject(saved, store, exclude, text, *shared, config, device, directory, name), left_out)
-        )
-    inputs = {name: manifest["fingerprint"] for name, manifest in manifests.items()}
-    steering_texts = {name: {"text": text} for name, text in steering.DEFINITIONS.items()}
-    evaluation = Evaluation(
-        directory.name, inputs, config.sae, left_out, tuple(measured), definitions() | {"steering": steering_texts}
-    )
-    write_figures(directory, evaluation)
-    curves = {} if of_others else {hook: trained / slug(hook) / "metrics.jsonl" for hook in hooks}
-    write_report(directory / "report.html", evaluation, curves, manifests)
-    return {sae.name or sae.hook: _main_figures(sae) for sae in measured}
+    manifest = before["train"].manifest
+    kind = PublishedExclude if "published" in manifest["inputs"] else ExcludeConfig
+    exclude = kind(**manifest["settings"]["exclude"])
+    own = [_load(before["train"].path / slug(hook), hook, config, store) for hook in hooks]
+    return [Subject(saved, store, exclude, text, *shared, config, device, directory) for saved in own]
+
+
+def curves_of(trained: Path, manifests: dict[str, dict[str, Any]], store: ActivationStore) -> dict[str, Path]:
+    """The logs of training by hook; none of an SAE of others."""
+    hooks = () if "published" in manifests["train"]["inputs"] else store.geometry.hooks
+    return {hook: trained / slug(hook) / "metrics.jsonl" for hook in hooks}
 
 
 def measure(subject: Subject, left_out: Sequence[str]) -> Measured:

@@ -46,7 +46,7 @@ class Reader(Protocol):
 class Subject(NamedTuple):
     """One SAE under evaluation. All of a run's share the store, the text and the model."""
 
-    saved: SavedSae  # its weights on `device`
+    saved: SavedSae  # its weights on `device`, once `on_device` put them there
     store: ActivationStore  # its held-out split is complete
     exclude: ExcludeConfig  # of training
     contexts: Contexts  # None where rows were ingested: no analysis that reads text is run then
@@ -64,6 +64,10 @@ class Subject(NamedTuple):
     def rules(self) -> dict[str, Exclusion]:
         """Which rows of its hook are counted."""
         return {self.saved.hook: Exclusion(self.exclude, self.saved.statistics.norm_limit)}
+
+    def on_device(self) -> "Subject":
+        """The same, with the weights where it is computed."""
+        return self._replace(saved=self.saved._replace(sae=self.saved.sae.to(self.device)))
 
     def file(self, name: str, suffix: str) -> Path:
         """The file of an analysis for this SAE: `<name>-<hook><suffix>`, or `<name>-also-<its name><suffix>`."""

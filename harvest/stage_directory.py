@@ -26,6 +26,7 @@ from harvest.workers import wait_until
 BEGUN, MANIFEST = "begun.json", "manifest.json"
 FINGERPRINT = re.compile(r"[0-9a-f]{12}")  # name of a directory
 STARTS_OVER = ("evaluate",)  # stages that keep nothing of an interrupted run
+MADE_ANEW = (*STARTS_OVER, "explain")  # stages of minutes: a result that is not whole is made anew
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "zarr", "numpy", "safetensors")
 SMALL_BYTES = 16 << 20  # `status` reads files up to this size; of a larger one it looks at the size
 NO_RESULTS = (MANIFEST, "progress.json", "stream.json")
@@ -125,7 +126,7 @@ class Run:
 
         Raises UserError when it was begun under other numerics and `allow_mixed` is not set.
         """
-        if not self.is_begun or self.stage in STARTS_OVER:
+        if not self.is_begun or self.stage in MADE_ANEW:
             begun = {**identity, "numerics": numerics, "begun": time.time(), "mixed_with": []}
             write_sealed(self.path / BEGUN, begun)
         else:
@@ -216,7 +217,7 @@ class Run:
         try:
             changed = self.changed() if read else self.missing()
         except DamagedManifestError as error:
-            keeps = "makes it anew" if self.stage in ("sample", "evaluate") else "keeps what is whole"
+            keeps = "makes it anew" if self.stage in ("sample", *MADE_ANEW) else "keeps what is whole"
             raise UserError(f"{error}: delete it and run {self.stage} again, which {keeps}") from None
         if read:  # readers know what to do about shards that are not there
             changed = [name for name in changed if not RECORD.fullmatch(name) or (self.path / name).exists()]
@@ -234,6 +235,7 @@ class Run:
         return {
             "harvest": "`make verify`, then `make harvest` writes just that anew",
             "evaluate": "`make eval` makes all of it anew",
+            "explain": "`make explain` makes it anew, from the answers that it has",
         }.get(self.stage, f"`python -m pipeline {self.stage} --force` makes them anew")
 
 

@@ -6,9 +6,10 @@ from typing import Annotated
 
 import typer
 
+from pipeline import explain as explaining
 from pipeline import steer as steering
 from pipeline.command import DEFAULT_CONFIG, AllowMixed, Given, How, Root, Yes, app, asker, command
-from pipeline.fingerprint import STAGES
+from pipeline.fingerprint import EVERY_STAGE, STAGES
 from pipeline.running import run_stage
 from pipeline.settings_text import SettingsError, given_twice
 from pipeline.status import status_lines
@@ -27,9 +28,9 @@ def _run(names: tuple[str, ...], given: Given, how: How) -> None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     for name in names:
         run_stage(sweep, name, allow_mixed=how.allow_mixed, force=how.force, confirm=asker(how.yes))
-    if names[-1] == "evaluate":
+    if names[-1] in ("evaluate", "explain"):
         for runs in sweep:
-            print(runs.directory("evaluate") / "report.html")
+            print(runs.directory(names[-1]) / "report.html")
 
 
 def _add_stage(stage: str, text: str) -> None:
@@ -55,6 +56,16 @@ def ingest(given: Given, how: How) -> None:
 
 
 @command()
+def explain(request: explaining.Request, given: Given, how: How) -> None:
+    """Let a language model say what features mean, and test how well that predicts; writes pages with it."""
+    given = given._replace(overrides=[*(given.overrides or []), *request.overrides()])
+    if not given.settings_of_text().explain:
+        raise SettingsError("explain: no model to ask: give --model NAME, or explain.model in the settings")
+    explaining.check_before_asking(given.find(), how.force, asker(how.yes))
+    _run(("explain",), given, how)
+
+
+@command()
 def run(given: Given, allow_mixed: AllowMixed = False) -> None:
     """All stages, each only if it is not complete; ends with the path of the report."""
     _run(STAGES, given, How(allow_mixed))
@@ -75,13 +86,14 @@ def status(given: Given) -> None:
 
 
 @command()
-def path(stage: Annotated[str, typer.Argument(help=f"One of {', '.join(STAGES)}.")], given: Given) -> None:
+def path(stage: Annotated[str, typer.Argument(help=f"One of {', '.join(EVERY_STAGE)}.")], given: Given) -> None:
     """Print a stage's directory for these settings (one for each of a sweep) and nothing else, for scripts."""
-    if stage not in STAGES:
-        raise SettingsError(f"path: {stage!r}: not a stage; one of {', '.join(STAGES)}")
+    if stage not in EVERY_STAGE:
+        raise SettingsError(f"path: {stage!r}: not a stage; one of {', '.join(EVERY_STAGE)}")
     sweep = given.find()
     if stage not in sweep[0].stages:
-        raise SettingsError(f"path: {stage!r}: these settings ingest activations and have no such stage")
+        why = "have no section `explain`" if stage == "explain" else "ingest activations and have no such stage"
+        raise SettingsError(f"path: {stage!r}: these settings {why}")
     for directory in dict.fromkeys(each.directory(stage) for each in sweep):
         print(directory)
 

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from evaluate.config import EvaluateConfig
+from evaluate.explain_config import ExplainConfig
 from harvest.config import HarvestConfig, IngestConfig, ModelConfig, SampleConfig, Settings
 from pipeline.settings_text import COMMAND_LINE, Loaded, SettingsError, override, read
 from train.config import HYPERPARAMETERS, KINDS, ExcludeConfig, TrainConfig, exactly
@@ -32,9 +33,14 @@ class PipelineConfig(Settings):
     train: TrainConfig = Field(default=ABSENT)  # None beside `published`
     published: PublishedConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
+    explain: ExplainConfig | None = None  # `make explain` alone runs it
 
     @model_validator(mode="after")
     def _check(self) -> "PipelineConfig":
+        if self.explain and self.ingest:
+            raise ValueError("explain: ingested activations have no text to explain; take this section out")
+        if self.explain and not self.evaluate.features:
+            raise ValueError("evaluate.features: null: explain reads what it writes; leave evaluate.features as it is")
         if self.ingest:
             section, chunk_rows, context_size = "ingest", self.ingest.chunk_rows, self.ingest.context_size
         elif self.sample and self.harvest:

@@ -113,6 +113,7 @@ def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig
                     several = isinstance(value, tuple)
                     new = [*dict.fromkeys(map(narrower, value))] if several else narrower(value)
                     change(trained, name, **{width: new})
+    settings.pop("explain", None)  # asks somebody
     analyses, evaluate = change(settings, "evaluate", also=[]), config.evaluate
     if evaluate.downstream:
         change(analyses, "downstream", contexts=min(2, evaluate.downstream.contexts), batch_contexts=1)

@@ -19,6 +19,7 @@ from harvest.files import UserError
 from harvest.hub import resolved_commit
 from harvest.source_files import is_local, looks_local
 from harvest.sources import hub_errors
+from pipeline.config import PipelineConfig
 from pipeline.metrics import read_evaluation
 from pipeline.running import trained
 from pipeline.stages import Runs, swept
@@ -106,6 +107,12 @@ def source_terms(path: str) -> Terms:
     licence = getattr(info.card_data, "license", None) if info.card_data else None
     text = ", ".join(licence) if isinstance(licence, list) else licence
     return Terms(text, "gated" if info.gated else "private" if info.private else "open")
+
+
+def closed_sources(config: PipelineConfig) -> list[str]:
+    """The sources that are not known to be open, each with what is known of it: their text stays on this machine."""
+    terms = {source.name: source_terms(source.path) for source in config.sample.sources}
+    return [f"{name} ({term.note})" for name, term in terms.items() if term.note != "open"]
 
 
 def _saes(runs: Runs, sweep: Sequence[Runs]) -> list[Exported]:

@@ -22,6 +22,7 @@ from train.saelens_releases import release_place
 from train.start_files import find_start, is_on_hub
 
 STAGES = ("sample", "harvest", "train", "evaluate")
+EVERY_STAGE = (*STAGES, "explain")  # the last one runs where it is asked for
 # What transformers may read of a model's folder; tests/test_inputs.py holds it against what it opens.
 WEIGHT_FILES = re.compile(r"(adapter_)?config(\..+)?\.json|.*\.safetensors|.*\.safetensors\.index\.json")
 TOKENIZER_FILES = re.compile(
@@ -111,8 +112,8 @@ def identify(config: PipelineConfig, memory: "Memory", stages: Sequence[str] = S
         parts = [[file for path in paths for file in files_within(path)] for paths in ingest_files(config.ingest)]
         return inputs._replace(activations="+".join(memory.files_hash(files) for files in parts if files))
     kinds = {
-        "tokenizer": ((TOKENIZER_FILES, CHAT_TEMPLATE_FILES), ("sample", "evaluate")),
-        "model": ((WEIGHT_FILES,), ("harvest", "evaluate")),
+        "tokenizer": ((TOKENIZER_FILES, CHAT_TEMPLATE_FILES), ("sample", "evaluate", "explain")),
+        "model": ((WEIGHT_FILES,), ("harvest", "evaluate", "explain")),
         "generation": (
             (CHAT_TEMPLATE_FILES, GENERATION_FILES),
             ("evaluate",) if Path(config.model.name).is_dir() else (),

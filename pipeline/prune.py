@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from harvest.files import UserError, is_locked, read_json
 from harvest.progress import duration, size_text
 from harvest.stage_directory import BEGUN, FINGERPRINT, MANIFEST, Run, upstreams
-from pipeline.fingerprint import STAGES
+from pipeline.fingerprint import EVERY_STAGE
 from pipeline.running import TRASH
 from pipeline.tables import table
 from train.start_files import LEVELS
@@ -45,7 +45,7 @@ class Found(NamedTuple):
 def find(root: Path) -> list[Found]:
     """All run directories that bear our marker; links and other names are passed over."""
     found = []
-    for path in _folders(*(root / stage for stage in STAGES)):
+    for path in _folders(*(root / stage for stage in EVERY_STAGE)):
         markers = [path / name for name in (MANIFEST, BEGUN) if (path / name).is_file()]
         if FINGERPRINT.fullmatch(path.name) and markers:
             begun: dict[str, Any] = {}
@@ -74,7 +74,7 @@ def _started_from(begun: dict[str, Any], root: Path) -> tuple[Path, ...]:
 
 def leftovers(root: Path) -> list[Path]:
     """What an interrupted prune or `--force` had set aside to delete."""
-    every = _folders(*(root / stage for stage in STAGES))
+    every = _folders(*(root / stage for stage in EVERY_STAGE))
     aside = [path for path in every if FINGERPRINT.fullmatch(path.name.removeprefix(TRASH))]
     inside = _folders(*(path for path in aside if not path.name.startswith(TRASH) and not _running(path)))
     return [path for path in aside + inside if path.name.startswith(TRASH)]
@@ -90,6 +90,7 @@ def choose(found: Sequence[Found], directories: Collection[Path], used: Collecti
         kept = [run for run in found if run.path in used or run.state == "running"]
         while needed := [run for run in found if run not in kept and any(user.uses(run) for user in kept)]:
             kept += needed
+        kept += [run for run in found if run.stage == "explain" and any(run.uses(other) for other in kept)]  # paid for
         return [run for run in found if run not in kept]
     by_path = {run.path.resolve(): run for run in found}
     chosen = []
@@ -141,7 +142,7 @@ def prune(
         raise UserError(f"{root}: a run began or ended meanwhile; nothing was deleted, run it again")
     for path in rest:
         shutil.rmtree(path)
-    for run in sorted(chosen, key=lambda run: -STAGES.index(run.stage)):
+    for run in sorted(chosen, key=lambda run: -EVERY_STAGE.index(run.stage)):
         store = Run(run.path).store_url
         _delete(run.path)
         say(f"deleted  {run.path}")

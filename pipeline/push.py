@@ -14,7 +14,7 @@ from evaluate.figures import FILE
 from harvest.files import UserError
 from harvest.sources import hub_errors
 from harvest.stage_directory import Run
-from pipeline.export import export_name, source_terms
+from pipeline.export import closed_sources, export_name
 from pipeline.metrics import read_evaluation
 from pipeline.stages import Runs
 from pipeline.tables import table
@@ -45,8 +45,7 @@ def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Pu
         raise UserError(f"push: {folder}: was exported from other settings; export anew, or give those settings")
     check_exported(folder, marker)
     files = {name: folder / name for name in sorted([*marker["files"], MARKER])}
-    terms = {source.name: source_terms(source.path) for source in sweep[0].config.sample.sources}
-    closed = [f"{name} ({term.note})" for name, term in terms.items() if term.note != "open"]
+    closed = closed_sources(sweep[0].config)
     left_out = []
     for run in (runs.of("evaluate") for runs in sweep):
         if run.is_complete:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from harvest.files import UserError, locked
-from harvest.stage_directory import BEGUN, MANIFEST, STARTS_OVER, DamagedManifestError, Run
+from harvest.stage_directory import BEGUN, MADE_ANEW, MANIFEST, DamagedManifestError, Run
 from harvest.workers import Workers
 from pipeline.stages import GIVEN, PUBLISHED, Begin, Job, Runs, Stage
 from pipeline.tables import figures
@@ -79,7 +79,7 @@ def _is_whole(run: Run) -> bool:
     """
     if not run.is_complete:
         return False
-    if run.stage not in STARTS_OVER:
+    if run.stage not in MADE_ANEW:
         run.check(read=False)
         return True
     try:
@@ -96,7 +96,7 @@ def damage(run: Run) -> str:
 
     Raises UserError for a manifest that is damaged or belongs to another run.
     """
-    changed = run.changed() if run.stage in STARTS_OVER else run.missing()
+    changed = run.changed() if run.stage in MADE_ANEW else run.missing()
     return run.said(changed) if changed else ""
 
 
@@ -129,7 +129,7 @@ def _lock(directory: Path, stage: str, force: bool) -> AbstractContextManager[No
 def _check_processes(record: Stage, stage: str, force: bool) -> None:
     if Workers.from_environment().world == 1:
         return
-    if stage in ("sample", "evaluate") or record in (GIVEN, PUBLISHED):
+    if stage in ("sample", *MADE_ANEW) or record in (GIVEN, PUBLISHED):
         raise UserError(f"{stage}: works in one process; start it without the launcher (and without WORLD_SIZE)")
     if stage == "harvest" and force:
         raise UserError(

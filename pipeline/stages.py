@@ -1,4 +1,4 @@
-"""The four stages as records, the fingerprints of their results, and where those lie.
+"""The stages as records, the fingerprints of their results, and where those lie.
 
 fingerprint = sha256(stage, its version, fingerprint upstream, inputs by content, settings without `runtime`), of
 which the first 12 hex digits name the directory. Nothing here imports torch until a stage really runs.
@@ -7,16 +7,18 @@ which the first 12 hex digits name the directory. Nothing here imports torch unt
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluate.config import EVALUATE_VERSION, EvaluateConfig
+from evaluate.explain_config import EXPLAIN_VERSION
 from harvest.config import HARVEST_VERSION, SAMPLE_VERSION
 from harvest.contexts import SPLITS
+from harvest.files import UserError
 from harvest.hub import resolved_commit
-from harvest.stage_directory import Run
+from harvest.stage_directory import FINGERPRINT, MANIFEST, Run
 from pipeline.config import PipelineConfig
 from pipeline.fingerprint import Inputs, find_inputs, hashed_settings
 from train.config import TRAIN_VERSION, SweepConfig, TrainConfig, exactly
@@ -197,6 +199,16 @@ def _evaluate(jobs: Sequence[Job]) -> Iterator[Summary]:
         yield evaluate.run(config.model, commit, settings, also, runs.before("evaluate"), directory, begin)
 
 
+def _explain(jobs: Sequence[Job]) -> Iterator[Summary]:
+    from evaluate import explain
+
+    for runs, directory, begin, _ in jobs:
+        config, inputs = runs.config, runs.inputs
+        assert config.explain
+        settings, commit = (_resolved(config.evaluate, inputs), config.explain), resolved_commit(inputs.model)
+        yield explain.run(config.model, commit, *settings, runs.before("explain"), directory, begin)
+
+
 def _resolved(config: EvaluateConfig, inputs: Inputs) -> EvaluateConfig:
     """The settings with the second model's branch as the commit that the fingerprint holds."""
     if not config.diff or not config.diff.model or not inputs.diff:
@@ -225,13 +237,15 @@ GIVEN = Stage("harvest", HARVEST_VERSION, (), _given, _given_inputs, _take_given
 TRAIN = Stage("train", TRAIN_VERSION, ("harvest",), _section("train"), _train_inputs, _train)
 PUBLISHED = Stage("train", PUBLISHED_VERSION, ("harvest",), _section("published"), _published_inputs, _take_published)
 EVALUATE = Stage("evaluate", EVALUATE_VERSION, ("train",), _section("evaluate"), _evaluate_inputs, _evaluate)
+EXPLAIN = Stage("explain", EXPLAIN_VERSION, ("evaluate",), _section("explain"), lambda _s, _i: None, _explain)
 
 
 def stages_of(config: PipelineConfig) -> dict[str, Stage]:
     """The stages of these settings, first ones first: given activations are another kind of harvest, without text; a
-    published SAE is another kind of training, for which held-out rows are harvested."""
+    published SAE is another kind of training, for which held-out rows are harvested; explain is last, if at all."""
     first = (GIVEN,) if config.ingest else (SAMPLE, HELDOUT if config.published else HARVEST)
-    return {stage.name: stage for stage in (*first, PUBLISHED if config.published else TRAIN, EVALUATE)}
+    last = (EXPLAIN,) if config.explain else ()
+    return {stage.name: stage for stage in (*first, PUBLISHED if config.published else TRAIN, EVALUATE, *last)}
 
 
 def fingerprints(config: PipelineConfig, inputs: Inputs) -> dict[str, str]:
@@ -245,6 +259,18 @@ def fingerprints(config: PipelineConfig, inputs: Inputs) -> dict[str, str]:
         document = json.dumps([name, stage.version, upstream, content, settings], sort_keys=True)
         out[name] = hashlib.sha256(document.encode()).hexdigest()[:12]
     return out
+
+
+def explained(runs: Runs) -> list[Run]:
+    """The complete explanations of an evaluation, the newest first; of these settings alone where they have them."""
+    if "explain" in runs.stages:
+        return [run for run in [runs.of("explain")] if run.is_complete]
+    made = sorted((runs.root / "explain").glob(f"*/{MANIFEST}"), key=lambda path: -path.stat().st_mtime)
+    found = []
+    for run in (Run(path.parent) for path in made if FINGERPRINT.fullmatch(path.parent.name)):
+        with suppress(UserError):  # of a damaged manifest
+            found += [run] if run.upstreams[0].path.name == runs.fingerprints["evaluate"] else []
+    return found
 
 
 def find_runs(config: PipelineConfig, root: Path) -> list[Runs]:

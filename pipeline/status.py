@@ -8,19 +8,20 @@ from typing import Any
 
 from harvest.files import UserError, read_json
 from harvest.progress import duration
-from harvest.stage_directory import BEGUN, STARTS_OVER, Run, upstreams
+from harvest.stage_directory import BEGUN, MADE_ANEW, STARTS_OVER, Run, upstreams
+from pipeline.fingerprint import EVERY_STAGE
 from pipeline.running import damage
-from pipeline.stages import Runs, swept
+from pipeline.stages import Runs, explained, swept
 
 
 def status_lines(sweep: Sequence[Runs]) -> list[str]:
     """One line a stage (and setting of a sweep): complete, running, interrupted, or why it would run."""
-    order = list(sweep[0].stages)
+    order = EVERY_STAGE
     lines: dict[str, int] = {}
     for runs in sweep:
         which = swept(runs, sweep)
         for stage, state in _states(runs):
-            apart = f"  ({which})" if which and stage in ("train", "evaluate") else ""
+            apart = f"  ({which})" if which and stage in ("train", *MADE_ANEW) else ""
             lines[f"{stage:9} {state}{apart}"] = order.index(stage)
     return sorted(lines, key=lambda line: lines[line])
 
@@ -40,6 +41,8 @@ def _states(runs: Runs) -> Iterator[tuple[str, str]]:
         else:
             yield stage, f"would run: {_why(runs, stage, stale)}"
         stale = stale or stage
+    if "explain" not in runs.stages:
+        yield from (("explain", _of_complete(run)) for run in explained(runs))
 
 
 def _of_complete(run: Run) -> str:
@@ -49,7 +52,7 @@ def _of_complete(run: Run) -> str:
         found = str(error)
     if not found:
         return f"complete   {run.path}"
-    if run.stage in STARTS_OVER:
+    if run.stage in MADE_ANEW:
         return f"would start over: {found}"
     return f"damaged    {found}; restore it, or {run.way_out}"
 
