@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from evaluate import diff, downstream, steering
+from evaluate import ablation, diff, downstream, steering
 from evaluate.activity import ActivitySums, write_activity
 from evaluate.config import EvaluateConfig
 from evaluate.feature_pages import pages
@@ -37,7 +37,14 @@ from train.config import ExcludeConfig
 from train.published import load_published
 from train.published_config import PublishedExclude
 
-OF_TEXT = ("downstream", "reason_score", "feature_pages", "steering", "diff")  # they need the model or its text
+OF_TEXT = (
+    "downstream",
+    "reason_score",
+    "feature_pages",
+    "steering",
+    "ablation",
+    "diff",
+)  # they need the model or its text
 
 
 def run(
@@ -143,6 +150,7 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
     if is_whole:
         steered = steering.analyse(subject, heldout)
         sections["steering"] = Section([], steered) if steered else None
+        sections["ablation"] = ablation.analyse(subject)
         sections["diff"] = diff.analyse(subject, heldout.by_group)
     made = {name: section for name, section in sections.items() if section}
     figures = tuple(figure for section in made.values() for figure in section.figures)
