@@ -172,6 +172,17 @@ class TokenInjectionConfig(Settings):
         return self
 
 
+class AblationConfig(Settings):
+    """What the model loses on reasoning text without a feature."""
+
+    features: int = Field(default=10, ge=1)
+    """How many features are ablated, one at a time, those of the highest ReasonScore."""
+    contexts: int = Field(default=8, ge=1)
+    """Held-out contexts of the sources that ReasonScore reads, in order; all if there are fewer."""
+    batch_contexts: int = Field(default=4, ge=1)
+    """Contexts of one forward pass."""
+
+
 class DiffConfig(Settings):
     """Firing rates on two sources, or under two models."""
 
@@ -238,6 +249,8 @@ class EvaluateConfig(Settings):
         default=TokenInjectionConfig(), json_schema_extra={"added": True}
     )
     """Whether tokens alone drive a feature; null leaves it out, and what tokens explain of all features with it."""
+    ablation: AblationConfig | None = Field(default=AblationConfig(), json_schema_extra={"added": True})
+    """What the model loses on reasoning text without the features of the highest ReasonScore; null leaves it out."""
     diff: DiffConfig | None = DiffConfig()
     """Firing rates on two sources of text, or under two models, against each other; null leaves it out."""
     runtime: EvaluateRuntime = EvaluateRuntime()

@@ -8,7 +8,7 @@
 γ is the strength, max_i the largest activation of feature i on the kept held-out rows, direction_i what a unit of it
 adds to a row (W_dec,i / s). What the SAE does not rebuild of x stays as it is: the last three are decode(changed f) +
 (x − decode(f)), without computing either. Operations of one list are on different features; all f are those of x
-before any of them. Sums are float32, and rounded to the model's precision once.
+before any of them. Sums are float32, and rounded to the model's precision once; what `add` adds has that precision.
 
 Shape suffixes: B sequences, S positions, K operations of a list, N rows, D d_in.
 """
@@ -82,14 +82,14 @@ def operated(
     sae: Sae, x_ND: Tensor, operations: Sequence[Operation], maxima: dict[int, float], places_KN: Tensor
 ) -> Tensor:
     """Rows after the operations of one list, float32 (N, D); operation k is done where `places_KN` is true."""
-    x_ND = x_ND.float()
+    precision, x_ND = x_ND.dtype, x_ND.float()
     read = [operation.feature for operation in operations if operation.op != "add"]
     f = dict(zip(read, sae.columns(x_ND, read).unbind(1), strict=True)) if read else {}
     change_ND = torch.zeros_like(x_ND)
     for (feature, op, strength, _), place_N in zip(operations, places_KN, strict=True):
         (direction_D,) = sae.direction([feature])
         if op == "add":
-            step_ND = maxima[feature] * direction_D * strength
+            step_ND = (maxima[feature] * direction_D * strength).to(precision).float()
         else:
             was_N = f[feature]
             becomes = {"set": strength * maxima.get(feature, 0.0), "ablate": 0.0, "scale": strength * was_N}[op]

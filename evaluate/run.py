@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from evaluate import diff, downstream, steering, token_injection
+from evaluate import ablation, diff, downstream, steering, token_injection
 from evaluate.activity import ActivitySums, write_activity
 from evaluate.config import EvaluateConfig
 from evaluate.feature_pages import pages
@@ -45,6 +45,7 @@ OF_TEXT = (
     "token_injection",
     "feature_pages",
     "steering",
+    "ablation",
     "diff",
 )  # they need the model or its text
 
@@ -181,6 +182,7 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
     if is_whole:
         steered = steering.analyse(subject, heldout)
         sections["steering"] = Section([], steered) if steered else None
+        sections["ablation"] = ablation.analyse(subject)
         sections["diff"] = diff.analyse(subject, heldout.by_group)
     made = {name: section for name, section in sections.items() if section}
     figures = tuple(figure for section in made.values() for figure in section.figures)

@@ -194,14 +194,19 @@ def test_a_hook_that_skips_decoded_tokens_is_found(tiny, monkeypatch):
 
 def test_sums_are_of_float32_and_rounded_once():
     of = saved("standard")
-    x_BSD = (8 * torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(2))).bfloat16()
-    operations = (*LISTS["several"][1:2], Operation(3, "set", 0.1), Operation(11, "add", 0.1))
-    ids_BS = torch.arange(6)[None]
-    out_BSD = Operator(Interventions(of, MAXIMA, [operations]), torch.ones(1, 6).bool(), {9})(x_BSD, ids_BS)
-    expected, _ = plainly(of.sae, x_BSD[0].float(), operations, list(range(6)), 6, Tags(-1, -2))
-    assert out_BSD.dtype == torch.bfloat16
-    near = torch.nextafter(expected, torch.tensor(torch.inf)), torch.nextafter(expected, torch.tensor(-torch.inf))
-    assert ((out_BSD[0] == near[0].bfloat16()) | (out_BSD[0] == expected.bfloat16())).float().mean() > 0.98
+    x_SD = (8 * torch.randn(40, 32, generator=torch.Generator().manual_seed(2))).bfloat16()
+    prompt_BS, ids = torch.ones(1, 40).bool(), list(range(40))
+
+    def after(*operations: Operation) -> torch.Tensor:
+        out_BSD = Operator(Interventions(of, MAXIMA, [operations]), prompt_BS, {9})(x_SD[None], torch.tensor([ids]))
+        assert out_BSD.dtype == torch.bfloat16
+        return out_BSD[0]
+
+    several = Operation(3, "set", 1.0), Operation(7, "scale", -2.0), Operation(5, "ablate", 0.0)
+    expected_SD, _ = plainly(of.sae, x_SD.float(), several, ids, 40, Tags(-1, -2))
+    assert (after(*several) == expected_SD.bfloat16()).float().mean() > 0.999  # but where float32's last bits decide
+    vector_D = (5.0 * of.sae.direction([3])[0] * 0.3).bfloat16()
+    assert torch.equal(after(Operation(3, "add", 0.3)), x_SD + vector_D)
 
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
