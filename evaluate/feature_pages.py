@@ -123,6 +123,7 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
         has_page={int(feature) for feature in site.chosen_K},
         scored=site.scored is not None,
         by_token=site.identity is not None,
+        sources=site.identity.sources.tolist() if site.identity else [],
     )
     features = Views(site, config).all()
     page = templates.get_template("feature.html")
