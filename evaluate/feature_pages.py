@@ -135,6 +135,7 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
         by_token=site.identity is not None,
         explained=bool(site.explained),
         quarters=QUARTERS,
+        sources=site.identity.sources.tolist() if site.identity else [],
     )
     features = Views(site, config).all()
     page = templates.get_template("feature.html")

@@ -4,7 +4,8 @@ An n-gram ends at the row and lies within a document. The excess that ranks them
 Of `LENGTHS` a feature's is the longest whose n-grams exceed the base rate at least half as much as those of the best
 length: a longer one holds what shorter ones hold, but there are fewer rows to know it by.
 
-Shape suffixes: K features, C contexts, S positions, N rows or n-grams, G own n-grams of a feature, L tokens of one.
+Shape suffixes: B rows of a batch, D d_in, K features, C contexts, S positions, N rows or n-grams, G own n-grams of a
+feature, L tokens of one.
 """
 
 from collections.abc import Sequence

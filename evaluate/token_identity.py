@@ -169,7 +169,7 @@ class TokenSums:
 
 
 def own(feature_N: np.ndarray, active_N: np.ndarray, rows_N: np.ndarray, base_F: np.ndarray) -> np.ndarray:
-    """Indices into N, by feature, then the largest excess first, of the tokens or n-grams that are a feature's own.
+    """Indices into N, (G,), of the tokens or n-grams that are a feature's own: by feature, the largest excess first.
 
     Those are up to `TOKENS` whose excess is above 0 and at least `LEAST` of the best one's. Of equal ones the first
     comes first.

@@ -36,7 +36,7 @@ from evaluate.token_identity import TokenIdentity
 from harvest.activation_rows import kept_in_text
 from harvest.progress import Progress
 
-AT_ONCE = 4096  # tokens of a forward pass
+AT_ONCE = 2048  # tokens of a forward pass
 LEAST_TEXTS = 4  # of a group, for a test
 LIKE = 20  # living features of the nearest density, of which one is drawn
 SHOWN = 5  # own tokens and n-grams in metrics.json

@@ -152,7 +152,7 @@ def test_the_index_sorts(browser):
     browser.open(browser.index)
     best_first = browser.column("score")
     assert best_first == sorted(best_first, reverse=True)
-    for key in ("density", "max", "score"):
+    for key in ("density", "max", "explained", "inside", "score"):
         header = browser.find(f"th[data-key={key}]")
         for order in ("descending", "ascending"):
             header.find_element("css selector", "button").click()
