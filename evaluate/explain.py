@@ -7,6 +7,7 @@ evaluation, is not asked again. What is written after the last answer depends on
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 from evaluate.activity import Activity, read_activity
 from evaluate.asking import Answer, Question, ask, question_key, read_journal
 from evaluate.config import EvaluateConfig
+from evaluate.counterexamples import Claim, candidates, counterexamples, most_calls, reading_of
 from evaluate.endpoint import Endpoint
 from evaluate.explain_config import ExplainConfig, endpoint_of
 from evaluate.explanations import (
@@ -27,6 +29,7 @@ from evaluate.explanations import (
     read_explanation,
     scores,
 )
+from evaluate.falsify_config import FalsifyConfig
 from evaluate.feature_pages import pages
 from evaluate.figures import Figure, Measured, Section, definitions, read_figures, write_figures
 from evaluate.intervals import with_intervals
@@ -91,10 +94,11 @@ def run(
         assert sae
         path = directory / subject.file("explanations", ".json").name
         write_sealed(path, {"schema": SCHEMA, "hook": subject.saved.hook, **section.lists})
-        by_feature = {each["feature"]: each for each in section.lists["features"]}
         lists = {**sae.lists, "explanations": section.lists}
         injected = sae.lists.get("token_injection", {}).get("features", [])
-        if written := pages(subject, planned.activity, injected, by_feature, directory):
+        if config.falsify:
+            lists["counterexamples"] = _falsify(planned, lists, config.falsify, asker)
+        if written := pages(subject, planned.activity, injected, explained=_by_feature(lists), to=directory):
             lists["feature_pages"] = written.lists
         measured.append(sae._replace(figures=(*sae.figures, *section.figures), lists=lists))
     manifests = {name: stage.manifest for name, stage in before.items()}
@@ -247,6 +251,35 @@ def _figures(entries: Sequence[dict[str, Any]]) -> list[Figure]:
     return [*figures, Figure("explanations", "problems", problems)]
 
 
+def _falsify(planned: Planned, lists: dict[str, Any], config: FalsifyConfig, asker: Asker) -> dict[str, Any]:
+    """The section "counterexamples", of explained features that injection leaves context-dependent; of any explained
+    ones where nothing was injected."""
+    explained = {each["feature"]: each for each in lists["explanations"]["features"] if each["label"]}
+    injected = lists.get("token_injection")
+    wanted = candidates(injected["features"], config) if injected else list(explained)[: config.features]
+    claims = [
+        Claim(
+            feature,
+            f"{explained[feature]['label']}. {explained[feature]['sentence']}",
+            planned.activity.excerpts("strongest", feature),
+        )
+        for feature in wanted
+        if feature in explained
+    ]
+    if not claims:
+        print("explain.falsify: nothing to try: no explained feature was left context-dependent", flush=True)
+    return counterexamples(reading_of(planned.subject), claims, partial(asker.ask, "falsifying"), config)
+
+
+def _by_feature(lists: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """What pages show of each feature: its explanation, and counterexamples with their rule."""
+    found = {each["feature"]: each for each in lists["explanations"]["features"]}
+    tried = lists.get("counterexamples", {})
+    rule = {name: value for name, value in tried.items() if name != "features"}
+    falsified = {each["feature"]: {**each, "rule": rule} for each in tried.get("features", ())}
+    return {feature: {**each, "counterexamples": falsified.get(feature)} for feature, each in found.items()}
+
+
 def _say(plans: Sequence[Planned], config: ExplainConfig, endpoint: Endpoint, asker: Asker) -> None:
     """How many calls and tokens it will be, before the first."""
     questions: list[Question] = []
@@ -260,9 +293,11 @@ def _say(plans: Sequence[Planned], config: ExplainConfig, endpoint: Endpoint, as
     read = sum(len(content) for each in questions for _, content in each.messages) // CHARACTERS
     features = sum(len(planned.examples) for planned in plans)
     kept = len(read_journal(asker.journal))
+    more = most_calls(config.falsify, min(features, config.falsify.features)) if config.falsify else 0
     print(
         f"explain: {features:,} features, {len(questions):,} calls to {endpoint.model} at {endpoint.base_url}: about "
         f"{read:,} tokens to read and {WRITTEN * len(questions):,} to write"
+        + (f"; up to {more:,} calls more for counterexamples" if more else "")
         + (f"; {kept:,} answers are there from before" if kept else ""),
         flush=True,
     )

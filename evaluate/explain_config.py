@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator, model_validator
 
+from evaluate.falsify_config import FalsifyConfig
 from harvest.config import Seed, Settings, check_different
 from harvest.files import UserError
 
@@ -60,9 +61,9 @@ class ExplainConfig(Settings):
     """Examples of one call of a test."""
     max_tokens: int = Field(default=400, ge=16, le=32_768)
     """Longest answer; models that think first need thousands."""
-    falsify: bool = False
-    """Also ask for texts without reasoning that should fire a feature, and for paraphrases that keep the meaning of its
-    strongest contexts (`--falsify`)."""
+    falsify: FalsifyConfig | None = None
+    """Also look for counterexamples: texts without reasoning that fire a feature, paraphrases of its strongest contexts
+    that do not. `{}` takes the defaults."""
     seed: Seed = 0
     """Choice of the examples and of the marks that are wrong."""
     runtime: ExplainRuntime = ExplainRuntime()

@@ -39,6 +39,7 @@ def pages(
     subject: Subject,
     activity: Activity,
     injected: Sequence[dict[str, Any]] = (),
+    *,
     explained: Mapping[int, dict[str, Any]] | None = None,
     to: Path | None = None,
 ) -> Section | None:

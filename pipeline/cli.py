@@ -59,8 +59,11 @@ def ingest(given: Given, how: How) -> None:
 def explain(request: explaining.Request, given: Given, how: How) -> None:
     """Let a language model say what features mean, and test how well that predicts; writes pages with it."""
     given = given._replace(overrides=[*(given.overrides or []), *request.overrides()])
-    if not given.settings_of_text().explain:
+    config = given.settings_of_text().explain
+    if not config:
         raise SettingsError("explain: no model to ask: give --model NAME, or explain.model in the settings")
+    if request.falsify and not config.falsify:
+        given = given._replace(overrides=[*(given.overrides or []), "explain.falsify={}"])
     explaining.check_before_asking(given.find(), how.force, asker(how.yes))
     _run(("explain",), given, how)
 

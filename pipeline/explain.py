@@ -38,7 +38,6 @@ class Request(NamedTuple):
             "explain.model": self.model,
             "explain.feature_ids": self.feature and f"[{', '.join(map(str, self.feature))}]",
             "explain.runtime.parallel": self.parallel,
-            "explain.falsify": "true" if self.falsify else None,
         }
         return [f"{name}={value}" for name, value in given.items() if value is not None]
 

@@ -2,11 +2,13 @@
 
 <folder>/README.md           the model card
 <folder>/<sae>/cfg.json      and sae_weights.safetensors; <sae> is the hook's name, in a sweep with what was swept
+<folder>/<sae>/explanations.jsonl   what features mean, where `pipeline explain` said so
 <folder>/export.json         which runs these are, and the files written
 """
 
 import hashlib
 import inspect
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +24,14 @@ from harvest.sources import hub_errors
 from pipeline.config import PipelineConfig
 from pipeline.metrics import read_evaluation
 from pipeline.running import trained
-from pipeline.stages import Runs, swept
+from pipeline.stages import Runs, explained, swept
 from train.config import said
 from train.published_config import PLACE
 
 if TYPE_CHECKING:
     from train.checkpoint import SavedSae  # loads torch
 
+EXPLANATIONS = "explanations.jsonl"
 # Figures of the card, and how each is written.
 FIGURES = {
     "l0": "{:.1f}",
@@ -81,6 +84,8 @@ def export(sweep: Sequence[Runs], to: Path | None, model_name: str | None, force
         for sae in saes:
             saved = load_sae(sae.source)
             write_saelens_folder(partial / sae.folder, saved.sae, _metadata(sae, model) | _training_of_others(saved))
+            if lines := _explanations(sae, model):
+                (partial / sae.folder / EXPLANATIONS).write_text("".join(lines), encoding="utf-8")
             rows.append(_card_row(sae, saved.sae))
         (partial / "README.md").write_text(_card(saes, rows, model, terms), encoding="utf-8")
     return folder
@@ -156,6 +161,26 @@ def _metadata(sae: Exported, model: str) -> dict[str, Any]:
         "dataset_path": ", ".join(_public_name(source.path) for source in config.sample.sources),
         "reasoning_sae": _origin(sae.runs),
     }
+
+
+def _explanations(sae: Exported, model: str) -> list[str]:
+    """A line of JSON for each explained feature, under Neuronpedia's names and ours; the newest run speaks last."""
+    found: dict[int, dict[str, Any]] = {}
+    for run in reversed(explained(sae.runs)):
+        measured = read_evaluation(run).own(sae.hook)
+        lists = measured.lists["explanations"] if measured else {"features": []}
+        for each in lists["features"]:
+            if each["label"]:
+                found[each["feature"]] = {
+                    "modelId": model,
+                    "layer": sae.folder,
+                    "index": each["feature"],
+                    "description": each["sentence"],
+                    "explanationModelName": lists["model"],
+                    "label": each["label"],
+                    **{name: each[name] for name in ("detection", "fuzzing", "control", "control_fuzzing")},
+                }
+    return [json.dumps(found[feature], ensure_ascii=False) + "\n" for feature in sorted(found)]
 
 
 def _training_of_others(saved: "SavedSae") -> dict[str, Any]:

@@ -14,7 +14,7 @@ from evaluate.figures import FILE
 from harvest.files import UserError
 from harvest.sources import hub_errors
 from harvest.stage_directory import Run
-from pipeline.export import closed_sources, export_name
+from pipeline.export import EXPLANATIONS, closed_sources, export_name
 from pipeline.metrics import read_evaluation
 from pipeline.stages import Runs
 from pipeline.tables import table
@@ -47,6 +47,10 @@ def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Pu
     files = {name: folder / name for name in sorted([*marker["files"], MARKER])}
     closed = closed_sources(sweep[0].config)
     left_out = []
+    if closed and not with_text:
+        quoting = [name for name in files if Path(name).name == EXPLANATIONS]
+        files = {name: path for name, path in files.items() if name not in quoting}
+        left_out += [f"{name}, which may quote text of {', '.join(closed)}; --with-text pushes it" for name in quoting]
     for run in (runs.of("evaluate") for runs in sweep):
         if run.is_complete:
             names = _measured(run)
