@@ -1,6 +1,7 @@
 """Feature pages whose tokens are text that tries to break them."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,6 +35,32 @@ TOKENS = (
 
 def text(token: int) -> str:
     return TOKENS[token] if token < len(TOKENS) else f" tok{token}"
+
+
+def explained(feature: int) -> dict[str, Any]:
+    """What a hostile language model said of a feature, and wrote to break it."""
+    word = TOKENS[feature][:30]  # answers are shortened, and not as tokens are
+    score = {"value": 0.5 + feature / 24, "low": 0.5, "high": 1.0}
+    scored = score | {"judged": 40, "by_quarter": [score, score, score, None]}
+    text = {"text": word, "activation": 1.0, "fires": True, "silent": False}
+    texts = [
+        {**text, "kind": "counterexample"},
+        {**text, "kind": "paraphrase", "original": TOKENS[0], "original_activation": 2.0},
+    ]
+    counted = {"verdict": "fires without reasoning", "fired": 1, "of": 1, "silent": 0, "paraphrases": 1}
+    rule = {"fires": 0.5, "silent": 0.25, "at_least": 1}
+    return {
+        "feature": feature,
+        "label": f"Number {feature} of {word}",
+        "sentence": f"Active at {TOKENS[0]} and {word}.",
+        "detection": scored,
+        "fuzzing": scored,
+        "control": scored,
+        "control_fuzzing": None,
+        "examples": {"explaining": 16, "active": 20, "silent": 20, "hard": 10},
+        "problems": {f"HTTP 500: {TOKENS[4]}{TOKENS[1]}": 2},
+        "counterexamples": {"reference": 3.0, "rule": rule, "texts": texts, **counted},
+    }
 
 
 def site(finished: Path, features: int = 12) -> Site:
@@ -82,4 +109,5 @@ def site(finished: Path, features: int = 12) -> Site:
         scored,
         identity,
         dict.fromkeys(range(0, features, 2), injected),
+        explained={feature: explained(feature) for feature in range(features - 1)},
     )

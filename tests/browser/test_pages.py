@@ -148,11 +148,35 @@ def test_the_index_searches(browser):
     assert browser.find("#found").text == f"{len(browser.column('number'))} of 12 features"
 
 
+def test_the_index_searches_labels(browser):
+    browser.open(browser.index)
+    search = browser.find("#search")
+    for wanted, expected in (("number 7", [7]), ("NUMBER 1", [1, 10]), ("of {{ 7 * 7", [10]), ("number 11", [])):
+        search.clear()
+        search.send_keys(wanted)
+        assert sorted(browser.column("number")) == expected
+    search.clear()
+    search.send_keys("number 7")
+    browser.find(".index tbody tr:not([hidden]) a").click()
+    assert browser.find(".explanation h2").text == "Number 7 of שלום"
+    assert [cell.text for cell in browser.driver.find_elements("css selector", ".explanation td")][:2] == [
+        "detection",
+        "0.79",
+    ]
+
+
+def test_a_page_shows_counterexamples_as_text(browser):
+    browser.open(browser.folder / "1.html")
+    assert "<img src=x onerror=" in browser.find(".counterexamples").text
+    assert "</script><script>window.broken=1</script>" in browser.find(".paraphrases").text
+    assert browser.js("return window.broken") is None
+
+
 def test_the_index_sorts(browser):
     browser.open(browser.index)
     best_first = browser.column("score")
     assert best_first == sorted(best_first, reverse=True)
-    for key in ("density", "max", "explained", "inside", "score"):
+    for key in ("density", "max", "explained", "inside", "score", "detection"):
         header = browser.find(f"th[data-key={key}]")
         for order in ("descending", "ascending"):
             header.find_element("css selector", "button").click()
