@@ -165,13 +165,12 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
     if not left_out and config.downstream:
         by_group = {"": downstream.analyse(subject, heldout.mean_D)}
         sections["downstream"] = Section(_by_group("downstream", by_group, downstream.NAMES), {})
-    if scoring:
-        sections["reason_score"] = scoring.section()
+    sections["reason_score"] = scored = scoring.section() if scoring else None
     if identity:
         sources = subject.contexts.sources
         by_token = identity.result(sources, sources_read(config.reason_score, sources))
         write_identity(subject.file("token_identity", ".npz"), by_token)
-        for row in sections["reason_score"].lists.get("top", ()) if scoring else ():
+        for row in scored.lists.get("top", ()) if scored else ():
             row |= by_token.of(row["feature"])
         sections["token_injection"] = token_injection.analyse(subject, heldout.density_F, by_token)
     if activity:
