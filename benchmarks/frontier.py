@@ -37,7 +37,7 @@ from pipeline.stages import find_runs
 from train.checkpoint import SavedSae
 from train.config import TrainConfig
 from train.dataloader import ActivationLoader, Position, heldout_rows
-from train.exclusion import input_statistics
+from train.exclusion import input_statistics, mean_row
 from train.kinds import new_sae
 from train.saelens import CONFIG, SaelensConfig
 from train.trainer import Trainer
@@ -45,7 +45,7 @@ from train.trainer import Trainer
 LR = (1e-3, 2e-3)
 GRIDS: dict[str, list[dict[str, Any]]] = {  # of ours
     "standard": [{"l1_coefficient": 5.0}],
-    "jumprelu": [{"target_l0": 32.0}],
+    "jumprelu": [{"target_l0": 33.0}, {"target_l0": 32.0}],
 }
 THEIR_GRIDS: dict[str, list[dict[str, Any]]] = {
     "standard": [{"l1_coefficient": 5.0}],
@@ -90,6 +90,9 @@ def ours(data: Data, kind: str, hyperparameters: dict[str, Any], lr: float) -> t
     shape = {"kind": kind, "d_sae": base.sae.width(data.store.geometry.d_in)}
     config = TrainConfig.model_validate(base.model_dump() | {"sae": {**shape, **hyperparameters}, "lr": lr})
     sae = new_sae(config, data.store.geometry.d_in, data.statistics.scale, "cpu")
+    if config.sae.b_dec_init_method == "mean":
+        limit = data.statistics.norm_limit
+        sae = sae.centered(mean_row(data.store, data.hook, config.exclude, limit, config.window_shards))
     rows = data.store.geometry.train_shards * data.store.geometry.shard_rows
     trainer = Trainer(sae, config, len(data.batches), rows, torch.float32)
     began = time.process_time()

@@ -178,7 +178,7 @@ class ActivitySums:
         rows, size = batch.rows, self.tokens_CS.shape[1]
         self.arrays["kept"][rows.context, rows.position] = rows.kept
         self.arrays["rows"] += np.bincount(self.group_C[rows.context[rows.kept]], minlength=len(self.names))
-        row_N, feature_N, value_N = _nonzeros(batch.f_BF, rows.kept)
+        row_N, feature_N, value_N = nonzeros(batch.f_BF, rows.kept)
         context_N = rows.context[row_N]
         self._count(self.group_C[context_N], feature_N, value_N)
         for part in np.unique(rows.context // self.shard_contexts):  # a batch may end one shard and begin the next
@@ -228,7 +228,7 @@ class ActivitySums:
         counts = np.bincount(index_N, np.concatenate([self.pairs[1], np.ones_like(feature_N)])).astype(np.int64)
         sums = np.bincount(index_N, np.concatenate([self.pairs[2], value_N]))
         if len(pairs) > PAIRS:
-            kept = np.sort(_first(pairs >> 32, -counts, max(TOKENS, PAIRS // 2 // self.d_sae)))
+            kept = np.sort(first_of_each(pairs >> 32, -counts, max(TOKENS, PAIRS // 2 // self.d_sae)))
             pairs, counts, sums = pairs[kept], counts[kept], sums[kept]
         self.pairs = [pairs, counts, sums]
 
@@ -240,7 +240,7 @@ class ActivitySums:
 
     def _tokens(self) -> dict[str, np.ndarray]:
         pair_N, count_N, sum_N = self.pairs
-        first = _first(pair_N >> 32, -count_N, TOKENS)
+        first = first_of_each(pair_N >> 32, -count_N, TOKENS)
         feature_N, token_N = pair_N[first] >> 32, pair_N[first] & 0xFFFFFFFF
         place = feature_N, np.arange(len(first)) - np.searchsorted(feature_N, feature_N)
         rows_V = np.bincount(self.tokens_CS[self.arrays["kept"]], minlength=int(self.tokens_CS.max()) + 1)
@@ -304,7 +304,7 @@ class _Slots:
         if not count:
             return
         at = at[key_N[at] < old_FN[found.feature_N[at] - first, -1]]
-        at = at[_first(found.feature_N[at], key_N[at], count)]
+        at = at[first_of_each(found.feature_N[at], key_N[at], count)]
         feature_N = found.feature_N[at] - first
         where = feature_N, np.arange(len(at)) - np.searchsorted(feature_N, feature_N)
         new_FN, place_FN = np.full((features, count), np.inf), np.full((features, count), -1, np.int64)
@@ -323,16 +323,17 @@ class _Slots:
         return {f"{kind}_{name}": v.astype(np.int32) for name, v in places.items()} | {f"{kind}_acts": self.acts_FNT}
 
 
-def _nonzeros(f_BF: Tensor, kept_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row, feature and value of the active entries of kept rows."""
+def nonzeros(f_BF: Tensor, kept_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, feature and value of the active entries of kept rows, (N,) each."""
     row, feature = f_BF.nonzero(as_tuple=True)
     row_N, feature_N, value_N = (each.cpu().numpy() for each in (row, feature, f_BF[row, feature]))
     kept_N = kept_B[row_N]
     return row_N[kept_N], feature_N[kept_N], value_N[kept_N]
 
 
-def _first(feature_N: np.ndarray, key_N: np.ndarray, limit: int) -> np.ndarray:
-    """Indices of the `limit` least keys of each feature, by feature, then key; of equal keys the first comes first."""
+def first_of_each(feature_N: np.ndarray, key_N: np.ndarray, limit: int) -> np.ndarray:
+    """Indices (N,) of the `limit` least keys of each feature, by feature, then key; of equal keys the first comes
+    first."""
     order = np.lexsort((key_N, feature_N))
     sorted_N = feature_N[order]
     rank_N = np.arange(len(order)) - np.searchsorted(sorted_N, sorted_N)

@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evaluate.charts import points
+from evaluate.claims import Claim
 from evaluate.figures import Evaluation, definitions, text
-from evaluate.report import environment, write_text
+from evaluate.report import environment, interval, write_text
+from evaluate.visible import visible
 from harvest.files import write_json
 from train.config import HYPERPARAMETERS, SPARSITY_SETTINGS, said_of
 
@@ -82,14 +84,15 @@ def titles() -> dict[str, str]:
     return {name: about["title"] for of in definitions().values() for name, about in of.items() if name in FIGURES}
 
 
-def write_comparison(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """Write compare.json and compare.html, which opens offline."""
+def write_comparison(folder: Path, rows: list[dict[str, Any]], known: list[tuple[str, list[Claim]]]) -> None:
+    """Write compare.json and compare.html, which opens offline. `known` is what `claims.by_run` gives."""
     folder.mkdir(parents=True, exist_ok=True)
     texts = {name: about["text"] for of in definitions().values() for name, about in of.items() if name in FIGURES}
-    write_json(folder / "compare.json", {"schema": 1, "rows": rows, "definitions": texts})
+    of_runs = [{"run": name, "features": [claim._asdict() for claim in found]} for name, found in known]
+    write_json(folder / "compare.json", {"schema": 1, "rows": rows, "claims": of_runs, "definitions": texts})
     charts = {titles()[name]: points(f"{titles()[name]} by L0", frontier_lines(rows, name), "L0") for name in FRONTIER}
     html = (
-        environment({"text": text})
+        environment({"text": text, "interval": interval, "visible": visible})
         .get_template("compare.html")
         .render(
             rows=rows,
@@ -97,6 +100,8 @@ def write_comparison(folder: Path, rows: list[dict[str, Any]]) -> None:
             charts=charts,
             differing=columns(rows),
             definitions=texts,
+            known=known,
+            ranks=max((len(found) for _, found in known), default=0),
         )
     )
     write_text(folder / "compare.html", html)

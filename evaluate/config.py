@@ -8,8 +8,11 @@ from evaluate.spellings import check_words
 from harvest.config import ComputeDtype, Device, ModelConfig, Seed, Settings, check_different
 from train.published_config import PublishedFiles
 
-EVALUATE_VERSION = 7
+EVALUATE_VERSION = 8
 LARGEST_STRENGTH = 1e6
+Op = Literal["add", "set", "ablate", "scale"]
+Where = Literal["all", "prompt", "generated", "thinking"]
+AS_IT_IS: dict[Op, float] = {"add": 0.0, "scale": 1.0}  # strengths that change nothing
 
 
 class DownstreamConfig(Settings):
@@ -91,15 +94,20 @@ class ReasonScoreConfig(Settings):
 
 
 class SteeringConfig(Settings):
-    """What amplified features do to what the model writes."""
+    """What operations on features do to what the model writes."""
 
+    op: Op = Field(default="add", json_schema_extra={"added": True})
+    """What is done to a feature's activation: strength times its largest held-out activation is added to it ("add") or
+    put in its place ("set"), it becomes 0 ("ablate"), or strength times what it is ("scale")."""
+    where: Where = Field(default="all", json_schema_extra={"added": True})
+    """At which tokens: all, those of the prompt, those that the model wrote, or those between <think> and </think>."""
     features: int = Field(default=3, ge=1)
-    """How many features are amplified, those of the highest ReasonScore."""
+    """How many features are operated on, one at a time, those of the highest ReasonScore."""
     feature_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """These features instead."""
     strengths: tuple[float, ...] = Field(default=(0.5, 1.0, 2.0), min_length=1)
-    """Times the feature's largest held-out activation; the text without (0) is written in any case. Where the text
-    repeats itself, it is too much."""
+    """γ of the operation; the text without it is written in any case. Where the text repeats itself, it is too much.
+    Ablation has none."""
     prompts: tuple[str, ...] = ()
     """What the model is asked; the first `built_in_prompts` of evaluate/prompts.txt if empty."""
     built_in_prompts: int = Field(default=6, ge=1, le=60)
@@ -124,16 +132,55 @@ class SteeringConfig(Settings):
     @model_validator(mode="after")
     def _check(self) -> "SteeringConfig":
         for strength in self.strengths:
-            if not 0 < abs(strength) <= LARGEST_STRENGTH:
-                reason = f"from -{LARGEST_STRENGTH:g} to {LARGEST_STRENGTH:g}" if strength else "other than 0"
-                without = "" if strength else ", which is written in any case"
-                raise ValueError(f"strengths: {strength:g}: a strength is a number {reason}{without}")
+            if strength == (as_it_is := AS_IT_IS.get(self.op)):
+                raise ValueError(
+                    f"strengths: {strength:g}: a strength is a number other than {as_it_is:g}, which is written in any "
+                    "case"
+                )
+            if not abs(strength) <= LARGEST_STRENGTH:
+                reason = f"from -{LARGEST_STRENGTH:g} to {LARGEST_STRENGTH:g}"
+                raise ValueError(f"strengths: {strength:g}: a strength is a number {reason}")
         for number, prompt in enumerate(self.prompts):
             if not prompt.strip():
                 raise ValueError(f"prompts.{number}: {prompt!r}: is empty; give it text or leave it out")
         for name in ("strengths", "feature_ids", "prompts", "words"):
             check_different(name, getattr(self, name))
         return self
+
+
+class TokenInjectionConfig(Settings):
+    """Whether a feature's own tokens alone drive it, in text of another source (arXiv 2601.05679)."""
+
+    features: int = Field(default=20, ge=1, le=1000)
+    """Features that are tested, those of the highest ReasonScore, and as many random ones of like density."""
+    into: tuple[str, ...] = ()
+    """Sources whose text tokens are injected into; those that reason_score does not read if empty."""
+    texts: int = Field(default=20, ge=4)
+    """Injected texts of each feature and strategy."""
+    read: int = Field(default=256, ge=4)
+    """Texts that are read as they are, of these sources and of the reasoning ones: all features share them."""
+    tokens: int = Field(default=24, ge=8)
+    """Tokens of every text, injected ones included; a context's, where contexts are shorter."""
+    injected: int = Field(default=3, ge=1)
+    """Tokens or n-grams that are injected into a text; fewer where half of the text would not stay."""
+    seed: Seed = 0
+    """Choice of texts, of tokens, of their places and of the control group."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenInjectionConfig":
+        check_different("into", self.into)
+        return self
+
+
+class AblationConfig(Settings):
+    """What the model loses on reasoning text without a feature."""
+
+    features: int = Field(default=10, ge=1)
+    """How many features are ablated, one at a time, those of the highest ReasonScore."""
+    contexts: int = Field(default=8, ge=1)
+    """Held-out contexts of the sources that ReasonScore reads, in order; all if there are fewer."""
+    batch_contexts: int = Field(default=4, ge=1)
+    """Contexts of one forward pass."""
 
 
 class DiffConfig(Settings):
@@ -198,6 +245,12 @@ class EvaluateConfig(Settings):
     """SAEs of others, measured on the same held-out text for comparison."""
     steering: SteeringConfig | None = SteeringConfig()
     """What the features of the highest ReasonScore do to what the model writes; null leaves it out."""
+    token_injection: TokenInjectionConfig | None = Field(
+        default=TokenInjectionConfig(), json_schema_extra={"added": True}
+    )
+    """Whether tokens alone drive a feature; null leaves it out, and what tokens explain of all features with it."""
+    ablation: AblationConfig | None = Field(default=AblationConfig(), json_schema_extra={"added": True})
+    """What the model loses on reasoning text without the features of the highest ReasonScore; null leaves it out."""
     diff: DiffConfig | None = DiffConfig()
     """Firing rates on two sources of text, or under two models, against each other; null leaves it out."""
     runtime: EvaluateRuntime = EvaluateRuntime()

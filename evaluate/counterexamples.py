@@ -143,10 +143,10 @@ def counterexamples(
     Answers without texts are counted in `problems`, texts that copy an example as well.
     """
     excerpts = [_texts(reading.tokenizer, claim.strongest, config.contexts) for claim in claims]
-    alone = [
-        reading.activations([e.plain for e in found], [c.feature] * len(found))
-        for c, found in zip(claims, excerpts, strict=True)
-    ]
+    plain = [excerpt.plain for found in excerpts for excerpt in found]
+    whose = [claim.feature for claim, found in zip(claims, excerpts, strict=True) for _ in found]
+    ends = np.cumsum([len(found) for found in excerpts])
+    alone = np.split(reading.activations(plain, whose), ends[:-1])
     references = [float(found_T.max(initial=0)) for found_T in alone]
     asked = [
         each

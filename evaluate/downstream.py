@@ -105,16 +105,21 @@ def _variants(
     }
 
 
-def _cross_entropy(logits_BSV: Tensor, ids_BS: Tensor) -> np.ndarray:
-    """Mean cross-entropy of each context, (B,)."""
+def losses(logits_BSV: Tensor, ids_BS: Tensor) -> Tensor:
+    """Cross-entropy of the next token at each position but the last, float64 (B, S - 1)."""
     positions = zip(
         logits_BSV[:, :-1].split(POSITIONS_AT_ONCE, 1), ids_BS[:, 1:].split(POSITIONS_AT_ONCE, 1), strict=True
     )
-    losses = [
+    parts = [
         torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
         for logits, ids in positions
     ]
-    return torch.cat(losses, 1).double().mean(1).cpu().numpy()
+    return torch.cat(parts, 1).double()
+
+
+def _cross_entropy(logits_BSV: Tensor, ids_BS: Tensor) -> np.ndarray:
+    """Mean cross-entropy of each context, (B,)."""
+    return losses(logits_BSV, ids_BS).mean(1).cpu().numpy()
 
 
 def _divergence(clean_BSV: Tensor, other_BSV: Tensor) -> np.ndarray:

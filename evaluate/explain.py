@@ -33,9 +33,9 @@ from evaluate.falsify_config import FalsifyConfig
 from evaluate.feature_pages import pages
 from evaluate.figures import Figure, Measured, Section, definitions, read_figures, write_figures
 from evaluate.intervals import with_intervals
+from evaluate.operations import check_features
 from evaluate.report import write_report
 from evaluate.run import curves_of, own_subjects
-from evaluate.steering import check_features
 from evaluate.subject import Subject
 from evaluate.windows import Examples, Text, Wanted, choose_examples, read_firings
 from harvest.config import ModelConfig
@@ -95,9 +95,10 @@ def run(
         path = directory / subject.file("explanations", ".json").name
         write_sealed(path, {"schema": SCHEMA, "hook": subject.saved.hook, **section.lists})
         lists = {**sae.lists, "explanations": section.lists}
+        injected = sae.lists.get("token_injection", {}).get("features", [])
         if config.falsify:
             lists["counterexamples"] = _falsify(planned, lists, config.falsify, asker)
-        if written := pages(subject, planned.activity, explained=_by_feature(lists), to=directory):
+        if written := pages(subject, planned.activity, injected, explained=_by_feature(lists), to=directory):
             lists["feature_pages"] = written.lists
         measured.append(sae._replace(figures=(*sae.figures, *section.figures), lists=lists))
     manifests = {name: stage.manifest for name, stage in before.items()}

@@ -134,7 +134,8 @@ def explain_question(examples: Examples, writer: Writer, config: ExplainConfig) 
         f"Excerpt {i} (strength {10 * float(each.acts_T.max()) / strongest:.0f} of 10): {text}"
         for i, (each, text) in enumerate(zip(examples.explaining, texts, strict=True), 1)
     ]
-    return _question(EXPLAIN.replace("{marks}", signs), "\n".join(lines), config)
+    asked = 'Answer: one JSON object, {"label": "...", "sentence": "..."}'  # again: small models forget the beginning
+    return _question(EXPLAIN.replace("{marks}", signs), "\n".join([*lines, "", asked]), config)
 
 
 def questions_of(
@@ -170,7 +171,8 @@ def _batches(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 def _test(system: str, explanation: Explanation, texts: Sequence[str], config: ExplainConfig) -> Question:
     lines = [f"Excerpt {i}: {text}" for i, text in enumerate(texts, 1)]
     about = f"Description: {explanation.label}. {explanation.sentence}"
-    return _question(system, "\n".join([about, "", *lines]), config)
+    asked = f"Answer: one JSON list of {len(texts)} numbers, each 0 or 1"
+    return _question(system, "\n".join([about, "", *lines, "", asked]), config)
 
 
 def _question(system: str, user: str, config: ExplainConfig) -> Question:

@@ -12,7 +12,7 @@ Shape suffixes: D d_in, F d_sae, K features that have a page.
 import base64
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from evaluate.activity import Activity
 from evaluate.config import FeaturesConfig
 from evaluate.feature_views import CHIPS, QUARTERS, Scored, Site, Views, number, percent, thousandths
 from evaluate.figures import Section
+from evaluate.operations import check_features
 from evaluate.report import environment, write_text
-from evaluate.steering import check_features
 from evaluate.subject import Subject
+from evaluate.token_identity import read_identity
 from evaluate.unembedding import Tokens, promoted
 from evaluate.visible import visible
 from harvest.activation_store import slug
@@ -37,14 +38,15 @@ from harvest.files import UserError
 def pages(
     subject: Subject,
     activity: Activity,
+    injected: Sequence[dict[str, Any]] = (),
     *,
     explained: Mapping[int, dict[str, Any]] | None = None,
     to: Path | None = None,
 ) -> Section | None:
     """Write the pages of chosen features, and say which they are; None where no feature fires.
 
-    `explained` are explanations by feature: each of these features has a page too. All else is read from files of the
-    evaluation, below whose directory the pages are written, or below `to`.
+    `injected` is what token injection found. `explained` are explanations by feature: each of these features has a page
+    too. All else is read from files of the evaluation, below whose directory the pages are written, or below `to`.
     """
     config, saved = subject.config.features, subject.saved
     assert config is not None
@@ -59,7 +61,9 @@ def pages(
     nearest = nearest_features(W_dec, chosen_K)
     folder = (to or subject.directory) / "features" / slug(saved.hook)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
-    site = Site(saved.hook, chosen_K, activity, text, found, why_none, nearest, scored, explained or {})
+    identity, by_feature = read_identity(subject.file("token_identity", ".npz")), {f["feature"]: f for f in injected}
+    of_tokens = identity, by_feature, explained or {}
+    site = Site(saved.hook, chosen_K, activity, text, found, why_none, nearest, scored, *of_tokens)
     write_pages(folder, site, config)
     return Section([], {"index": f"features/{slug(saved.hook)}/index.html", "numbers": sorted(chosen_K.tolist())})
 
@@ -129,8 +133,10 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
         d_sae=site.activity["active"].shape[1],
         has_page={int(feature) for feature in site.chosen_K},
         scored=site.scored is not None,
+        by_token=site.identity is not None,
         explained=bool(site.explained),
         quarters=QUARTERS,
+        sources=site.identity.sources.tolist() if site.identity else [],
     )
     features = Views(site, config).all()
     page = templates.get_template("feature.html")

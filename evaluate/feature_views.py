@@ -16,6 +16,7 @@ from markupsafe import Markup, escape
 from evaluate.activity import BINS, LEFT_OUT, Activity, Excerpts
 from evaluate.charts import bars
 from evaluate.config import FeaturesConfig
+from evaluate.token_identity import TokenIdentity
 from evaluate.unembedding import Tokens
 
 LEVELS = 9  # of shading
@@ -44,6 +45,8 @@ class Site(NamedTuple):
     no_promoted: str  # why there are none
     nearest: list[list[tuple[int, float]]]  # of each chosen feature: (feature, cosine)
     scored: Scored | None
+    identity: TokenIdentity | None = None  # what tokens alone say of all features
+    injected: Mapping[int, dict[str, Any]] = MappingProxyType({})  # what token injection found, by feature
     explained: Mapping[int, dict[str, Any]] = MappingProxyType({})  # label, sentence and scores by feature
 
     def by_source(self) -> dict[str, list[int]]:
@@ -85,9 +88,9 @@ def thousandths(value: float) -> str:
     return f"{1000 * value:.3f}"
 
 
-def percent(value: float) -> str:
-    """A share between 0 and 1 as text: 12.5%."""
-    return f"{number(100 * value)}%"
+def percent(value: float | None) -> str:
+    """A share between 0 and 1 as text: 12.5%; a dash where there is none."""
+    return "–" if value is None else f"{number(100 * value)}%"
 
 
 class Views:
@@ -132,7 +135,11 @@ class Views:
             "explanation": site.explained.get(feature),
             "score": None,
             "words": [],
+            "injected": site.injected.get(feature),
+            "own": [],
         }
+        if site.identity:
+            view |= site.identity.of(feature) | {"own": self._own(site.identity, feature)}
         if site.scored and self.rank_F is not None:
             means = site.scored.word_means_WF[:, feature].tolist()
             widths = [100 * mean / (max(means) or 1) for mean in means]
@@ -161,6 +168,20 @@ class Views:
             {"text": self.chip(int(token)), "share": active / found["token_total"][feature], "mean": total / active}
             for token, active, total in zip(*(found[name][feature, :CHIPS] for name in names), strict=True)
             if active
+        ]
+
+    def _own(self, identity: TokenIdentity, feature: int) -> list[dict[str, Any]]:
+        """Its own tokens, with P(fires | token, source) and the rows that it is taken of."""
+        return [
+            {
+                "text": self.chip(int(token)),
+                "by_source": [
+                    {"rows": int(rows), "rate": int(active) / int(rows) if rows else None}
+                    for active, rows in zip(identity.active[feature, n], identity.rows[feature, n], strict=True)
+                ],
+            }
+            for n, token in enumerate(identity.token[feature])
+            if token >= 0
         ]
 
     def _chips(self, k: int, side: int) -> list[dict[str, Any]]:

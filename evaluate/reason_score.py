@@ -14,7 +14,7 @@ Shape suffixes: B rows of a batch, C contexts, S positions, F d_sae, W words, G 
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,13 +104,19 @@ def reason_score(sums: Sums, unit_F: np.ndarray, alpha: float) -> ReasonScore:
     return ReasonScore(score_F, entropy_F, inside_F, outside_F, word_means_WF)
 
 
+def sources_read(config: ReasonScoreConfig | None, sources: Sequence[str]) -> list[int]:
+    """Indices of the sources whose contexts are read: those of reasoning; all where nothing says which."""
+    chosen = config.sources if config else ()
+    return [n for n, name in enumerate(sources) if not chosen or name in chosen]
+
+
 class Scoring:
     """ReasonScore of one SAE: `sums` read the held-out rows; the training rows that the settings ask for follow."""
 
     def __init__(self, subject: Subject, config: ReasonScoreConfig) -> None:
         self.subject, self.config = subject, config
-        sources, contexts = subject.contexts.sources, subject.contexts
-        self.chosen = [n for n, name in enumerate(sources) if not config.sources or name in config.sources]
+        contexts = subject.contexts
+        self.chosen = sources_read(config, contexts.sources)
         heldout, train = (contexts.count(split) for split in ("holdout", "train"))
         count = heldout if config.contexts is None else min(config.contexts, heldout + train)
         if config.contexts and count < config.contexts:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from evaluate.charts import bars, cells, lines
+from evaluate.claims import any_known, claims
 from evaluate.diff import CELLS, FLOOR
+from evaluate.feature_views import thousandths
 from evaluate.figures import Evaluation, Figure, Measured, text
 from evaluate.visible import visible
 from harvest.files import replacing
@@ -35,7 +38,9 @@ def write_report(
 ) -> None:
     """Write the report of all SAEs of a run. `curves` are their metrics.jsonl by hook, of those that were trained."""
     own = [sae for sae in evaluation.saes if not sae.name]
-    filters = {"text": text, "shown": shown, "duration": duration, "visible": visible}
+    filters = {"text": text, "shown": shown, "duration": duration, "visible": visible, "interval": interval}
+    filters |= {"thousandths": thousandths}
+    known = {sae.hook: claims(sae) for sae in own}
     template = environment(filters).get_template("report.html")
     html = template.render(
         evaluation=evaluation,
@@ -44,6 +49,7 @@ def write_report(
         paper=PAPER,
         charts={sae.hook: _charts(sae, _lines(curves[sae.hook]) if sae.hook in curves else []) for sae in own},
         diff_charts={sae.hook: _diff_charts(sae.lists.get("diff", {})) for sae in own},
+        claims={hook: found for hook, found in known.items() if any_known(found)},
         manifests=manifests,
         kind=said_of(sae) if (sae := manifests["train"]["settings"].get("sae")) else "",
         text_rows=_text(manifests.get("sample")),
@@ -70,6 +76,12 @@ def write_text(path: Path, html: str) -> None:
 def shown(figure: Figure | None) -> str:
     """A figure as a cell of a table; a dash where it was not measured."""
     return text(figure.value, figure.name) if figure else text(None)
+
+
+def interval(value: dict[str, float], form: str) -> Markup:
+    """A figure with its interval beneath, as cells of a table have it; `form` is that of one number."""
+    low, high = form % value["low"], form % value["high"]
+    return Markup("{}<small>{} to {}</small>").format(form % value["value"], low, high)
 
 
 def _text(sample: dict[str, Any] | None) -> dict[str, Any] | None:

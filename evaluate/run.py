@@ -11,16 +11,18 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from evaluate import diff, downstream, steering
+from evaluate import ablation, diff, downstream, steering, token_injection
 from evaluate.activity import ActivitySums, write_activity
 from evaluate.config import EvaluateConfig
 from evaluate.feature_pages import pages
 from evaluate.fidelity import NAMES, Fidelity, FidelitySums, density_figures
 from evaluate.figures import KEPT, Evaluation, Figure, Measured, Section, definitions, figures_of, write_figures
 from evaluate.groups import context_groups, finest
-from evaluate.reason_score import Scoring
+from evaluate.operations import check_features
+from evaluate.reason_score import Scoring, sources_read
 from evaluate.report import write_report
 from evaluate.subject import Reader, Subject, feed
+from evaluate.token_identity import TokenSums, write_identity
 from evaluate.unembedding import load_unembedding
 from harvest.activation_rows import stored_rows
 from harvest.activation_store import ActivationStore, slug
@@ -37,7 +39,15 @@ from train.config import ExcludeConfig
 from train.published import load_published
 from train.published_config import PublishedExclude
 
-OF_TEXT = ("downstream", "reason_score", "feature_pages", "steering", "diff")  # they need the model or its text
+OF_TEXT = (
+    "downstream",
+    "reason_score",
+    "token_injection",
+    "feature_pages",
+    "steering",
+    "ablation",
+    "diff",
+)  # they need the model or its text
 
 
 def run(
@@ -141,7 +151,8 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
         tokens_CS = subject.contexts.read("holdout", "tokens", 0, count)
         groups = finest(subject.groups, count)
         activity = ActivitySums(saved.sae.d_sae, tokens_CS, groups, g.shard_contexts, config.features)
-    readers: list[Reader] = [reader for reader in (sums, scoring and scoring.sums, activity) if reader]
+    identity = TokenSums.of(subject) if config.token_injection and is_whole else None
+    readers: list[Reader] = [reader for reader in (sums, scoring and scoring.sums, activity, identity) if reader]
     rows = stored_rows(subject.store, "holdout", subject.rules, config.batch_rows, contexts=subject.contexts)
     feed(saved, subject.counted(rows, "held-out rows", g.holdout_shards * g.shard_rows), readers)
     heldout = sums.result()
@@ -154,15 +165,23 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
     if not left_out and config.downstream:
         by_group = {"": downstream.analyse(subject, heldout.mean_D)}
         sections["downstream"] = Section(_by_group("downstream", by_group, downstream.NAMES), {})
-    if scoring:
-        sections["reason_score"] = scoring.section()
+    sections["reason_score"] = scored = scoring.section() if scoring else None
+    if identity:
+        sources = subject.contexts.sources
+        by_token = identity.result(sources, sources_read(config.reason_score, sources))
+        write_identity(subject.file("token_identity", ".npz"), by_token)
+        for row in scored.lists.get("top", ()) if scored else ():
+            row |= by_token.of(row["feature"])
+        sections["token_injection"] = token_injection.analyse(subject, heldout.density_F, by_token)
     if activity:
         found = activity.result()
         write_activity(subject.file("activity", ".safetensors"), found)
-        sections["feature_pages"] = pages(subject, found)
+        injected = sections.get("token_injection")
+        sections["feature_pages"] = pages(subject, found, injected.lists["features"] if injected else [])
     if is_whole:
         steered = steering.analyse(subject, heldout)
         sections["steering"] = Section([], steered) if steered else None
+        sections["ablation"] = ablation.analyse(subject)
         sections["diff"] = diff.analyse(subject, heldout.by_group)
     made = {name: section for name, section in sections.items() if section}
     figures = tuple(figure for section in made.values() for figure in section.figures)
@@ -204,9 +223,9 @@ def _load(folder: Path, hook: str, config: EvaluateConfig, store: ActivationStor
     if saved.hook != hook:
         raise UserError(f"{path}: an SAE of {saved.hook}, in the place of that of {hook}; train it anew")
     if config.features:
-        steering.check_features(config.features.include, saved.sae.d_sae, "evaluate.features.include")
+        check_features(config.features.include, saved.sae.d_sae, "evaluate.features.include")
     if config.steering:
-        steering.check_features(config.steering.feature_ids, saved.sae.d_sae, "evaluate.steering.feature_ids")
+        check_features(config.steering.feature_ids, saved.sae.d_sae, "evaluate.steering.feature_ids")
     return saved
 
 

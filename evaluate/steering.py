@@ -1,12 +1,11 @@
-"""What a feature does to what the model writes: completions at several strengths, and their words counted.
+"""What operations on a feature do to what the model writes: completions at several strengths, and their words counted.
 
-    x' = x + γ · max_activation_i · direction_i        at every position, of the prompt and of what is generated
+    add, the default:  x' = x + γ · max_activation_i · direction_i
 
-γ is the strength, max_activation_i the largest activation of feature i on the kept held-out rows, direction_i what a
-unit of it adds to a row (W_dec,i / s). The code of arXiv 2503.18878 sets f_i to γ · max_activation_i where this adds
-to it. Where the feature is silent, the two are the same; added, strength 0 is the model as it is.
+γ is the strength, max_activation_i the largest activation of feature i on the kept held-out rows. The other operations,
+and where they hold, are in evaluate/operations.py.
 
-Shape suffixes: P prompts, G strengths, K features, I interventions, D d_in, B rows of a batch, R resamplings.
+Shape suffixes: P prompts, G strengths, K features, B rows of a batch, R resamplings.
 """
 
 import re
@@ -16,16 +15,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from evaluate.config import LARGEST_STRENGTH, ReasonScoreConfig
+from evaluate.config import AS_IT_IS, ReasonScoreConfig
 from evaluate.fidelity import Fidelity
 from evaluate.generation import Completion, Sampling, complete
+from evaluate.operations import Interventions, Operation, check_features, check_strengths, effective
 from evaluate.subject import Subject
 from harvest.activation_store import ActivationStore
 from harvest.files import UserError
 from harvest.language_model import HookedModel
-from harvest.progress import Progress
 from train.checkpoint import SavedSae
 from train.config import ExcludeConfig
 from train.exclusion import kept_rows
@@ -34,25 +32,38 @@ PROMPTS = Path(__file__).with_name("prompts.txt")
 RESAMPLES = 2000
 
 DEFINITIONS = {
-    "strength": "γ: γ x max_activation x W_dec,i / s is added to the activation at every position, of the prompt and "
-    "of what is generated; s is the input scale",
+    "op": "add: strength x max_activation x W_dec,i / s is added to the activation, s being the input scale; set: the "
+    "feature becomes strength x max_activation; ablate: it becomes 0; scale: it becomes strength x what it is; what "
+    "the SAE does not rebuild stays",
+    "where": "all: every token of the prompt and of what is generated; prompt; generated; thinking: those between "
+    "<think> and </think>",
+    "strength": "γ of the operation; null where the model is as it is",
     "max_activation": "largest activation of the feature on the kept held-out rows, in scaled units",
     "words": "occurrences of the words in all completions",
     "words_per_100_tokens": "occurrences of the words in all completions, per 100 generated tokens",
     "tokens": "mean length of a completion in tokens, the end token not counted",
     "ended": "part of the completions that ended before the limit of new tokens",
-    "change": "difference to strength 0 on the same prompts",
+    "processed": "positions that the model read, of all prompts and completions",
+    "changed": "of these, positions where an operation was done",
+    "change": "difference to the model as it is on the same prompts",
     "interval": f"95% by bootstrap over prompts, {RESAMPLES:,} resamples, percentiles; changes are paired by prompt",
-    "rises": "whether words_per_100_tokens rises from each strength to the next",
+    "rises": "whether words_per_100_tokens rises from each strength to the next; null for one strength",
 }
 
 
-class Steered(NamedTuple):
-    """Completions under one feature; the first strength is 0."""
+class Plan(NamedTuple):
+    """What is done to one feature, or to several at once, at several strengths."""
 
-    feature: int
-    max_activation: float
-    strengths: tuple[float, ...]
+    strengths: tuple[float | None, ...]  # the first is the model as it is: None where the operation has no such
+    lists: tuple[tuple[Operation, ...], ...]  # of each strength; the first is empty
+    operations: tuple[Operation, ...]  # at any strength
+
+
+class Steered(NamedTuple):
+    """Completions under the operations of a plan."""
+
+    plan: Plan
+    maxima: dict[int, float]
     prompts: tuple[str, ...]
     completions: list[list[Completion]]  # [prompt][strength]
 
@@ -68,7 +79,7 @@ def analyse(subject: Subject, heldout: Fidelity) -> dict[str, Any] | None:
         return None
     check_strengths(config.strengths, "evaluate.steering.strengths")
     check_features(config.feature_ids, subject.saved.sae.d_sae, "evaluate.steering.feature_ids")
-    wanted = config.feature_ids or _best_by_reason_score(subject, config.features)
+    wanted = config.feature_ids or best_by_reason_score(subject, config.features)
     silent = [feature for feature in wanted if not heldout.density_F[feature]]
     if silent:
         print(f"evaluate.steering: left out, as they fire on no held-out row: {silent}", flush=True)
@@ -78,21 +89,23 @@ def analyse(subject: Subject, heldout: Fidelity) -> dict[str, Any] | None:
             why = "no feature has a ReasonScore above 0" if subject.config.reason_score else "there is no ReasonScore"
             print(f"evaluate.steering: left out, as {why}; evaluate.steering.feature_ids chooses some", flush=True)
         return None
-    maxima = heldout.max_F[list(wanted)].tolist()
+    maxima = {feature: float(heldout.max_F[feature]) for feature in wanted}
+    plans = [plan({s: (Operation(i, config.op, s, config.where),) for s in config.strengths}) for i in wanted]
     prompts = config.prompts or built_in_prompts()[: config.built_in_prompts]
-    strengths = {strength for strength in config.strengths if strength}
     score = subject.config.reason_score
     words = config.words or (score or ReasonScoreConfig()).words
     sampling = Sampling(config.max_new_tokens, config.temperature, config.top_p, config.seed)
-    model, tokenizer, chosen = subject.model(), subject.chat_tokenizer(), dict(zip(wanted, maxima, strict=True))
-    with subject.progress("steering", len(prompts) * (1 + len(wanted) * len(strengths)), "completions") as progress:
+    model, tokenizer = subject.model(), subject.chat_tokenizer()
+    with subject.progress("steering", len(prompts) * columns(plans), "completions") as progress:
         options = {"bos": subject.contexts.bos, "progress": progress}
-        found = steer(model, tokenizer, subject.saved, chosen, config.strengths, prompts, sampling, **options)
+        found = steer(model, tokenizer, subject.saved, maxima, plans, prompts, sampling, **options)
     features = [figures(steered, words) | {"examples": _examples(steered)} for steered in found]
-    return {"words": list(words), "max_new_tokens": config.max_new_tokens, "features": features}
+    shared = {"op": config.op, "where": config.where, "words": list(words), "max_new_tokens": config.max_new_tokens}
+    return shared | {"features": features}
 
 
-def _best_by_reason_score(subject: Subject, count: int) -> tuple[int, ...]:
+def best_by_reason_score(subject: Subject, count: int) -> tuple[int, ...]:
+    """The features of the highest ReasonScore, `count` at most, those of 0 and less left out; none without a score."""
     path = subject.file("reason_score", ".npz")
     if subject.config.reason_score is None or not path.exists():
         return ()
@@ -130,21 +143,6 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return prompts
 
 
-def check_features(features: Sequence[int], d_sae: int, setting: str) -> None:
-    """Raise UserError for a feature that the SAE does not have."""
-    for feature in features:
-        if not 0 <= feature < d_sae:
-            raise UserError(f"{setting}: {feature}: the SAE has {d_sae:,} features, 0 to {d_sae - 1}")
-
-
-def check_strengths(strengths: Sequence[float], setting: str) -> None:
-    """Raise UserError for a strength that is NaN, infinite or beyond any use."""
-    largest = LARGEST_STRENGTH
-    for strength in strengths:
-        if not abs(strength) <= largest:
-            raise UserError(f"{setting}: {strength}: a strength is a number from -{largest:g} to {largest:g}")
-
-
 def check_fit(model: HookedModel, saved: SavedSae, name: str = "this model") -> None:
     """Raise UserError when the activation at the SAE's hook is of another width than the SAE's."""
     width = model.activations(torch.zeros(1, 1, dtype=torch.long))[saved.hook].shape[-1]
@@ -177,10 +175,25 @@ def max_activations(
     return best_K.tolist()
 
 
-def steering_vectors(saved: SavedSae, features: Sequence[int], maxima: Sequence[float]) -> Tensor:
-    """What strength 1 adds to an unscaled activation, float32 (K, D)."""
-    directions_KD = saved.sae.direction(features)
-    return torch.tensor(list(maxima), device=directions_KD.device).unsqueeze(1) * directions_KD
+def plan(by_strength: dict[float, tuple[Operation, ...]]) -> Plan:
+    """The operations at each strength, weakest first, behind the model as it is.
+
+    What changes nothing is left out, and so is what comes twice: ablation has one strength, which is 0.
+    """
+    lists: dict[tuple[Operation, ...], float] = {}
+    for strength, operations in sorted(by_strength.items()):
+        done = tuple(o._replace(strength=0.0) if o.op == "ablate" else o for o in operations)
+        shared = {operation.strength for operation in done}
+        if effective(done):
+            lists.setdefault(done, shared.pop() if len(shared) == 1 else strength)
+    named = next(iter(by_strength.values()))
+    ops = {operation.op for operation in named}
+    return Plan((AS_IT_IS.get(ops.pop()) if len(ops) == 1 else None, *lists.values()), ((), *lists), named)
+
+
+def columns(plans: Sequence[Plan]) -> int:
+    """Completions of a prompt: of each strength of every plan, and of the model as it is."""
+    return 1 + sum(len(each.lists) - 1 for each in plans)
 
 
 def steer(
@@ -188,33 +201,23 @@ def steer(
     tokenizer: Any,
     saved: SavedSae,
     maxima: dict[int, float],
-    strengths: Sequence[float],
+    plans: Sequence[Plan],
     prompts: Sequence[str],
     sampling: Sampling,
-    *,
-    chat: bool | None = None,
-    bos: str | None = None,
-    batch_sequences: int = 64,
-    progress: Progress | None = None,
+    **options: Any,
 ) -> list[Steered]:
-    """Completions of every prompt under each feature of `maxima` (feature -> its max_activation) and strength.
+    """Completions of every prompt under each of the plans; `maxima` has the max_activation of their features.
 
-    Strength 0 comes first, and is computed once for all features. Raises UserError for prompts that are
-    empty or too long for the model.
+    Those of the model as it is are computed once for all plans. `options` are those of `complete`. Raises UserError for
+    prompts that are empty or too long for the model, and as `complete` does.
     """
-    nonzero = sorted({float(strength) for strength in strengths if strength})
-    vectors_KD = steering_vectors(saved, list(maxima), list(maxima.values()))
-    steps = torch.tensor(nonzero, device=vectors_KD.device)
-    interventions_ID = torch.cat(
-        [torch.zeros_like(vectors_KD[:1]), (vectors_KD.unsqueeze(1) * steps.view(1, -1, 1)).flatten(0, 1)]
-    )
-    options: dict[str, Any] = {"chat": chat, "bos": bos, "batch_sequences": batch_sequences, "progress": progress}
-    rows = complete(model, tokenizer, saved.hook, prompts, interventions_ID, sampling, **options)
-    out = []
-    for feature, maximum in maxima.items():
-        first = 1 + len(out) * len(nonzero)
-        completions = [[row[0], *row[first : first + len(nonzero)]] for row in rows]
-        out.append(Steered(feature, maximum, (0.0, *nonzero), tuple(prompts), completions))
+    lists = [(), *(operations for each in plans for operations in each.lists[1:])]
+    rows = complete(model, tokenizer, Interventions(saved, maxima, lists), prompts, sampling, **options)
+    out, first = [], 1
+    for each in plans:
+        last = first + len(each.lists) - 1
+        out.append(Steered(each, maxima, tuple(prompts), [[row[0], *row[first:last]] for row in rows]))
+        first = last
     return out
 
 
@@ -249,17 +252,28 @@ def figures(steered: Steered, words: Sequence[str]) -> dict[str, Any]:
         return tokens_PG[chosen].mean(1)
 
     by_strength: list[dict[str, Any]] = []
-    for g, strength in enumerate(steered.strengths):
+    for g, strength in enumerate(steered.plan.strengths):
         line = {"strength": strength, "words": int(counts_PG[:, g].sum()), "ended": float(ended_PG[:, g].mean())}
+        for name in ("processed", "changed"):
+            line[name] = sum(getattr(row[g], name) for row in steered.completions)
         by_strength.append(line)
     for name, statistic in (("words_per_100_tokens", rate), ("tokens", length)):
         value_G, resampled_RG = statistic(everyone)[0], statistic(picks)
         for g, line in enumerate(by_strength):
             line[name] = _with_interval(value_G[g], resampled_RG[:, g])
             line[f"{name}_change"] = _with_interval(value_G[g] - value_G[0], resampled_RG[:, g] - resampled_RG[:, 0])
-    rises = (np.diff(rate(everyone)[0][np.argsort(steered.strengths)]) > 0).all()
-    head = {"feature": steered.feature, "max_activation": steered.max_activation, "prompts": len(steered.prompts)}
-    return head | {"rises": bool(rises), "by_strength": by_strength}
+    ordered = sorted((s, g) for g, s in enumerate(steered.plan.strengths) if s is not None)
+    rises = bool((np.diff(rate(everyone)[0][[g for _, g in ordered]]) > 0).all()) if len(ordered) > 1 else None
+    return _what_was_done(steered) | {"prompts": len(counts_PG), "rises": rises, "by_strength": by_strength}
+
+
+def _what_was_done(steered: Steered) -> dict[str, Any]:
+    """Feature, operation and place; of several features at once, a list of them."""
+    done = [
+        {"feature": o.feature, "max_activation": steered.maxima[o.feature], "op": o.op, "where": o.where}
+        for o in steered.plan.operations
+    ]
+    return done[0] if len(done) == 1 else {"together": done}
 
 
 def _with_interval(value: float, resampled: np.ndarray) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A language model whose activations are read, replaced and added to at named modules, by plain forward hooks.
+"""A language model whose activations are read, replaced and changed at named modules, by plain forward hooks.
 
 What is read is what a module returned at that time, though the model may change it in place later. A pass that is
 only read ends at the last hook. Where something is replaced, decoder layers are left out only if nothing of
@@ -209,18 +209,26 @@ class HookedModel:
             return _Trace(self._run(ids_2S).logits, tuple(arguments), tuple(outputs))
 
     @contextmanager
-    def added(self, hook: str, value_BD: Tensor) -> Iterator[None]:
-        """Within this, row b of `value_BD` is added to the activation at a hook at every position of sequence b.
+    def changed(self, hook: str, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+        """Within this, the activation (B, S, D) at a hook is `change(activation, token ids (B, S))`.
 
         It holds for each forward pass, so with a KV cache for the prompt and for every generated token.
         """
+        ids_BS = torch.empty(0, 0, dtype=torch.long)
 
-        def add(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            acts_BSD = first_tensor(output)
-            return _with_first_tensor(output, acts_BSD + value_BD.unsqueeze(1).to(acts_BSD))
+        def read(_module: nn.Module, inputs: Any, keywords: dict[str, Any]) -> None:
+            nonlocal ids_BS
+            ids_BS = inputs[0] if inputs else keywords["input_ids"]
 
-        with hooked(self.modules[hook], add):
-            yield
+        def put(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+            return _with_first_tensor(output, change(first_tensor(output), ids_BS))
+
+        reading = self.model.register_forward_pre_hook(read, with_kwargs=True)
+        try:
+            with hooked(self.modules[hook], put):
+                yield
+        finally:
+            reading.remove()
 
 
 class _Trace(NamedTuple):

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from evaluate.claims import by_run
 from evaluate.compare import FIGURES, KIND, SAE, Evaluated, columns, compare, short_name, titles, write_comparison
 from evaluate.figures import text
 from harvest.files import UserError
 from harvest.stage_directory import FINGERPRINT, Run
 from pipeline.config import load
 from pipeline.metrics import read_evaluation
-from pipeline.stages import find_runs
+from pipeline.stages import explanations, find_runs
 from pipeline.tables import table
 from train.config import SaeConfig
 
@@ -24,7 +25,7 @@ def compare_runs(names: Sequence[str], overrides: list[str], root: Path, to: Pat
     found = [run.path.resolve() for name in names for run in _runs(name, overrides, root)]
     evaluated = [_read(Run(path)) for path in dict.fromkeys(found)]
     rows = compare(evaluated)
-    write_comparison(to, rows)
+    write_comparison(to, rows, by_run([run.figures for run in evaluated]))
     return _table(rows)
 
 
@@ -56,6 +57,7 @@ def _read(run: Run) -> Evaluated:
     if (stage := run.manifest.get("stage")) != "evaluate":
         raise UserError(f"{run.path}: a {stage} directory; compare takes those of evaluate")
     evaluation = read_evaluation(run)
+    saes = read_evaluation(newest[0]).saes if (newest := explanations(run)) else evaluation.saes
     settings = _flat(run.settings, "evaluate")
     for stage, fingerprint in evaluation.inputs.items():
         before = Run(run.path.parents[1] / stage / str(fingerprint))
@@ -65,7 +67,7 @@ def _read(run: Run) -> Evaluated:
                 stage == "train" and f"{SAE}.d_sae" in settings
             ):  # as older runs had it, and as fingerprints leave it out
                 settings.setdefault(KIND, SaeConfig.model_fields["kind"].default)
-    return Evaluated(run.path.name, evaluation, settings)
+    return Evaluated(run.path.name, evaluation._replace(saes=saes), settings)
 
 
 def _flat(value: Any, prefix: str) -> dict[str, Any]:

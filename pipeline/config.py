@@ -87,6 +87,13 @@ class PipelineConfig(Settings):
             for name in (section and section.sources) or ():
                 if name not in known:  # evaluation would look for it in vain, after hours of work
                     raise ValueError(f"evaluate.{setting}.sources: {name!r}: no such source; one of {', '.join(known)}")
+        injection, score = self.evaluate.token_injection, self.evaluate.reason_score
+        read = (score.sources or known) if score else ()
+        for name in (injection and injection.into) or ():
+            if name not in known or name in read:
+                why = "reason_score reads it, and tokens go into other text" if name in read else "no such source"
+                others = ", ".join(source for source in known if source not in read) or "none, as it reads all"
+                raise ValueError(f"evaluate.token_injection.into: {name!r}: {why}; possible: {others}")
 
 
 def load(path: Path, overrides: list[str]) -> PipelineConfig:

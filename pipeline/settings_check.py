@@ -135,7 +135,7 @@ def _check_model(sweep: Sequence[Runs], stage: str) -> None:
 
     Raises UserError, also where the model cannot be had but for training, which may run where it is not.
     """
-    from evaluate.steering import check_features
+    from evaluate.operations import check_features
     from harvest.device import check_threads, resolve_device
     from harvest.language_model import load_skeleton
     from harvest.tokenizer import load_whole_tokenizer
@@ -167,7 +167,7 @@ def _check_model(sweep: Sequence[Runs], stage: str) -> None:
             "sample.sources: `rows: text` and a tokenizer without an end token: documents follow each other "
             "with nothing between them"
         )
-    if evaluate.steering and limit:
+    if evaluate.steering:
         _check_prompts(config, tokenizer, limit)
     if config.published:
         widths = [_check_published(config, inputs, d_in)]
@@ -272,17 +272,23 @@ def _check_token_ids(config: PipelineConfig, largest: int) -> None:
             )
 
 
-def _check_prompts(config: PipelineConfig, tokenizer: Any, limit: int) -> None:
-    from evaluate.generation import check_lengths, prompt_ids
+def _check_prompts(config: PipelineConfig, tokenizer: Any, limit: int | None) -> None:
+    from evaluate.generation import check_lengths, prompt_ids, thinking_tags
     from evaluate.steering import built_in_prompts
 
     steering = config.evaluate.steering
     assert steering
     prompts = steering.prompts or built_in_prompts()[: steering.built_in_prompts]
     try:
-        check_lengths(prompt_ids(tokenizer, prompts, None), steering.max_new_tokens, limit)
+        ids = prompt_ids(tokenizer, prompts, None)
+        check_lengths(ids, steering.max_new_tokens, limit)
     except UserError as error:
         raise UserError(f"evaluate.steering.max_new_tokens: {steering.max_new_tokens}: {error}") from None
+    if steering.where == "thinking":
+        try:
+            thinking_tags(tokenizer, ids)
+        except UserError as error:
+            raise UserError(f"evaluate.steering.{error}") from None
 
 
 def _warn_of_absent_tokens(config: PipelineConfig, folder: Path) -> None:

@@ -265,11 +265,16 @@ def explained(runs: Runs) -> list[Run]:
     """The complete explanations of an evaluation, the newest first; of these settings alone where they have them."""
     if "explain" in runs.stages:
         return [run for run in [runs.of("explain")] if run.is_complete]
-    made = sorted((runs.root / "explain").glob(f"*/{MANIFEST}"), key=lambda path: -path.stat().st_mtime)
+    return explanations(runs.of("evaluate"))
+
+
+def explanations(evaluated: Run) -> list[Run]:
+    """All complete runs of explain on an evaluation, the newest first."""
+    made = sorted(evaluated.path.parents[1].glob(f"explain/*/{MANIFEST}"), key=lambda path: -path.stat().st_mtime)
     found = []
     for run in (Run(path.parent) for path in made if FINGERPRINT.fullmatch(path.parent.name)):
         with suppress(UserError):  # of a damaged manifest
-            found += [run] if run.upstreams[0].path.name == runs.fingerprints["evaluate"] else []
+            found += [run] if run.upstreams[0].path.name == evaluated.path.name else []
     return found
 
 

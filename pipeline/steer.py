@@ -1,16 +1,16 @@
-"""The `steer` command: completions with a feature amplified and without, side by side, and their words counted."""
+"""The `steer` command: completions with features operated on and without, side by side, and their words counted."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from evaluate.config import ReasonScoreConfig
+from evaluate.config import Op, ReasonScoreConfig, Where
 from evaluate.visible import visible
 from harvest.files import write_json
 from harvest.hub import resolved_commit
@@ -25,10 +25,22 @@ Option = typer.Option
 class Request(NamedTuple):
     """The options of the command."""
 
-    feature: Annotated[list[int], Option(help="Feature to amplify; may be repeated.")]
-    strength: Annotated[
-        list[float] | None, Option(help="Times the feature's largest activation; may be repeated. Default: 1.")
-    ] = None
+    feature: Annotated[
+        list[str],
+        Option(
+            help="Feature to operate on: 123, or 123:set:2:thinking with what differs from the options; repeatable."
+        ),
+    ]
+    op: Annotated[
+        Op,
+        Option(help="add or set strength times the feature's largest activation, ablate it, or scale it by strength."),
+    ] = "add"
+    strength: Annotated[list[float] | None, Option(help="Of the operation; may be repeated. Default: 1.")] = None
+    where: Annotated[
+        Where,
+        Option(help="At all tokens, those of the prompt, those generated, or those between <think> and </think>."),
+    ] = "all"
+    together: Annotated[bool, Option("--together", help="All features at once, not one after another.")] = False
     prompt: Annotated[list[str] | None, Option(help="What to answer; may be repeated.")] = None
     prompts: Annotated[Path | None, Option(help="File of prompts, one a line.")] = None
     measure: Annotated[bool, Option("--measure", help="Take the sixty built-in prompts; show figures.")] = False
@@ -55,7 +67,8 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     """
     directory = _checked(sweep, request)
     from evaluate import steering
-    from evaluate.generation import Sampling
+    from evaluate.generation import Sampling, prompt_ids, thinking_tags
+    from evaluate.operations import check_operations, check_strengths
     from harvest.activation_store import ActivationStore, slug
     from harvest.contexts import Contexts
     from harvest.device import resolve_device, resolve_dtype, set_threads
@@ -66,17 +79,19 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     from train.checkpoint import load_sae
 
     runs, config = sweep[0], sweep[0].config
-    prompts, strengths = tuple(request.prompt or ()), tuple(request.strength or [1.0])
+    prompts = tuple(request.prompt or ())
     if request.prompts:
         prompts += steering.read_prompts(request.prompts)
     if request.measure and not prompts:
         prompts = steering.built_in_prompts()
-    steering.check_strengths(strengths, "--strength")
     settings, hook = config.evaluate, request.hook or config.harvest.hooks[0]
     folder = directory / slug(hook)
     saved = load_sae(folder / "best" if settings.sae == "best" else folder)
-    features = tuple(dict.fromkeys(request.feature))
-    steering.check_features(features, saved.sae.d_sae, "--feature")
+    check_strengths(request.strength or (), "--strength")
+    plans = planned(request)
+    for operations in (operations for plan in plans for operations in (plan.operations, *plan.lists)):
+        check_operations(operations, saved.sae.d_sae, "--feature")
+    features = tuple(dict.fromkeys(operation.feature for plan in plans for operation in plan.operations))
     if request.max_activation is None:
         store = ActivationStore.open(files_of(runs.directory("harvest")))
         store.check_complete(("holdout",))
@@ -87,23 +102,20 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     set_threads(settings.runtime.threads, device)
     dtype = resolve_dtype(settings.downstream.compute_dtype if settings.downstream else "auto", device)
     commit, offline = resolved_commit(runs.inputs.model), settings.runtime.offline
-    model = load_model(config.model, commit, [hook], dtype, device, offline=offline, with_head=True)
-    steering.check_fit(model, saved)
     tokenizer = load_whole_tokenizer(config.model, commit, offline)
     contexts = runs.directory("sample") / "contexts"
+    asked = {"chat": request.chat, "bos": Contexts(contexts).bos if contexts.exists() else None}
+    ids = prompt_ids(tokenizer, prompts, **asked)
+    if any(operation.where == "thinking" for plan in plans for operation in plan.operations):
+        thinking_tags(tokenizer, ids, request.chat)
+    model = load_model(config.model, commit, [hook], dtype, device, offline=offline, with_head=True)
+    steering.check_fit(model, saved)
     sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)
-    with Progress("steer", len(prompts) * (1 + len(features) * len(set(strengths) - {0})), "completions") as progress:
+    with Progress("steer", len(prompts) * steering.columns(plans), "completions") as progress:
+        on_device = saved._replace(sae=saved.sae.to(device))
+        chosen = dict(zip(features, maxima, strict=True))
         found = steering.steer(
-            model,
-            tokenizer,
-            saved._replace(sae=saved.sae.to(device)),
-            dict(zip(features, maxima, strict=True)),
-            strengths,
-            prompts,
-            sampling,
-            chat=request.chat,
-            bos=Contexts(contexts).bos if contexts.exists() else None,
-            progress=progress,
+            model, tokenizer, on_device, chosen, plans, prompts, sampling, **asked, progress=progress
         )
     words = tuple(request.word or (settings.reason_score or ReasonScoreConfig()).words)
     figures = [steering.figures(steered, words) for steered in found]
@@ -113,7 +125,6 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
         if request.measure or request.word:
             show_figures(measured, words)
     if request.json:
-        completions = [[[c._asdict() for c in row] for row in steered.completions] for steered in found]
         document = {
             "definitions": steering.DEFINITIONS,
             "sae": runs.fingerprints["train"],
@@ -121,7 +132,7 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
             "words": list(words),
             "sampling": sampling._asdict(),
             "figures": figures,
-            "completions": [s._asdict() | {"completions": c} for s, c in zip(found, completions, strict=True)],
+            "completions": [_completions(steered) for steered in found],
         }
         write_json(request.json, document)
         print(request.json)
@@ -151,28 +162,109 @@ def _checked(sweep: Sequence[Runs], request: Request) -> Path:
     return trained(sweep[0], "steer")
 
 
+def planned(request: Request) -> list[Any]:
+    """What is to be compared: a plan for each feature, or one for all of them together.
+
+    Raises SettingsError for a feature that cannot be read.
+    """
+    from evaluate.operations import Operation
+    from evaluate.steering import plan
+
+    asked = list(dict.fromkeys(_asked(text) for text in request.feature))
+    strengths = dict.fromkeys(request.strength or [1.0])
+    return [
+        plan(
+            {
+                strength: tuple(
+                    Operation(
+                        a.feature,
+                        a.op or request.op,
+                        strength if a.strength is None else a.strength,
+                        a.where or request.where,
+                    )
+                    for a in group
+                )
+                for strength in strengths
+            }
+        )
+        for group in ([asked] if request.together else [[each] for each in asked])
+    ]
+
+
+class _Asked(NamedTuple):
+    """A feature of the command line; None is what the options say."""
+
+    feature: int
+    op: Op | None = None
+    strength: float | None = None
+    where: Where | None = None
+
+
+def _asked(text: str) -> _Asked:
+    number, *rest = text.split(":")
+    found: dict[str, Any] = {}
+    for part in rest:
+        name = "op" if part in get_args(Op) else "where" if part in get_args(Where) else "strength"
+        try:
+            value = float(part) if name == "strength" else part
+        except ValueError:
+            value = None
+        if value is None or name in found:
+            raise SettingsError(
+                f"--feature: {text!r}: {part!r} is no operation ({', '.join(get_args(Op))}), place "
+                f"({', '.join(get_args(Where))}) or strength, or a second one; as 123:set:2:thinking"
+            )
+        found[name] = value
+    try:
+        return _Asked(int(number), **found)
+    except ValueError:
+        raise SettingsError(f"--feature: {text!r}: a feature is a number, as 123 or 123:set:2:thinking") from None
+
+
+def _completions(steered: Any) -> dict[str, Any]:
+    rows = [[completion._asdict() for completion in row] for row in steered.completions]
+    lists = [[operation._asdict() for operation in operations] for operations in steered.plan.lists]
+    return {"strengths": steered.plan.strengths, "operations": lists, "prompts": steered.prompts, "completions": rows}
+
+
+def _title(steered: Any) -> str:
+    """Each feature with its largest activation, and what is done to it unless it is amplified everywhere."""
+    parts = []
+    for operation in steered.plan.operations:
+        done = "" if (operation.op, operation.where) == ("add", "all") else f" ({operation.op}, {operation.where})"
+        parts.append(f"feature {operation.feature}{done}, largest activation {steered.maxima[operation.feature]:.3g}")
+    return "; ".join(parts)
+
+
 def show_completions(console: Console, steered: Any) -> None:
     """A table for each prompt, a column for each strength. What the model wrote is untrusted text."""
     for prompt, row in zip(steered.prompts, steered.completions, strict=True):
-        title = f"feature {steered.feature}, largest activation {steered.max_activation:.3g}"
-        grid = Table(title=Text(title), caption=Text(visible(prompt)), caption_justify="left", expand=True)
-        for strength in steered.strengths:
-            grid.add_column(Text(f"strength {strength:g}" if strength else "as it is"), ratio=1, overflow="fold")
+        grid = Table(title=Text(_title(steered)), caption=Text(visible(prompt)), caption_justify="left", expand=True)
+        for number, strength in enumerate(steered.plan.strengths):
+            grid.add_column(Text(f"strength {strength:g}" if number else "as it is"), ratio=1, overflow="fold")
         grid.add_row(*(Text(visible(completion.text)) for completion in row))
         console.print(grid)
+    if not any(completion.changed for row in steered.completions for completion in row):
+        print(f"{_title(steered)}: nothing was changed: no token was in such a place")
 
 
 def show_figures(figures: dict[str, Any], words: Sequence[str]) -> None:
     """Rates and lengths by strength, with 95% intervals."""
-    print(f"feature {figures['feature']}, {figures['prompts']} prompts: {visible(', '.join(words))}")
-    rows = [("strength", "words", "per 100 tokens", "change", "tokens, change")]
+    done = figures.get("together", [figures])
+    features = ", ".join(f"{each['feature']} ({each['op']}, {each['where']})" for each in done)
+    print(f"feature {features}, {figures['prompts']} prompts: {visible(', '.join(words))}")
+    rows = [("strength", "words", "per 100 tokens", "change", "tokens, change", "changed")]
     for line in figures["by_strength"]:
         rate, change = line["words_per_100_tokens"], line["words_per_100_tokens_change"]
         changes = _interval(change, "{:+.1f}"), _interval(line["tokens_change"], "{:+.1f}")
-        rows.append((f"{line['strength']:g}", f"{line['words']:,}", _interval(rate, "{:.1f}"), *changes))
-    print("\n".join(table(rows, right=range(5))))
-    verdict = "rises with each strength" if figures["rises"] else "does not rise with each strength"
-    print(f"The rate of these words {verdict}. In brackets: 95% by bootstrap over prompts.")
+        strength = "as it is" if line["strength"] is None else f"{line['strength']:g}"
+        share = f"{line['changed'] / line['processed']:.0%}"
+        rows.append((strength, f"{line['words']:,}", _interval(rate, "{:.1f}"), *changes, share))
+    print("\n".join(table(rows, right=range(6))))
+    if figures["rises"] is not None:
+        verdict = "rises with each strength" if figures["rises"] else "does not rise with each strength"
+        print(f"The rate of these words {verdict}.")
+    print("In brackets: 95% by bootstrap over prompts. Changed: the part of the tokens that the operation was done at.")
 
 
 def _interval(value: dict[str, float], form: str) -> str:

@@ -10,7 +10,8 @@ from conftest import only
 from evaluate.activity import read_activity
 from evaluate.config import FeaturesConfig
 from evaluate.feature_pages import nearest_features
-from evaluate.feature_views import Scored, Site
+from evaluate.feature_views import Scored, Site, visible
+from evaluate.token_identity import TokenIdentity
 from evaluate.unembedding import Tokens
 from train.checkpoint import load_sae
 
@@ -72,6 +73,30 @@ def site(finished: Path, features: int = 12) -> Site:
     listed = torch.arange(10).repeat(features, 1)
     tokens = Tokens(listed, torch.linspace(3, 1, 10).repeat(features, 1))
     rng = np.random.default_rng(0)
+    counts = rng.integers(1, 9, (128, 10, 2))
+    identity = TokenIdentity(
+        np.array(["chat", "<b>reasoning"]),
+        np.array([False, True]),
+        *rng.random((2, 128)),
+        np.tile(np.arange(10), (128, 1)),
+        counts // 2,
+        counts,
+        *rng.random((2, 128)),
+    )
+    of_reasoning = {"mean": 2.0, "d": 1.5, "d_interval": [1.0, 2.0], "p": 1e-9}
+    injected = {
+        "verdict": "token-driven",
+        "best": "context",
+        "d": 2.0,
+        "d_interval": [1.0, 3.0],
+        "p": 0.001,
+        "share": None,
+        "n": 2,
+        "untouched": 0.1,
+        "reasoning": of_reasoning,
+        "strategies": [of_reasoning | {"strategy": "context"}],
+        "example": [{"text": visible(token), "injected": n % 2 == 0} for n, token in enumerate(TOKENS)],
+    }
     scored = Scored(rng.normal(size=128), rng.random((2, 128)), ["wait", "<b>let me</b>"])
     return Site(
         HOOK,
@@ -82,5 +107,7 @@ def site(finished: Path, features: int = 12) -> Site:
         "",
         nearest_features(saved.sae.W_dec, chosen),
         scored,
+        identity,
+        dict.fromkeys(range(0, features, 2), injected),
         explained={feature: explained(feature) for feature in range(features - 1)},
     )

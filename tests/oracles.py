@@ -18,7 +18,7 @@ def user(messages) -> str:
 
 
 def excerpts(text: str) -> list[str]:
-    return re.split(r"^Excerpt \d+.*?: ", text, flags=re.MULTILINE)[1:]
+    return re.findall(r"^Excerpt \d+.*?: (.*)$", text, re.MULTILINE)
 
 
 def oracle(messages) -> str:

@@ -35,7 +35,7 @@ from train.standard import Standard
 
 HOOK = "model.layers.0"
 TINY = ModelConfig(name="assets/tiny-llama")
-WAIT, NUMBERS, NEVER = 3, 5, 6  # features: on the token " wait" alone, on " numbers" alone, on none
+WAIT, NUMBERS, NEVER, PAD = 3, 5, 6, 7  # features: on the token " wait" alone, on " numbers" alone, on none, on token 0
 CONFIG = FalsifyConfig(texts=6, contexts=2, paraphrases=3, at_least=3)
 
 
@@ -44,12 +44,16 @@ def planted(model, tokenizer) -> SavedSae:
     words = ["wait", "numbers", "the", "sum", "of", "two", "is", "even", "so", "let", "me", "check", "therefore"]
     rng = np.random.default_rng(0)
     ids = np.array([tokenizer.encode_text(" " + " ".join(rng.choice(words, 24)))[:20] for _ in range(80)])
+    ids[rng.random(ids.shape) < 0.05] = 0
     x_BD = model.activations(torch.from_numpy(ids))[HOOK].bfloat16().float().flatten(0, 1)
     x_B1 = torch.cat([x_BD, torch.ones(len(x_BD), 1)], 1)
     sae = Standard.initial(32, 8, scale=1.0)
     sae.W_enc[:], sae.b_enc[:] = 0, -1
-    for feature, word in ((WAIT, " wait"), (NUMBERS, " numbers")):
-        (token,) = tokenizer.encode_text(word)
+    for feature, token in (
+        (WAIT, *tokenizer.encode_text(" wait")),
+        (NUMBERS, *tokenizer.encode_text(" numbers")),
+        (PAD, 0),
+    ):
         target_B = torch.from_numpy(np.where(ids.reshape(-1) == token, 1.0, -1.0)).float()
         solved = torch.linalg.lstsq(x_B1, target_B[:, None]).solution[:, 0]
         sae.W_enc[:, feature], sae.b_enc[feature] = solved[:-1], solved[-1]
@@ -176,7 +180,7 @@ def test_activations_are_those_of_a_plain_loop(reading):
         " wait",
     ]
     texts += [" ".join(np.random.default_rng(i).choice(["wait", "numbers", "so", "even"], 3 + i)) for i in range(30)]
-    features = [(WAIT, NUMBERS, NEVER, 0)[i % 4] for i in range(len(texts))]
+    features = [(WAIT, NUMBERS, NEVER, PAD)[i % 4] for i in range(len(texts))]
     rules = [Exclusion(ExcludeConfig(), 3.0), reading.rule, Exclusion(ExcludeConfig(token_ids=(3, 278)))]
     for rule in rules:
         for bos, longest in ((None, 30), (0, 7)):
@@ -184,6 +188,38 @@ def test_activations_are_those_of_a_plain_loop(reading):
             expected = [plain(here, text, feature) for text, feature in zip(texts, features, strict=True)]
             np.testing.assert_allclose(here.activations(texts, features), expected, atol=1e-5)
             assert max(expected) > 0.2
+
+
+def test_thresholds_are_parts_of_the_strongest_context_alone(reading):
+    class Graded:
+        """Reads a text as a quarter of the number of its " wait"."""
+
+        tokenizer = reading.tokenizer
+
+        def activations(self, texts, _features):
+            return np.array([text.count("wait") / 4 for text in texts], np.float32)
+
+    texts = ["so", "wait", "wait wait", "wait wait wait", "wait wait wait wait wait"]
+    texts = [f"let {text} let" for text in texts]
+    strong = [" wait" * count + " so" * (8 - count) for count in (8, 4, 5)]  # 2, 1 and 1.25
+    found = claim(reading, WAIT, strong)
+    asked = []
+
+    def ask_all(questions):
+        asked.extend(questions)
+        return [Answer(json.dumps([f"{text} {n}" for text in texts])) for n in range(len(questions))]
+
+    (each,) = counterexamples(Graded(), [found], ask_all, FalsifyConfig(texts=5, contexts=3, paraphrases=5))["features"]
+    assert each["reference"] == 2.0
+    by_kind = {kind: [row for row in each["texts"] if row["kind"] == kind] for kind in ("counterexample", "paraphrase")}
+    # Above 1 it fires, below 0.5 it is silent; a half and a quarter are neither.
+    assert [row["activation"] for row in by_kind["counterexample"]] == [0, 0.25, 0.5, 0.75, 1.25]
+    for rows in by_kind.values():
+        assert [row["fires"] for row in rows] == [False, False, False, False, True] * (len(rows) // 5)
+        assert [row["silent"] for row in rows] == [True, True, False, False, False] * (len(rows) // 5)
+    assert {row["original_activation"] for row in by_kind["paraphrase"]} == {2.0, 1.25} and len(asked) == 3
+    assert (each["fired"], each["of"], each["silent"], each["paraphrases"]) == (1, 5, 4, 10)
+    assert each["verdict"] == "silent on paraphrases"
 
 
 def test_a_context_that_does_not_fire_alone_is_not_reworded(reading, asking):

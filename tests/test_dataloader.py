@@ -7,7 +7,7 @@ import torch
 from harvest.activation_store import ActivationStore, Geometry, ShardRows
 from train.config import ExcludeConfig
 from train.dataloader import ActivationLoader, Batch, Position, heldout_rows
-from train.exclusion import input_statistics, kept_rows
+from train.exclusion import input_statistics, kept_rows, mean_row
 
 HOOK = "h"
 GEOMETRY = Geometry((HOOK,), d_in=4, context_size=8, shard_contexts=4, chunk_rows=8, train_shards=5, holdout_shards=1)
@@ -101,6 +101,14 @@ def test_statistics_and_the_norm_limit(store):
     assert statistics.scale == pytest.approx(2 / norms[norms < 1000].mean())
     kept = kept_rows(store, "train", HOOK, 0, exclude, statistics.norm_limit)
     assert np.flatnonzero(~kept).tolist() == [5]
+
+
+def test_the_mean_row_is_that_of_the_kept_rows_of_the_first_window(store):
+    bits = np.array([n for n in kept_numbers() if n < 64 and n % 32 != 5], np.uint32) << 16
+    exclude = EXCLUDE.model_copy(update={"norm_above_median": 10})
+    mean_D = mean_row(store, HOOK, exclude, 40.0, window_shards=2)
+    assert mean_D[0] == pytest.approx(bits.view(np.float32).mean(dtype=np.float64), rel=1e-6, abs=0)
+    assert mean_D[2] == 0
 
 
 def test_heldout_rows_are_the_first_kept_ones(store):

@@ -63,6 +63,25 @@ def alone(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(("kind", "given"), [("topk", "mean"), ("jumprelu", "mean"), ("batchtopk", "zeros")])
+def test_where_biases_start(alone, monkeypatch, kind, given):
+    """At an lr that moves nothing: W_enc sees rows less the mean of the first window, or as they are."""
+    monkeypatch.chdir(alone)
+    still = ("train.lr=1e-30", *SETTINGS[kind], f"train.sae.b_dec_init_method={given}")
+    assert pipeline("train", *still).status == 0
+    (path,) = (file.parent for file in alone.glob("runs/train/*/manifest.json") if '"lr": 1e-30' in file.read_text())
+    saved = load_sae(path / HOOK)
+    store = ActivationStore.open(only(alone, "runs/harvest/*/store"))
+    window = range(2 * store.geometry.chunks_per_shard)
+    rows_BD = torch.cat([torch.from_numpy(store.read_chunk("train", HOOK, i)) for i in window]).view(torch.bfloat16)
+    rows_BD = rows_BD[rows_BD.float().norm(dim=1) <= (saved.statistics.norm_limit or torch.inf)]
+    mean_D = rows_BD.double().mean(0) * saved.sae.scale * (given == "mean")
+    assert mean_D.abs().max() > 0.01 or given == "zeros"
+    torch.testing.assert_close(saved.sae.b_dec.double(), mean_D, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(saved.sae.b_enc.double(), -mean_D @ saved.sae.W_enc.double(), rtol=1e-4, atol=1e-6)
+    shutil.rmtree(path)
+
+
 def run_of(folder: Path, kind: str) -> Path:
     """Directory of a kind's run at the first lr."""
     (found,) = (

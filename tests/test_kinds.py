@@ -15,7 +15,8 @@ import torch
 from conftest import contents, only, pipeline
 from torch import Tensor
 
-from evaluate.steering import max_activations, steering_vectors
+from evaluate.operations import Operation, operated
+from evaluate.steering import max_activations
 from harvest.activation_store import ActivationStore
 from harvest.files import UserError
 from train import config
@@ -143,7 +144,11 @@ def test_report_and_pages_have_its_own_activations(ran, kind):
     chosen = list(of_pages)[:5]
     maxima = max_activations(store, saved, ExcludeConfig(), chosen)
     assert maxima == pytest.approx(f[:, chosen].amax(0).tolist(), rel=1e-5)
-    vectors = steering_vectors(saved, chosen, maxima)
+    adding = [Operation(feature, "add", 1.0) for feature in chosen]
+    nothing = torch.zeros(len(chosen), saved.sae.d_in)
+    vectors = operated(
+        saved.sae, nothing, adding, dict(zip(chosen, maxima, strict=True)), torch.eye(len(chosen)).bool()
+    )
     one_each = torch.zeros(len(chosen), saved.sae.d_sae)
     one_each[torch.arange(len(chosen)), chosen] = torch.tensor(maxima)
     assert torch.allclose(vectors, saved.sae.decode(one_each) - saved.sae.decode(0 * one_each), rtol=1e-3, atol=1e-5)

@@ -10,8 +10,9 @@ import torch
 from conftest import only, pipeline, unlisted
 from transformers import AutoModelForCausalLM
 
-from evaluate.generation import Sampling, complete
-from evaluate.steering import built_in_prompts, figures, max_activations, steer, steering_vectors, word_pattern
+from evaluate.generation import Sampling, _processors, complete
+from evaluate.operations import Interventions, Operation, operated
+from evaluate.steering import built_in_prompts, figures, max_activations, plan, steer, word_pattern
 from evaluate.visible import visible
 from harvest.activation_store import ActivationStore
 from harvest.config import ModelConfig
@@ -42,42 +43,44 @@ def writing(model: HookedModel, token: int) -> SavedSae:
     return SavedSae(sae, HOOK, InputStatistics(0.5, 1.0, None), {})
 
 
+def adding(vector_D: torch.Tensor, *strengths: float, hook: str = HOOK) -> Interventions:
+    """Feature 3 of an SAE whose direction is a vector, added with each strength; 0 adds nothing."""
+    sae = Standard.initial(32, 8, scale=0.5)
+    sae.W_dec[3] = 0.5 * vector_D
+    saved = SavedSae(sae, hook, InputStatistics(0.5, 1.0, None), {})
+    return Interventions(saved, {3: 1.0}, [(Operation(3, "add", strength),) for strength in strengths])
+
+
+NOTHING = adding(torch.zeros(32), 0)
+
+
+def amplified(feature: int, strengths: tuple[float, ...]):
+    return plan({strength: (Operation(feature, "add", strength),) for strength in strengths})
+
+
 @pytest.mark.parametrize("hook", [HOOK, "model.layers.0"])
 @pytest.mark.parametrize("temperature", [0.0, 0.05])
 def test_strength_zero_writes_the_very_same_tokens(tiny_model, hook, temperature):
     model, tokenizer = tiny_model
     sampling = Sampling(12, temperature, seed=3)
     vector_D = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 20
-    both = complete(model, tokenizer, hook, PROMPTS, torch.stack([0 * vector_D, vector_D]), sampling)
+    both = complete(model, tokenizer, adding(vector_D, 0, 1, hook=hook), PROMPTS, sampling)
     plain = AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.bfloat16).float().eval()
+    for number, (prompt, row) in enumerate(zip(PROMPTS, both, strict=True)):
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        noise = _processors(sampling, range(number, number + 1), 1)
+        free = plain.generate(ids, max_new_tokens=12, do_sample=False, logits_processor=noise, pad_token_id=0)[0]
+        assert row[0].token_ids == free[ids.shape[1] :].tolist() != row[1].token_ids
     unhooked = HookedModel(plain, {hook: torch.nn.Identity()}, torch.device("cpu"))
-    free = complete(unhooked, tokenizer, hook, PROMPTS, torch.zeros(2, 32), sampling)
-    assert [row[0] for row in both] == [row[0] for row in free]
-    assert all(row[1] != row[0] for row in both)
-
-
-def test_a_cache_and_a_batch_change_nothing(tiny_model):
-    """The plain twin: one prompt at a time, the whole text read anew for each token, with the same vector."""
-    model, tokenizer = tiny_model
-    vector_D = torch.randn(32, generator=torch.Generator().manual_seed(1)) * 3
-    batched = complete(model, tokenizer, HOOK, PROMPTS, torch.stack([0 * vector_D, vector_D]), Sampling(10))
-    for prompt, row in zip(PROMPTS, batched, strict=True):
-        for scale, completion in enumerate(row):
-            ids = tokenizer(prompt)["input_ids"]
-            length = len(ids)
-            with torch.no_grad(), model.added(HOOK, (scale * vector_D)[None]):
-                for _ in range(len(completion.token_ids)):
-                    logits = model.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-                    ids.append(int(logits.argmax()))
-            assert ids[length:] == completion.token_ids
+    with pytest.raises(UserError, match=f"{hook}: the model read 15 tokens of a sequence, and 0 passed the hook"):
+        complete(unhooked, tokenizer, adding(vector_D, 0, hook=hook), PROMPTS, sampling)
 
 
 def test_a_sample_depends_on_seed_and_prompt_not_on_the_batch(tiny_model):
     model, tokenizer = tiny_model
-    none = torch.zeros(1, 32)
-    together = complete(model, tokenizer, HOOK, PROMPTS, none, Sampling(8, 1.0, seed=1))
-    apart = complete(model, tokenizer, HOOK, PROMPTS, none, Sampling(8, 1.0, seed=1), batch_sequences=1)
-    other = complete(model, tokenizer, HOOK, PROMPTS, none, Sampling(8, 1.0, seed=2))
+    together = complete(model, tokenizer, NOTHING, PROMPTS, Sampling(8, 1.0, seed=1))
+    apart = complete(model, tokenizer, NOTHING, PROMPTS, Sampling(8, 1.0, seed=1), batch_sequences=1)
+    other = complete(model, tokenizer, NOTHING, PROMPTS, Sampling(8, 1.0, seed=2))
     assert together == apart
     assert together != other
 
@@ -88,7 +91,7 @@ def test_a_word_rises_with_the_strength_of_the_feature_that_writes_it(tiny_model
     saved = writing(model, token)
     prompts = [f"{prompt} {' '.join(['so', 'let', 'me'][: i % 4])}" for i in range(20) for prompt in PROMPTS]
     strengths = (0.1, 0.2, 0.4, 1.6)
-    (steered,) = steer(model, tokenizer, saved, {3: 1.0}, strengths, prompts, Sampling(8, 0.1))
+    (steered,) = steer(model, tokenizer, saved, {3: 1.0}, [amplified(3, strengths)], prompts, Sampling(8, 0.1))
     found = figures(steered, ["check"])
     assert found["rises"] and found["prompts"] == 60
     last = found["by_strength"][-1]
@@ -117,7 +120,10 @@ def test_the_vector_is_in_units_of_the_activation(tiny_model, finished):
     feature = int(largest.argmax())
     (maximum,) = max_activations(store, saved, exclude, [feature])
     assert maximum == pytest.approx(float(largest[feature]), rel=1e-5)
-    (vector_D,) = steering_vectors(saved, [feature], [maximum])
+    added = operated(
+        saved.sae, torch.zeros(1, 32), [Operation(feature, "add", 1.0)], {feature: maximum}, torch.ones(1, 1).bool()
+    )
+    vector_D = added[0]
     rebuilt = saved.sae.decode(torch.nn.functional.one_hot(torch.tensor([feature]), saved.sae.d_sae) * maximum)
     assert torch.allclose(vector_D, rebuilt[0] - saved.sae.b_dec / saved.sae.scale, rtol=1e-4, atol=1e-5)
 
@@ -203,13 +209,12 @@ def test_a_feature_that_never_fires_has_no_maximum(finished):
 
 def test_prompts_go_through_the_chat_template(tiny_model):
     model, tokenizer = tiny_model
-    none = torch.zeros(1, 32)
-    plain = complete(model, tokenizer, HOOK, PROMPTS, none, Sampling(6))
+    plain = complete(model, tokenizer, NOTHING, PROMPTS, Sampling(6))
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
-    chat = complete(model, tokenizer, HOOK, PROMPTS, none, Sampling(6))
+    chat = complete(model, tokenizer, NOTHING, PROMPTS, Sampling(6))
     by_hand = complete(
-        model, tokenizer, HOOK, [f"<|im_start|>{p}<|im_end|>" for p in PROMPTS], none, Sampling(6), chat=False
+        model, tokenizer, NOTHING, [f"<|im_start|>{p}<|im_end|>" for p in PROMPTS], Sampling(6), chat=False
     )
     assert chat == by_hand
     assert chat != plain
-    assert complete(model, tokenizer, HOOK, PROMPTS, none, Sampling(6), chat=False) == plain
+    assert complete(model, tokenizer, NOTHING, PROMPTS, Sampling(6), chat=False) == plain

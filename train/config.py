@@ -19,16 +19,17 @@ class Kind(NamedTuple):
 
 
 AUX = ("aux_coefficient", "aux_k", "dead_after")
+START = "b_dec_init_method"
 KINDS = {
     "standard": Kind("train.standard:Standard", ("l1_coefficient",)),
-    "topk": Kind("train.topk:TopK", ("k", *AUX)),
-    "batchtopk": Kind("train.batchtopk:BatchTopK", ("k", *AUX)),
-    "jumprelu": Kind("train.jumprelu:JumpRelu", ("l0_coefficient", "target_l0", "bandwidth")),
-    "matryoshka": Kind("train.matryoshka:Matryoshka", ("k", "prefixes", *AUX)),
+    "topk": Kind("train.topk:TopK", (START, "k", *AUX)),
+    "batchtopk": Kind("train.batchtopk:BatchTopK", (START, "k", *AUX)),
+    "jumprelu": Kind("train.jumprelu:JumpRelu", (START, "l0_coefficient", "target_l0", "bandwidth")),
+    "matryoshka": Kind("train.matryoshka:Matryoshka", (START, "k", "prefixes", *AUX)),
 }
 DEFAULTS = {
     "l1_coefficient": 5.0, "k": 64, "aux_coefficient": 1 / 32,
-    "l0_coefficient": 1.0, "target_l0": 64.0, "bandwidth": 2.0,
+    "l0_coefficient": 1.0, "target_l0": 64.0, "bandwidth": 2.0, START: "mean",
 }  # fmt: skip
 OPTIONAL = ("target_l0",)  # may be null although they have a default
 HYPERPARAMETERS = tuple(dict.fromkeys(name for kind in KINDS.values() for name in kind.hyperparameters))
@@ -83,7 +84,11 @@ class SaeConfig(Settings):
     aux_k: int | None = _own("aux_k", ge=1)
     """The same: dead features that rebuild a row's residual. Default d_in / 2."""
     dead_after: int | None = _own("dead_after", ge=1)
-    """The same: a feature is dead that fired in none of so many rows. Default 10M, or one epoch if that is fewer."""
+    """The same: a feature is dead that fired in none of so many rows. Default 10M, or a tenth of an
+    epoch if that is fewer."""
+    b_dec_init_method: Literal["mean", "zeros"] | None = _own(START)
+    """All but standard: b_dec starts as the mean of the first window's rows, and b_enc such that W_enc sees rows less
+    it; or both start at zero. Nothing to an SAE that start_from gives."""
     l0_coefficient: float | None = _own("l0_coefficient", ge=0)
     """jumprelu: weight of L0, or with target_l0 of its distance from that."""
     target_l0: float | None = _own("target_l0", gt=0)
@@ -123,7 +128,7 @@ class SaeConfig(Settings):
     def hyperparameters(self) -> dict[str, Any]:
         """The settings that the kind's class takes, by name."""
         names = KINDS[self.kind].hyperparameters
-        return {name: getattr(self, name) for name in names if name != "dead_after"}
+        return {name: getattr(self, name) for name in names if name not in ("dead_after", START)}
 
     def said(self, everything: bool = False) -> str:
         """Its kind and what sets its sparsity, as `batchtopk, k = 34`, or with all that the kind's own settings say."""

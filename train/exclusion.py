@@ -3,12 +3,15 @@
 The first position of a context and a few delimiters have norms a hundred times the median; 0.2% of the
 rows can hold 96% of all squared norm. Everything is stored; what is left out is decided here, from the
 provenance of the rows, and never needs another harvest.
+
+Shape suffixes: B rows of a chunk, D d_in.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from harvest.activation_store import ActivationStore
 from harvest.files import UserError
@@ -91,3 +94,17 @@ def input_statistics(
     if not mean > 0:
         raise UserError(f"{store.path}: all rows of {hook} in the first window are zero; there is nothing to learn")
     return InputStatistics(input_scale(store.geometry.d_in, mean), median, limit)
+
+
+def mean_row(
+    store: ActivationStore, hook: str, exclude: ExcludeConfig, norm_limit: float | None, window_shards: int
+) -> np.ndarray:
+    """Mean of the kept rows of the first window of training, float64 (d_in,), in stored units."""
+    total, rows = np.zeros(store.geometry.d_in), 0
+    for shard in range(min(window_shards, store.geometry.train_shards)):
+        kept = kept_rows(store, "train", hook, shard, exclude, norm_limit).reshape(-1, store.geometry.chunk_rows)
+        for i, kept_B in enumerate(kept):
+            acts_BD = torch.from_numpy(store.read_chunk("train", hook, shard * len(kept) + i)).view(torch.bfloat16)
+            total += acts_BD[torch.from_numpy(kept_B)].float().numpy().sum(0, dtype=np.float64)
+            rows += int(kept_B.sum())
+    return total / max(1, rows)

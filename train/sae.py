@@ -228,6 +228,17 @@ class Sae:
         """The same on a device."""
         return replace(self, parameters={name: weight.to(device) for name, weight in self.parameters.items()})
 
+    def centered(self, mean_D: np.ndarray) -> Self:
+        """The same around a mean row (D,), in stored units: b_dec is it, and W_enc sees rows less it.
+
+        Computed in float64 on the CPU, so that every device starts from the same bytes.
+        """
+        mean_D = mean_D * self.scale
+        parts = [mean_D @ part.double().cpu().numpy() for part in self.W_enc.split(4096, dim=1)]
+        biases = {"b_enc": self.b_enc.double().cpu().numpy() - np.concatenate(parts), "b_dec": mean_D}
+        moved = {name: torch.from_numpy(bias).float().to(self.W_enc.device) for name, bias in biases.items()}
+        return replace(self, parameters=self.parameters | moved)
+
     def settings(self) -> dict[str, Any]:
         """The hyperparameters that decide f, by name."""
         return {name: getattr(self, name) for name in self.rule}

@@ -77,7 +77,7 @@ class Trainer:
         self.sae = sae = ranks.shard(sae)
         self.step_number = 0
         self.dead_after = min(DEAD_ROWS, rows)
-        self.revive_after = config.sae.dead_after or self.dead_after
+        self.revive_after = config.sae.dead_after or max(1, min(DEAD_ROWS, rows // 10))
         self.device = device = sae.W_enc.device
         self.rows_since_fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.bad_step = torch.full((), -1, device=device)  # the first whose loss or gradient is NaN or infinite

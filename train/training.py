@@ -16,7 +16,7 @@ from train.background import BackgroundWriter
 from train.checkpoint import ABOUT, Checkpoint, newest_checkpoint, run_fingerprint, save_checkpoint, save_sae
 from train.config import TrainConfig
 from train.dataloader import ActivationLoader, Batch, Position
-from train.exclusion import InputStatistics, input_statistics
+from train.exclusion import InputStatistics, input_statistics, mean_row
 from train.kinds import new_sae
 from train.metrics import DivergedError, Metrics, open_tracker
 from train.parallel import FeatureRanks
@@ -77,6 +77,9 @@ class Training:
             self.statistics = self.statistics._replace(scale=sae.scale)
         else:
             sae = new_sae(config, g.d_in, self.statistics.scale, device)
+            if config.sae.b_dec_init_method == "mean" and not found:
+                limit = self.statistics.norm_limit
+                sae = sae.centered(mean_row(store, hook, config.exclude, limit, config.window_shards))
         self.trainer = Trainer(sae, config, self.steps, rows, compute_dtype, ranks)
         self._writes = ranks.rank == 0
         self.position = Position()

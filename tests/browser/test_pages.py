@@ -176,7 +176,7 @@ def test_the_index_sorts(browser):
     browser.open(browser.index)
     best_first = browser.column("score")
     assert best_first == sorted(best_first, reverse=True)
-    for key in ("density", "max", "score", "detection"):
+    for key in ("density", "max", "explained", "inside", "score", "detection"):
         header = browser.find(f"th[data-key={key}]")
         for order in ("descending", "ascending"):
             header.find_element("css selector", "button").click()
