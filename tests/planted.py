@@ -19,7 +19,7 @@ HOOK = "model.layers.1"
 COUNT = 10  # planted features, 0 to 9; the others never fire
 EVALUATED = (
     f"evaluate.features.count={COUNT}",
-    *(f"evaluate.{name}=null" for name in ("downstream", "steering", "diff")),
+    *(f"evaluate.{name}=null" for name in ("downstream", "steering", "diff", "token_injection")),
 )
 
 
