@@ -109,6 +109,20 @@ def test_hard_examples_hold_a_token_at_which_it_fires_elsewhere():
     assert all(7 in each.token_T for each in chosen.silent[: chosen.hard])
 
 
+def test_a_window_where_only_rows_left_out_fire_is_neither_active_nor_silent():
+    found = text()
+    starts = np.arange(24) * found.size
+    left_out = np.concatenate([starts + 3, starts[:-5] + 11])  # position 3 does not count; 11 counts where
+    counts = np.isin(left_out // found.size, np.arange(0, 24, 2)) & (left_out % found.size == 11)
+    order = np.argsort(left_out)
+    fires = Firing(left_out[order], np.ones(len(order), np.float32), counts[order])
+    chosen = choose_examples(0, fires, found, WANTED)
+    assert not chosen.missing
+    assert {each.start for each in chosen.silent} == {8}
+    assert {each.context for each in chosen.silent} <= set(range(19, 24))
+    assert {each.start for each in chosen.active} == {8}
+
+
 @pytest.mark.parametrize(
     ("places", "says"),
     [
@@ -169,6 +183,7 @@ def test_every_example_is_asked_once_and_no_call_has_a_text_with_both_marks():
             assert all(column == (row >= 12) for row, column in places)
     for part in asked:
         assert len({row for row, _ in part.places}) == len(part.places) <= CONFIG.batch
+        assert len({column for _, column in part.places}) == 2 or part.test == "detection"
         assert "Description: a label. A sentence." in part.question.messages[1][1]
         assert ("«" in part.question.messages[1][1]) == (part.test == "fuzzing")
     again = questions_of(3, examples(), Explanation("other", "Other."), writer(), CONFIG)
