@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from evaluate.charts import bars, cells, lines
 from evaluate.diff import CELLS, FLOOR
+from evaluate.feature_views import rounded
 from evaluate.figures import Evaluation, Figure, Measured, text
 from evaluate.visible import visible
 from harvest.files import replacing
@@ -35,7 +36,7 @@ def write_report(
 ) -> None:
     """Write the report of all SAEs of a run. `curves` are their metrics.jsonl by hook, of those that were trained."""
     own = [sae for sae in evaluation.saes if not sae.name]
-    filters = {"text": text, "shown": shown, "duration": duration, "visible": visible}
+    filters = {"text": text, "shown": shown, "duration": duration, "visible": visible, "rounded": rounded}
     template = environment(filters).get_template("report.html")
     html = template.render(
         evaluation=evaluation,
