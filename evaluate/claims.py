@@ -16,6 +16,7 @@ class Claim(NamedTuple):
     label: str = ""  # of a language model
     detection: Interval | None = None  # how well the label tells contexts apart
     verdict: str = ""  # of token injection
+    verdict_single: str = ""  # of the same without n-grams
     d: float | None = None  # Cohen's d of the best strategy
     falsified: str = ""  # verdict of counterexamples
     steered: dict[str, Any] | None = None  # op, strength, and change of words per 100 tokens at the largest strength
@@ -39,6 +40,7 @@ def claims(sae: Measured, count: int = 20) -> list[Claim]:
                 explained.get("label", ""),
                 explained.get("detection"),
                 injected.get("verdict", ""),
+                injected.get("verdict_single", ""),
                 injected.get("d"),
                 falsified.get("verdict", ""),
                 _steered(steered),

@@ -23,7 +23,7 @@ from markupsafe import Markup
 
 from evaluate.activity import Activity
 from evaluate.config import FeaturesConfig
-from evaluate.feature_views import CHIPS, QUARTERS, Scored, Site, Views, number, percent, thousandths
+from evaluate.feature_views import CHIPS, QUARTERS, Scored, Site, Views, number, percent, rounded, thousandths
 from evaluate.figures import Section
 from evaluate.operations import check_features
 from evaluate.report import environment, write_text
@@ -125,7 +125,13 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
     style, script = (files("evaluate").joinpath("templates", f"features.{s}").read_text("utf-8") for s in ("css", "js"))
     policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src '{_sha256(style)}'"
     templates = environment(
-        {"number": number, "percent": percent, "thousandths": thousandths, "visible": visible},
+        {
+            "number": number,
+            "percent": percent,
+            "rounded": rounded,
+            "thousandths": thousandths,
+            "visible": visible,
+        },
         style=Markup(style),
         script=Markup(script),
         policy=f"{policy}; script-src '{_sha256(script)}'",

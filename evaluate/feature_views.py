@@ -88,9 +88,14 @@ def thousandths(value: float) -> str:
     return f"{1000 * value:.3f}"
 
 
-def percent(value: float | None) -> str:
-    """A share between 0 and 1 as text: 12.5%; a dash where there is none."""
-    return "–" if value is None else f"{number(100 * value)}%"
+def percent(value: float) -> str:
+    """A share between 0 and 1 as text: 12.5%."""
+    return f"{number(100 * value)}%"
+
+
+def rounded(value: float | None) -> str:
+    """The same without decimals: 13%; a dash where there is none."""
+    return "–" if value is None else f"{round(100 * value)}%"
 
 
 class Views:

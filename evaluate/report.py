@@ -11,7 +11,7 @@ from markupsafe import Markup
 from evaluate.charts import bars, cells, lines
 from evaluate.claims import any_known, claims
 from evaluate.diff import CELLS, FLOOR
-from evaluate.feature_views import thousandths
+from evaluate.feature_views import rounded, thousandths
 from evaluate.figures import Evaluation, Figure, Measured, text
 from evaluate.visible import visible
 from harvest.files import replacing
@@ -39,7 +39,7 @@ def write_report(
     """Write the report of all SAEs of a run. `curves` are their metrics.jsonl by hook, of those that were trained."""
     own = [sae for sae in evaluation.saes if not sae.name]
     filters = {"text": text, "shown": shown, "duration": duration, "visible": visible, "interval": interval}
-    filters |= {"thousandths": thousandths}
+    filters |= {"rounded": rounded, "thousandths": thousandths}
     known = {sae.hook: claims(sae) for sae in own}
     template = environment(filters).get_template("report.html")
     html = template.render(

@@ -187,8 +187,8 @@ def plan(by_strength: dict[float, tuple[Operation, ...]]) -> Plan:
         if effective(done):
             lists.setdefault(done, shared.pop() if len(shared) == 1 else strength)
     named = next(iter(by_strength.values()))
-    ops = {operation.op for operation in named}
-    return Plan((AS_IT_IS.get(ops.pop()) if len(ops) == 1 else None, *lists.values()), ((), *lists), named)
+    is_one = len({operation.op for operation in named}) == 1
+    return Plan((AS_IT_IS.get(named[0].op) if is_one else None, *lists.values()), ((), *lists), named)
 
 
 def columns(plans: Sequence[Plan]) -> int:

@@ -67,6 +67,7 @@ class Tested(NamedTuple):
     best: str | None  # strategy
     p: float | None  # of the best, corrected for all that were tried
     verdict: str
+    single: str  # verdict by single tokens alone, without the n-grams
 
 
 def analyse(subject: Subject, density_F: np.ndarray, identity: TokenIdentity) -> Section | None:
@@ -113,6 +114,8 @@ def analyse(subject: Subject, density_F: np.ndarray, identity: TokenIdentity) ->
     for group in groups:
         given = [line["verdict"] for line in listed if line["group"] == group]
         figures |= {f"{name}_{group}": given.count(verdict) for verdict, name in NAMES.items()}
+        single = [line["verdict_single"] for line in listed if line["group"] == group]
+        figures[f"single_token_driven_{group}"] = single.count(THRESHOLDS[0][0])
     counts = {name: len(getattr(texts, f"{name}_BW")) for name in ("base", "untouched", "reasoning")}
     about = {"into": into, "sources": read, "tokens": texts.base_BW.shape[1] + len(texts.bos), "texts": counts}
     return Section(figures_of("token_injection", figures), about | {"features": listed})
@@ -174,12 +177,23 @@ def judged(untouched_B: np.ndarray, reasoning_B: np.ndarray, injected: dict[str,
     """The verdict on a feature, from the activations (B,) of its texts, the injected ones by strategy."""
     untouched = float(untouched_B.mean())
     if not injected:
-        return Tested(untouched, None, {}, None, None, SILENT)
+        return Tested(untouched, None, {}, None, None, SILENT, SILENT)
     found = {strategy: effect(values_B, untouched_B) for strategy, values_B in injected.items()}
+    single = {strategy: each for strategy, each in found.items() if strategy != "context"}
+    best, p, verdict = _verdict(found)
+    return Tested(untouched, effect(reasoning_B, untouched_B), found, best, p, verdict, _verdict(single).verdict)
+
+
+class _Verdict(NamedTuple):
+    best: str
+    p: float
+    verdict: str
+
+
+def _verdict(found: dict[str, Effect]) -> _Verdict:
     best = max(found, key=lambda strategy: found[strategy].d)
     d, p = found[best].d, min(1.0, found[best].p * len(found))
-    verdict = next((verdict for verdict, least, below in THRESHOLDS if d >= least and p < below), OTHERWISE)
-    return Tested(untouched, effect(reasoning_B, untouched_B), found, best, p, verdict)
+    return _Verdict(best, p, next((name for name, least, below in THRESHOLDS if d >= least and p < below), OTHERWISE))
 
 
 @torch.inference_mode()
@@ -218,6 +232,7 @@ def _listed(subject: Subject, tested: Tested, own: Own, example: Injected | None
     shown = zip(example.tokens_BW[0].tolist(), example.is_injected_BW[0].tolist(), strict=True) if example else ()
     return {
         "verdict": tested.verdict,
+        "verdict_single": tested.single,
         "best": tested.best,
         "d": best and best.d,
         "d_interval": best and best.d_interval,

@@ -179,7 +179,7 @@ def export(
 
 @command()
 def steer(request: steering.Request, given: Given) -> None:
-    """Let the model write with a feature amplified and without, side by side."""
+    """Let the model write with features amplified, set, ablated or scaled, and without, side by side."""
     steering.steer(given.find_of_text(), request)
 
 

@@ -120,6 +120,8 @@ def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig
     if evaluate.reason_score and evaluate.reason_score.contexts:
         contexts = min(evaluate.reason_score.contexts, (shards + 1) * sample.shard_contexts)
         change(analyses, "reason_score", contexts=contexts)
+    if evaluate.ablation:
+        change(analyses, "ablation", contexts=min(2, evaluate.ablation.contexts), batch_contexts=1)
     if evaluate.diff:
         change(analyses, "diff", model=None)
     if evaluate.steering:

@@ -16,7 +16,9 @@ def of(value: float) -> dict[str, float]:
 
 LISTS = {
     "reason_score": {"top": [{"rank": i + 1, "feature": f, "score": 0.01 / (i + 1)} for i, f in enumerate((7, 3, 9))]},
-    "token_injection": {"features": [{"feature": 3, "verdict": "token-driven", "d": 1.25}]},
+    "token_injection": {
+        "features": [{"feature": 3, "verdict": "token-driven", "verdict_single": "context-dependent", "d": 1.25}]
+    },
     "explanations": {"features": [{"feature": 3, "label": "<b>sums</b>", "detection": of(0.75)}]},
     "counterexamples": {"features": [{"feature": 7, "verdict": "fires without reasoning"}]},
     "ablation": {"features": [{"feature": 9, "loss_change": of(0.5)}]},
@@ -65,7 +67,7 @@ def test_the_table_of_the_report():
     assert rows[0][5] == "–" and "set, strength 4" in rows[0][7] and rows[0][7].startswith("+4.00<small>+3.00 to +5.00")
     assert rows[1][2] == "&lt;b&gt;sums&lt;/b&gt;"
     assert rows[1][3] == "5.000"
-    assert rows[1][5] == "token-driven<small>d = 1.25</small>"
+    assert rows[1][5] == "token-driven<small>d = 1.25; single tokens: context-dependent</small>"
     assert rows[2][8].startswith("+0.5<small>-0.5 to +1.5")
 
 

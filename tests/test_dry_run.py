@@ -56,7 +56,7 @@ def test_only_model_text_width_and_budget_are_replaced():
         "sample": {"sources", "train_tokens", "holdout_tokens", "holdout_fraction"},
         "harvest": set() if torch.cuda.is_available() else {"compile"},
         "train": {"sae", "training_tokens"},
-        "evaluate": {"downstream", "reason_score", "steering"},  # how much of the text, and how many tokens
+        "evaluate": {"downstream", "reason_score", "steering", "ablation"},  # how much of the text, and how many tokens
     }
     assert other.train.sae.d_sae == 16 * D_IN  # 65,536 of 4,096
     assert other.harvest.hooks == ("model.layers.19",)

@@ -92,6 +92,12 @@ def test_text_that_looks_like_a_number_is_taken_as_written(tmp_path):
         ("evaluate.reason_score.ignored_token_ids=[-1]", "greater than or equal to 0"),
         ("evaluate.steering.words=['']", "an empty word"),
         ("evaluate.steering.strengths=[0]", "strengths: 0: a strength is a number other than 0"),
+        (
+            "evaluate.steering={op: scale, strengths: [1]}",
+            "strengths: 1: a strength is a number other than 1, which is",
+        ),
+        ("evaluate.steering={op: set, strengths: [0, 2e6]}", "strengths: 2e+06: a strength is a number from -1e+06"),
+        ("evaluate.steering.where=thoughts", "'all', 'prompt', 'generated' or 'thinking'"),
         ("evaluate.steering.strengths=[.nan]", "finite number"),
         ("evaluate.steering.strengths=[2e6]", "strengths: 2e+06: a strength is a number from -1e+06 to 1e+06"),
         ("evaluate.steering.strengths=[1,1.0]", "strengths: names 1.0 twice"),

@@ -164,12 +164,45 @@ def test_steer_shows_completions_side_by_side_and_writes_figures(run_folder):
     assert "60 prompts" in ran.out
 
 
+def test_several_features_are_operated_on_at_once(run_folder):
+    one = ("--feature", "3:ablate", "--feature", "5:set:generated", "--feature", "7:scale:3")
+    rest = ("--prompt", "so <think>let me</think>", "--max-new-tokens", "4", "--max-activation", "8", "--measure")
+    ran = pipeline("steer", *one, *rest, "--strength", "2", "--strength", "1", "--together", "--json", "out.json")
+    assert ran.status == 0, ran.out
+    assert "feature 3 (ablate, all), 5 (set, generated), 7 (scale, all), 1 prompts" in ran.out
+    out = json.loads(Path("out.json").read_text())
+    (figures,), (made,) = out["figures"], out["completions"]
+    assert [line["strength"] for line in figures["by_strength"]] == made["strengths"] == [None, 1, 2]
+    assert [(each["feature"], each["op"], each["where"]) for each in figures["together"]] == [
+        (3, "ablate", "all"),
+        (5, "set", "generated"),
+        (7, "scale", "all"),
+    ]
+    assert [[list(o.values()) for o in each] for each in made["operations"]] == [
+        [],
+        [[3, "ablate", 0, "all"], [5, "set", 1, "generated"], [7, "scale", 3, "all"]],
+        [[3, "ablate", 0, "all"], [5, "set", 2, "generated"], [7, "scale", 3, "all"]],
+    ]
+    assert [c["changed"] for c in made["completions"][0]][1:] == [c["processed"] for c in made["completions"][0]][1:]
+    ran = pipeline("steer", "--feature", "3", "--op", "ablate", *rest, "--where", "thinking", "--json", "out.json")
+    assert ran.status == 0, ran.out
+    out = json.loads(Path("out.json").read_text())
+    assert out["figures"][0]["rises"] is None and out["completions"][0]["strengths"] == [None, 0]
+    assert out["completions"][0]["completions"][0][1]["changed"] == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--feature", "128", "--prompt", "a"], "--feature: 128: the SAE has 128 features, 0 to 127"),
         (["--feature", "-1", "--prompt", "a"], "0 to 127"),
         (["--feature", "1", "--prompt", "a", "--strength", "nan"], "--strength: nan: a strength is a number"),
+        (["--feature", "x", "--prompt", "a"], "--feature: 'x': a feature is a number, as 123 or 123:set:2:thinking"),
+        (["--feature", "1:sets", "--prompt", "a"], "'sets' is no operation (add, set, ablate, scale), place (all"),
+        (["--feature", "1:set:add", "--prompt", "a"], "'add' is no operation (add, set, ablate, scale), place (all"),
+        (["--feature", "1:nan", "--prompt", "a"], "--feature: nan: a strength is a number"),
+        (["--feature", "1", "--op", "sets", "--prompt", "a"], "Invalid value for '--op'"),
+        (["--feature", "1:set", "--feature", "1:ablate", "--together", "--prompt", "a"], "1: one list has two operat"),
         (["--feature", "1", "--prompt", "  "], "prompt 1 of 1 is empty"),
         (["--feature", "1", "--prompt", "so " * 200], "more than the model's 128 positions"),
         (["--feature", "1"], "no prompt: give --prompt TEXT"),

@@ -130,6 +130,9 @@ def test_planted_features_get_the_verdicts_that_they_were_planted_for(subject):
     by_feature, figures, about = analysed(subject)
     verdicts = [by_feature[feature]["verdict"] for feature in range(4)]
     assert verdicts == ["token-driven", "token-driven", "context-dependent", "never fires"]
+    single = [by_feature[feature]["verdict_single"] for feature in range(4)]
+    assert single == ["token-driven", "context-dependent", "context-dependent", "never fires"]
+    assert figures["single_token_driven_top"] == 1
     assert all(by_feature[feature]["group"] == "top" for feature in range(4))
     detector, after, place, never = (by_feature[feature] for feature in range(4))
     assert detector["tokens"] == ["<7>"] and detector["d"] > 1.5 and detector["p"] < 0.01
@@ -148,16 +151,6 @@ def test_planted_features_get_the_verdicts_that_they_were_planted_for(subject):
     assert about["into"] == ["chat"] and about["texts"] == {"base": 5, "untouched": 24, "reasoning": 26}
     example = [token for token in after["example"] if token["injected"]]
     assert len(example) == 12 and len(after["example"]) == 24
-
-
-def test_by_single_tokens_alone_the_feature_of_an_n_gram_is_context_dependent():
-    rng = np.random.default_rng(0)
-    untouched, reasoning = np.zeros(100), rng.random(100)
-    silent = dict.fromkeys(STRATEGIES[:3], np.zeros(20))
-    assert judged(untouched, reasoning, silent).verdict == "context-dependent"
-    found = judged(untouched, reasoning, silent | {"context": 1 + rng.random(20)})
-    assert (found.verdict, found.best) == ("token-driven", "context")
-    assert judged(untouched, reasoning, {}).verdict == "never fires"
 
 
 @pytest.mark.parametrize(
