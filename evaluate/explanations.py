@@ -211,8 +211,10 @@ def _json_values(text: str, opening: str) -> Iterator[Any]:
     while (at := text.find(opening, at)) >= 0:
         try:
             value, at = decoder.raw_decode(text, at)
-        except (ValueError, RecursionError):  # deeply nested text of a stranger
+        except ValueError:
             at += 1
+        except RecursionError:  # untrusted text, nested deeply; from every bracket it would be read anew
+            return
         else:
             yield value
 
