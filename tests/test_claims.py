@@ -68,7 +68,7 @@ def test_the_table_of_the_report():
     assert rows[1][2] == "&lt;b&gt;sums&lt;/b&gt;"
     assert rows[1][3] == "5.000"
     assert rows[1][5] == "token-driven<small>d = 1.25; single tokens: context-dependent</small>"
-    assert rows[2][8].startswith("+0.5<small>-0.5 to +1.5")
+    assert rows[2][8].startswith("+0.5000<small>-0.5000 to +1.5000")
 
 
 def test_runs_side_by_side(tmp_path):
@@ -81,4 +81,4 @@ def test_runs_side_by_side(tmp_path):
     assert [run["features"][2]["ablated"] for run in found] == [of(0.5), None]
     rows = (tmp_path / "compare.html").read_text().split("<h2>")[1].split("<tr>")[2:]
     assert [row.count("&lt;b&gt;sums") for row in rows] == [0, 2, 0]
-    assert ["+0.5" in row for row in rows] == [False, False, True]
+    assert ["+0.5000" in row for row in rows] == [False, False, True]
