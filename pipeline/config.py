@@ -19,6 +19,7 @@ from train.published_config import PublishedConfig
 
 ABSENT: Any = None
 OF_TEXT = ("model", "sample", "harvest")  # sections whose place `ingest` takes
+FOLLOWS = "default_factory_not_called"  # pydantic says this of defaults, beside what is wrong
 
 
 class PipelineConfig(Settings):
@@ -161,7 +162,8 @@ def _validated(loaded: Loaded, path: Path) -> PipelineConfig:
         texts = [".".join(map(str, e["loc"])) for e in error.errors() if e["type"] == "string_type"]
         if loaded.take_as_written(texts):
             return _validated(loaded, path)
-        raise SettingsError("\n".join(_explain(e, loaded, path) for e in error.errors())) from None
+        own = [e for e in error.errors() if e["type"] != FOLLOWS]
+        raise SettingsError("\n".join(_explain(e, loaded, path) for e in own)) from None
 
 
 def _explain(error: Any, loaded: Loaded, path: Path) -> str:

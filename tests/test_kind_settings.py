@@ -233,3 +233,10 @@ def test_a_rehearsal_narrows_what_counts_features(kind):
         sae = new_sae(single, 32, 1.0, "cpu")
         assert (sae.kind, sae.d_sae) == (kind, 128)
     assert kind != "topk" or rehearsed.sae.k == 6
+
+
+def test_one_mistake_is_one_sentence():
+    with pytest.raises(SettingsError) as caught:
+        load(TINY, ["train.sae.kind=topk", "train.sae.k=many"])
+    (line,) = str(caught.value).splitlines()
+    assert "train.sae.k: 'many'" in line
