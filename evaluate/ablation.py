@@ -19,6 +19,7 @@ from evaluate.downstream import losses
 from evaluate.figures import Section, figures_of
 from evaluate.intervals import with_intervals
 from evaluate.operations import Operation, operated
+from evaluate.reason_score import sources_read
 from evaluate.steering import best_by_reason_score
 from evaluate.subject import Subject
 from harvest.activation_rows import kept_in_text
@@ -46,7 +47,7 @@ def analyse(subject: Subject) -> Section | None:
     if config is None or score is None:
         return None
     features = best_by_reason_score(subject, config.features)
-    sources = [number for number, name in enumerate(contexts.sources) if not score.sources or name in score.sources]
+    sources = sources_read(score, contexts.sources)
     count = contexts.count("holdout")
     chosen = np.flatnonzero(np.isin(contexts.read("holdout", "source", 0, count), sources))[: config.contexts]
     if not features or not len(chosen):

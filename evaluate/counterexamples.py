@@ -22,7 +22,7 @@ import torch
 from evaluate.activity import Excerpts
 from evaluate.asking import Answer, Question
 from evaluate.falsify_config import FalsifyConfig
-from evaluate.subject import Subject
+from evaluate.subject import Subject, bos_id
 from harvest.activation_rows import Rule, kept_in_text
 from harvest.language_model import HookedModel
 from harvest.tokenizer import SegmentTokenizer
@@ -101,13 +101,12 @@ class Reading(NamedTuple):
 
 def reading_of(subject: Subject) -> Reading:
     """How the texts of an evaluated SAE are read: as its contexts, with a BOS where they have one."""
-    has_bos = subject.contexts.bos in ("document", "context")
     return Reading(
         subject.model(),
         subject.saved,
         subject.tokenizer(),
         subject.rules[subject.saved.hook],
-        subject.chat_tokenizer().bos_token_id if has_bos else None,
+        bos_id(subject),
         subject.store.geometry.context_size,
     )
 

@@ -6,7 +6,6 @@ it for ever. Redirects are not followed, as the key would go along; this machine
 """
 
 import contextlib
-import ipaddress
 import json
 import ssl
 import time
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple
 from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
+from evaluate.loopback import is_here
 from evaluate.visible import visible
 from harvest.files import UserError
 
@@ -129,10 +129,7 @@ def _clause(endpoint: Endpoint, reason: object) -> str:
 
 
 def _opener(url: str) -> urllib.request.OpenerDirector:
-    host = urlsplit(url).hostname or ""
-    with contextlib.suppress(ValueError):
-        host = "localhost" if ipaddress.ip_address(host).is_loopback else host
-    proxies = urllib.request.ProxyHandler({} if host == "localhost" else None)  # None: those of the environment
+    proxies = urllib.request.ProxyHandler({} if is_here(url) else None)  # None: those of the environment
     return urllib.request.build_opener(proxies, _NoRedirect, urllib.request.HTTPSHandler(context=_certificates()))
 
 

@@ -86,6 +86,11 @@ class Subject(NamedTuple):
                 progress.advance(batch.size)
 
 
+def bos_id(subject: Subject) -> int | None:
+    """The token that begins every text read like the sample's; None where its documents and contexts have none."""
+    return subject.chat_tokenizer().bos_token_id if subject.contexts.bos in ("document", "context") else None
+
+
 @torch.inference_mode()
 def feed(saved: SavedSae, batches: Iterable[RowBatch], readers: Sequence[Reader]) -> None:
     """Encode rows once and give them to every reader."""

@@ -31,7 +31,7 @@ from evaluate.halves import second_half
 from evaluate.injected_texts import STRATEGIES, Injected, inject, windows
 from evaluate.ngrams import Own, fired, own_ngrams
 from evaluate.reason_score import sources_read
-from evaluate.subject import Subject
+from evaluate.subject import Subject, bos_id
 from evaluate.token_identity import TokenIdentity
 from harvest.activation_rows import kept_in_text
 from harvest.progress import Progress
@@ -141,8 +141,7 @@ def choose_texts(subject: Subject, config: TokenInjectionConfig, read: list[str]
     """Texts to inject into and to compare with. Fewer where there is less text; a fifth of it is injected into."""
     contexts, count = subject.contexts, subject.contexts.count("holdout")
     tokens_CS, source_C = (contexts.read("holdout", name, 0, count) for name in ("tokens", "source"))
-    has_bos = contexts.bos in ("document", "context")
-    bos = [token] if has_bos and (token := subject.chat_tokenizer().bos_token_id) is not None else []
+    bos = [token] if (token := bos_id(subject)) is not None else []
     usable_CS = second_half(contexts, "holdout") & ~np.isin(tokens_CS, bos)
     width, rng = min(config.tokens, tokens_CS.shape[1]) - len(bos), np.random.default_rng(config.seed)
 

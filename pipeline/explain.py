@@ -3,15 +3,13 @@
 Text of gated, private or local data leaves this machine only after a yes. An endpoint on this machine needs none.
 """
 
-import ipaddress
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Annotated, NamedTuple
-from urllib.parse import urlsplit
 
 import typer
 
 from evaluate.explain_config import endpoint_of
+from evaluate.loopback import is_here
 from evaluate.visible import visible
 from harvest.files import UserError
 from pipeline.export import closed_sources
@@ -61,11 +59,3 @@ def check_before_asking(sweep: Sequence[Runs], force: bool, confirm: Callable[[s
     what, url = f"text of {', '.join(closed)}", visible(where.base_url)
     if not confirm(f"Send excerpts with {what} to {url}?"):
         raise UserError(f"explain: {what} would leave this machine for {url}; --yes sends it without asking")
-
-
-def is_here(base_url: str) -> bool:
-    """Whether an address is this machine's own."""
-    host = urlsplit(base_url).hostname or ""
-    with suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"

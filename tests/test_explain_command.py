@@ -12,9 +12,9 @@ from oracles import oracle
 from planted import EVALUATED, HOOK
 from test_explain import explain, folder, options, planted, run_of  # noqa: F401 - fixtures
 
+from evaluate.loopback import is_here
 from harvest.files import read_json
 from pipeline import explain as explaining
-from pipeline.explain import is_here
 
 
 def refused(arguments: list[str]) -> str:
