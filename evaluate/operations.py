@@ -13,8 +13,9 @@ before any of them. Sums are float32, and rounded to the model's precision once;
 Shape suffixes: B sequences, S positions, K operations of a list, N rows, D d_in.
 """
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,12 @@ class Interventions(NamedTuple):
     saved: SavedSae
     maxima: dict[int, float]  # feature -> its max_activation, of those that are added or set
     lists: Sequence[Sequence[Operation]]  # an empty one leaves the model as it is
+
+
+def no_interventions(hook: str) -> Interventions:
+    """The model as it is, where there is no SAE; what passes the hook is counted all the same."""
+    nothing: Any = None
+    return Interventions(SavedSae(nothing, hook, nothing, {}), {}, [()])
 
 
 class Tags(NamedTuple):
@@ -98,62 +105,74 @@ def operated(
     return torch.where(places_KN.any(0).unsqueeze(1), x_ND + change_ND, x_ND)
 
 
-class Operator:
-    """Changes the activations of a batch while it is generated, with a cache or without (`HookedModel.changed`).
+@dataclass
+class Reading:
+    """How far a model has read an answer with its prompt, and what of it passed the hook."""
 
-    It keeps the token of every position that it has seen, by which it knows where it is. Padding on the left, and what
-    a sequence gets after its end while others go on, is neither changed nor counted.
+    operations: Sequence[Operation]  # those that change anything
+    prompt: int  # its tokens
+    tags: Tags | None = None  # needed for operations on thinking
+    processed: int = 0  # positions that passed the hook
+    changed: int = 0  # of these, where an operation was done
+    thinking: bool = False  # whether the next token would be thought
+
+    def read(self, tokens: Sequence[int]) -> list[list[bool]]:
+        """Count further tokens; at which each operation is done.
+
+        More than one is the text from its beginning: the prompt, or all of it where a model has no cache.
+        """
+        if len(tokens) > 1:
+            self.processed, self.changed, self.thinking = 0, 0, False
+        done: list[list[bool]] = [[] for _ in self.operations]
+        start, end = self.tags or (None, None)
+        for token in tokens:
+            self.thinking = self.thinking and token != end
+            generated = self.processed >= self.prompt
+            here = {
+                "all": True,
+                "prompt": not generated,
+                "generated": generated,
+                "thinking": self.thinking and token != start,
+            }
+            for places, operation in zip(done, self.operations, strict=True):
+                places.append(here[operation.where])
+            self.processed += 1
+            self.changed += any(places[-1] for places in done)
+            self.thinking = self.thinking or token == start
+        return done
+
+
+class Operator:
+    """Changes the activations of a pass over texts of several lists of operations (`HookedModel.changed`).
+
+    The operations of a list are computed on all rows of the pass and kept in those of its own texts, so that a text's
+    bits do not depend on how many others have its list.
     """
 
-    def __init__(
-        self, interventions: Interventions, prompt_BS: Tensor, ends: Collection[int], tags: Tags | None = None
-    ) -> None:
-        """Sequence b has list b modulo their number. `prompt_BS` is true for a prompt's tokens and false for padding.
-
-        `ends` are the tokens that end a sequence; `tags` are needed for operations on thinking.
-        """
+    def __init__(self, interventions: Interventions) -> None:
         self.sae, self.maxima = interventions.saved.sae, interventions.maxima
-        self.lists = [effective(operations) for operations in interventions.lists]
-        self.prompt_BS, self.tags = prompt_BS, tags
-        self.ends = torch.tensor(sorted(ends), dtype=torch.long, device=prompt_BS.device)
-        self.ids_BS = torch.empty(len(prompt_BS), 0, dtype=torch.long, device=prompt_BS.device)
-        self.changed_BS = torch.empty_like(self.ids_BS, dtype=torch.bool)  # where any operation was done
+        self.expected: list[tuple[Reading, Sequence[int]] | None] = []
 
-    def __call__(self, acts_BSD: Tensor, ids_BS: Tensor) -> Tensor:
-        """The activations (B, S, D) that take the place of those of a pass over `ids_BS`."""
-        seen = self.ids_BS.shape[1]
-        first = 0 if ids_BS.shape[1] > seen else seen  # a model without a cache reads everything again
-        self.ids_BS = torch.cat([self.ids_BS[:, :first], ids_BS], 1)
-        places = {where: place_BS[:, first:] for where, place_BS in self.places().items()}
-        changed_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
-        count, out_BSD = len(self.lists), acts_BSD.clone()
-        for i, operations in enumerate(self.lists):
-            if operations:
-                places_KN = torch.stack([places[o.where][i::count].flatten() for o in operations])
-                new_ND = operated(self.sae, acts_BSD[i::count].flatten(0, 1), operations, self.maxima, places_KN)
-                out_BSD[i::count] = new_ND.view_as(acts_BSD[i::count]).to(acts_BSD)
-                changed_BS[i::count] = places_KN.any(0).view_as(changed_BS[i::count])
-        self.changed_BS = torch.cat([self.changed_BS[:, :first], changed_BS], 1)
-        return out_BSD
+    def expect(self, rows: Sequence[tuple[Reading, Sequence[int]] | None]) -> None:
+        """Say whose tokens the rows of the next pass are; None is nobody's."""
+        self.expected = list(rows)
 
-    def places(self) -> dict[Where, Tensor]:
-        """Where each kind of place is among the tokens seen, bool (B, S)."""
-        count, width = self.ids_BS.shape[1], self.prompt_BS.shape[1]
-        position_S = torch.arange(count, device=self.ids_BS.device)
-        prompt_BS = torch.nn.functional.pad(self.prompt_BS[:, :count], (0, max(0, count - width)))
-        written_BS = (position_S >= width).expand_as(self.ids_BS)
-        is_end_BS = torch.isin(self.ids_BS, self.ends) & written_BS
-        written_BS = written_BS & (is_end_BS.cumsum(1) == 0)
-        places: dict[Where, Tensor] = {"all": prompt_BS | written_BS, "prompt": prompt_BS, "generated": written_BS}
-        if self.tags:
-            start_BS, end_BS = (
-                torch.where(self.ids_BS == tag, position_S, -1).cummax(1).values for tag in self.tags
-            )  # the last of each so far
-            is_tag_BS = self.ids_BS == self.tags.start
-            places["thinking"] = places["all"] & (start_BS > end_BS) & ~is_tag_BS
-        return places
-
-    def counts(self) -> list[tuple[int, int]]:
-        """Of each sequence, the positions that passed the hook and those of them where an operation was done."""
-        processed_B, changed_B = self.places()["all"].sum(1), self.changed_BS.sum(1)
-        return list(zip(processed_B.tolist(), changed_B.tolist(), strict=True))
+    def __call__(self, acts_BSD: Tensor, _ids_BS: Tensor) -> Tensor:
+        """The activations (B, S, D) that take the place of those of a pass."""
+        done: dict[tuple[Operation, ...], list[list[list[bool]]]] = {}  # [operation][row][position]
+        for row, expected in enumerate(self.expected):
+            if expected is None:
+                continue
+            reading, tokens = expected
+            if key := tuple(reading.operations):
+                nowhere = [[False] * len(tokens)] * len(self.expected)
+                rows = done.setdefault(key, [list(nowhere) for _ in key])
+                for places, each in zip(rows, reading.read(tokens), strict=True):
+                    places[row] = each
+            else:
+                reading.read(tokens)
+        x_ND = acts_BSD.flatten(0, 1)
+        for operations, places in done.items():
+            places_KN = torch.tensor(places, device=acts_BSD.device).flatten(1)
+            x_ND = operated(self.sae, x_ND, operations, self.maxima, places_KN).to(x_ND.dtype)
+        return x_ND.view(acts_BSD.shape)

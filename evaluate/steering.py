@@ -8,6 +8,7 @@ and where they hold, are in evaluate/operations.py.
 Shape suffixes: P prompts, G strengths, K features, B rows of a batch, R resamplings.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 
 from evaluate.config import AS_IT_IS, ReasonScoreConfig
+from evaluate.engine import Completion
 from evaluate.fidelity import Fidelity
-from evaluate.generation import Completion, Sampling, complete
+from evaluate.generation import complete
 from evaluate.operations import Interventions, Operation, check_features, check_strengths, effective
+from evaluate.sampler import Sampling
 from evaluate.subject import Subject
 from harvest.activation_store import ActivationStore
 from harvest.files import UserError
@@ -127,20 +130,33 @@ def built_in_prompts() -> tuple[str, ...]:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a text file, one a line; blank lines are skipped.
+    """The prompts of a file: of JSON Lines (.jsonl) the column `prompt`, else one a line; blank ones are skipped.
 
     Raises UserError for a file that cannot be read or holds none.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text; prompts are one a line") from None
+    if path.suffix == ".jsonl":
+        lines = [_column(path, number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    else:
+        lines = text.splitlines()
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise UserError(f"{path}: holds no prompt; write one a line")
     return prompts
+
+
+def _column(path: Path, number: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+        prompt.encode()
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise UserError(f'{path}: line {number}: has no prompt; each is {{"prompt": "..."}}') from None
+    return prompt
 
 
 def check_fit(model: HookedModel, saved: SavedSae, name: str = "this model") -> None:

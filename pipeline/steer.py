@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, get_args
 
 import typer
 from rich.console import Console
@@ -18,6 +18,10 @@ from pipeline.running import trained
 from pipeline.settings_text import SettingsError
 from pipeline.stages import Runs, swept
 from pipeline.tables import table
+
+if TYPE_CHECKING:  # they load torch
+    from evaluate.operations import Operation
+    from train.checkpoint import SavedSae
 
 Option = typer.Option
 
@@ -67,16 +71,14 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     """
     directory = _checked(sweep, request)
     from evaluate import steering
-    from evaluate.generation import Sampling, prompt_ids, thinking_tags
     from evaluate.operations import check_operations, check_strengths
-    from harvest.activation_store import ActivationStore, slug
+    from evaluate.prompts import prompt_ids, thinking_tags
+    from evaluate.sampler import Sampling
     from harvest.contexts import Contexts
     from harvest.device import resolve_device, resolve_dtype, set_threads
     from harvest.language_model import load_model
     from harvest.progress import Progress
-    from harvest.store_files import files_of
     from harvest.tokenizer import load_whole_tokenizer
-    from train.checkpoint import load_sae
 
     runs, config = sweep[0], sweep[0].config
     prompts = tuple(request.prompt or ())
@@ -85,19 +87,16 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     if request.measure and not prompts:
         prompts = steering.built_in_prompts()
     settings, hook = config.evaluate, request.hook or config.harvest.hooks[0]
-    folder = directory / slug(hook)
-    saved = load_sae(folder / "best" if settings.sae == "best" else folder)
+    saved = saved_sae(runs, directory, hook)
     check_strengths(request.strength or (), "--strength")
     plans = planned(request)
     for operations in (operations for plan in plans for operations in (plan.operations, *plan.lists)):
         check_operations(operations, saved.sae.d_sae, "--feature")
     features = tuple(dict.fromkeys(operation.feature for plan in plans for operation in plan.operations))
     if request.max_activation is None:
-        store = ActivationStore.open(files_of(runs.directory("harvest")))
-        store.check_complete(("holdout",))
-        maxima = steering.max_activations(store, saved, config.exclude, features)
+        maxima = held_out_maxima(runs, saved, features)
     else:
-        maxima = [request.max_activation] * len(features)
+        maxima = dict.fromkeys(features, request.max_activation)
     device = resolve_device(settings.runtime.device)
     set_threads(settings.runtime.threads, device)
     dtype = resolve_dtype(settings.downstream.compute_dtype if settings.downstream else "auto", device)
@@ -113,9 +112,8 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)
     with Progress("steer", len(prompts) * steering.columns(plans), "completions") as progress:
         on_device = saved._replace(sae=saved.sae.to(device))
-        chosen = dict(zip(features, maxima, strict=True))
         found = steering.steer(
-            model, tokenizer, on_device, chosen, plans, prompts, sampling, **asked, progress=progress
+            model, tokenizer, on_device, maxima, plans, prompts, sampling, **asked, progress=progress
         )
     words = tuple(request.word or (settings.reason_score or ReasonScoreConfig()).words)
     figures = [steering.figures(steered, words) for steered in found]
@@ -138,28 +136,64 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
         print(request.json)
 
 
-def _checked(sweep: Sequence[Runs], request: Request) -> Path:
-    """The directory of the training run, for options that make sense."""
-    hooks, to = sweep[0].config.harvest.hooks, request.json
+def saved_sae(runs: Runs, directory: Path, hook: str) -> "SavedSae":
+    """The SAE of a hook in a directory of training, the one that is evaluated."""
+    from harvest.activation_store import slug
+    from train.checkpoint import load_sae
+
+    folder = directory / slug(hook)
+    return load_sae(folder / "best" if runs.config.evaluate.sae == "best" else folder)
+
+
+def held_out_maxima(runs: Runs, saved: "SavedSae", features: Sequence[int]) -> dict[int, float]:
+    """The largest activation of each feature on held-out rows, in scaled units.
+
+    Raises UserError for a feature that fires on none, and where the rows are not there.
+    """
+    from evaluate.steering import max_activations
+    from harvest.activation_store import ActivationStore
+    from harvest.store_files import files_of
+
+    store = ActivationStore.open(files_of(runs.directory("harvest")))
+    store.check_complete(("holdout",))
+    return dict(zip(features, max_activations(store, saved, runs.config.exclude, features), strict=True))
+
+
+def one_sae(sweep: Sequence[Runs], hook: str | None, command: str) -> Path:
+    """The directory of the training run, of settings that are no sweep and have the hook, the first if None.
+
+    Raises SettingsError for others, and UserError for a run that is not complete.
+    """
     if len({runs.directory("train") for runs in sweep}) > 1:
         first = [f"train.{'' if one.startswith('lr=') else 'sae.'}{one}" for one in swept(sweep[0], sweep).split()]
         raise SettingsError(
-            f"steer: these settings are a sweep of {len(sweep)} SAEs; choose one, as "
+            f"{command}: these settings are a sweep of {len(sweep)} SAEs; choose one, as "
             f"{' '.join(['train.sweep=null', *first])}"
         )
+    if hook and hook not in (hooks := sweep[0].config.harvest.hooks):
+        raise SettingsError(f"--hook: {hook!r}: these settings have {', '.join(hooks)}")
+    return trained(sweep[0], command)
+
+
+def _checked(sweep: Sequence[Runs], request: Request) -> Path:
+    """The directory of the training run, for options that make sense."""
+    to = request.json
     if not request.prompt and not request.prompts and not request.measure:
         raise SettingsError("steer: no prompt: give --prompt TEXT, --prompts FILE, or --measure for the built-in ones")
-    if request.hook and request.hook not in hooks:
-        raise SettingsError(f"--hook: {request.hook!r}: these settings have {', '.join(hooks)}")
     if request.max_activation is not None and not 0 < request.max_activation < math.inf:
         raise SettingsError(f"--max-activation: {request.max_activation}: a number above 0")
     if to and (to.is_dir() or not to.parent.is_dir()):
         what = "is a folder; a file is meant" if to.is_dir() else f"there is no folder {to.parent}"
         raise SettingsError(f"--json: {to}: {what}")
-    for prompt in request.prompt or ():
+    check_text(request.prompt or ())
+    return one_sae(sweep, request.hook, "steer")
+
+
+def check_text(prompts: Sequence[str]) -> None:
+    """Raise SettingsError for a prompt of the command line that is not UTF-8 text."""
+    for prompt in prompts:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise SettingsError(f"--prompt: {prompt!r}: not UTF-8 text")
-    return trained(sweep[0], "steer")
 
 
 def planned(request: Request) -> list[Any]:
@@ -189,6 +223,19 @@ def planned(request: Request) -> list[Any]:
         )
         for group in ([asked] if request.together else [[each] for each in asked])
     ]
+
+
+def operations_of(texts: Sequence[str]) -> tuple["Operation", ...]:
+    """Operations of the command line, as 123 (add, strength 1, everywhere) or 123:set:2:thinking.
+
+    Raises SettingsError for one that cannot be read.
+    """
+    from evaluate.operations import Operation
+
+    return tuple(
+        Operation(a.feature, a.op or "add", 1.0 if a.strength is None else a.strength, a.where or "all")
+        for a in map(_asked, texts)
+    )
 
 
 class _Asked(NamedTuple):

@@ -8,8 +8,11 @@ import pytest
 import torch
 from test_steering import HOOK, TINY
 
-from evaluate.generation import Completion, Sampling, complete, prompt_ids, thinking_tags
-from evaluate.operations import Interventions, Operation, Operator, Tags, check_operations
+from evaluate.engine import Completion
+from evaluate.generation import complete
+from evaluate.operations import Interventions, Operation, Operator, Reading, Tags, check_operations
+from evaluate.prompts import prompt_ids, thinking_tags
+from evaluate.sampler import Draw, Sampling, gumbel
 from harvest.files import UserError
 from harvest.language_model import HookedModel, load_model
 from harvest.tokenizer import load_whole_tokenizer
@@ -85,7 +88,7 @@ def write_plainly(
 ) -> Completion:
     """A completion, token by token."""
     prompt, end, tags = len(ids), tokenizer.eos_token_id, thinking_tags(tokenizer, [ids])
-    rng, ids, count, token = np.random.default_rng([sampling.seed, number]), list(ids), 0, -1
+    ids, count, token = list(ids), 0, -1
 
     def put(_module, _inputs, x_1SD):
         nonlocal count
@@ -97,8 +100,8 @@ def write_plainly(
         while True:
             logits = model.model(torch.tensor([ids]), use_cache=False).logits[0, -1]
             if sampling.temperature:
-                noise = torch.from_numpy(rng.gumbel(size=len(logits))).float()
-                logits = logits / sampling.temperature + noise
+                draw = Draw((sampling.seed, number), len(ids) - prompt)
+                logits = logits / sampling.temperature + torch.from_numpy(gumbel(draw, np.arange(len(logits)))).float()
             token = int(logits.argmax())
             if token == end or len(ids) + 1 == prompt + sampling.max_new_tokens:
                 break
@@ -137,23 +140,25 @@ def test_activations_equal_the_plain_implementation(tiny, kind, name):
     of, tags = saved(kind), thinking_tags(tiny[1], [])
     rows = [[5, 60, tags.start, 61], [70, 71, 72, 73]]
     later = [[62, tags.end, 63, tags.start, 64, 65], [74, tags.start, 75, 76, tags.end, 77]]
-    operator = Operator(
-        Interventions(of, MAXIMA, [LISTS[name]]), torch.tensor([[1] * 4, [0] + [1] * 3]).bool(), {9}, tags
-    )
+    operator, readings = Operator(Interventions(of, MAXIMA, [])), [Reading(LISTS[name], 4, tags) for _ in rows]
     x_BSD = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(1))
     ids_BS = torch.tensor([a + b for a, b in zip(rows, later, strict=True)])
-    parts = [operator(x_BSD[:, a:b], ids_BS[:, a:b]) for a, b in ((0, 4), *((i, i + 1) for i in range(4, 10)))]
-    out_BSD = torch.cat(parts, 1)
-    for b, skip in enumerate((0, 1)):
-        ids = ids_BS[b, skip:].tolist()
-        expected, count = plainly(of.sae, x_BSD[b, skip:], LISTS[name], ids, 4 - skip, tags)
-        assert torch.allclose(out_BSD[b, skip:], expected, rtol=1e-5, atol=1e-5)
-        assert operator.counts()[b] == (10 - skip, count)
-    assert torch.equal(out_BSD[1, 0], x_BSD[1, 0])  # padding
-    again = Operator(Interventions(of, MAXIMA, [LISTS[name]]), operator.prompt_BS, {9}, tags)
+
+    def after(readings: list[Reading | None], start: int, end: int) -> torch.Tensor:
+        tokens = ids_BS[:, start:end].tolist()
+        operator.expect([reading and (reading, row) for reading, row in zip(readings, tokens, strict=True)])
+        return operator(x_BSD[:, start:end], ids_BS[:, start:end])
+
+    out_BSD = torch.cat([after(readings, a, b) for a, b in ((0, 4), *((i, i + 1) for i in range(4, 10)))], 1)
+    for b, reading in enumerate(readings):
+        expected, count = plainly(of.sae, x_BSD[b], LISTS[name], ids_BS[b].tolist(), 4, tags)
+        assert torch.allclose(out_BSD[b], expected, rtol=1e-5, atol=1e-5)
+        assert (reading.processed, reading.changed) == (10, count)
+    again = [Reading(LISTS[name], 4, tags), None]
     for end in range(4, 11):  # as a model without a cache does
-        whole_BSD = again(x_BSD[:, :end], ids_BS[:, :end])
-    assert torch.allclose(whole_BSD, out_BSD, atol=1e-5) and again.counts() == operator.counts()
+        whole_BSD = after(again, 0, end)
+    assert torch.allclose(whole_BSD[0], out_BSD[0], atol=1e-5) and again[0] == readings[0]
+    assert torch.equal(whole_BSD[1], x_BSD[1])  # nobody's
 
 
 def test_what_a_feature_is_already_changes_nothing(tiny):
@@ -195,10 +200,12 @@ def test_a_hook_that_skips_decoded_tokens_is_found(tiny, monkeypatch):
 def test_sums_are_of_float32_and_rounded_once():
     of = saved("standard")
     x_SD = (8 * torch.randn(40, 32, generator=torch.Generator().manual_seed(2))).bfloat16()
-    prompt_BS, ids = torch.ones(1, 40).bool(), list(range(40))
+    ids = list(range(40))
 
     def after(*operations: Operation) -> torch.Tensor:
-        out_BSD = Operator(Interventions(of, MAXIMA, [operations]), prompt_BS, {9})(x_SD[None], torch.tensor([ids]))
+        operator = Operator(Interventions(of, MAXIMA, []))
+        operator.expect([(Reading(operations, 40), ids)])
+        out_BSD = operator(x_SD[None], torch.tensor([ids]))
         assert out_BSD.dtype == torch.bfloat16
         return out_BSD[0]
 

@@ -5,13 +5,15 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import only, pipeline, unlisted
 from transformers import AutoModelForCausalLM
 
-from evaluate.generation import Sampling, _processors, complete
+from evaluate.generation import complete
 from evaluate.operations import Interventions, Operation, operated
+from evaluate.sampler import Draw, Sampling, gumbel
 from evaluate.steering import built_in_prompts, figures, max_activations, plan, steer, word_pattern
 from evaluate.visible import visible
 from harvest.activation_store import ActivationStore
@@ -68,8 +70,12 @@ def test_strength_zero_writes_the_very_same_tokens(tiny_model, hook, temperature
     plain = AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.bfloat16).float().eval()
     for number, (prompt, row) in enumerate(zip(PROMPTS, both, strict=True)):
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        noise = _processors(sampling, range(number, number + 1), 1)
-        free = plain.generate(ids, max_new_tokens=12, do_sample=False, logits_processor=noise, pad_token_id=0)[0]
+
+        def noisy(written, scores, number=number, prompt=ids.shape[1]):
+            noise = gumbel(Draw((3, number), written.shape[1] - prompt), np.arange(scores.shape[1]))
+            return scores / temperature + torch.from_numpy(noise).float() if temperature else scores
+
+        free = plain.generate(ids, max_new_tokens=12, do_sample=False, logits_processor=[noisy], pad_token_id=0)[0]
         assert row[0].token_ids == free[ids.shape[1] :].tolist() != row[1].token_ids
     unhooked = HookedModel(plain, {hook: torch.nn.Identity()}, torch.device("cpu"))
     with pytest.raises(UserError, match=f"{hook}: the model read 15 tokens of a sequence, and 0 passed the hook"):
@@ -79,7 +85,7 @@ def test_strength_zero_writes_the_very_same_tokens(tiny_model, hook, temperature
 def test_a_sample_depends_on_seed_and_prompt_not_on_the_batch(tiny_model):
     model, tokenizer = tiny_model
     together = complete(model, tokenizer, NOTHING, PROMPTS, Sampling(8, 1.0, seed=1))
-    apart = complete(model, tokenizer, NOTHING, PROMPTS, Sampling(8, 1.0, seed=1), batch_sequences=1)
+    apart = complete(model, tokenizer, NOTHING, PROMPTS, Sampling(8, 1.0, seed=1), slots=1)
     other = complete(model, tokenizer, NOTHING, PROMPTS, Sampling(8, 1.0, seed=2))
     assert together == apart
     assert together != other
