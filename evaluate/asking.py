@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from evaluate.endpoint import API_KEY, BASE_URL, Endpoint, Reply, address, check_settings, said, send
+from evaluate.journal import Journal, read_lines
 from evaluate.visible import visible
 from harvest.files import UserError
 from harvest.progress import Progress
@@ -94,23 +95,11 @@ def ask(
 
 
 def read_journal(journal: Path) -> dict[str, Answer]:
-    """Answers by key. A last line that a kill cut is taken off the file. Raises UserError for any other damage."""
-    answers: dict[str, Answer] = {}
-    data = journal.read_bytes() if journal.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            value = json.loads(line)
-            key = value.pop("key")
-            answers[key] = Answer(**value)
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(
-                f"{journal}: line {number} is damaged; delete it, and its question is asked again"
-            ) from None
-    if len(whole) < len(data):
-        with journal.open("r+b") as file:
-            file.truncate(len(whole))
-    return answers
+    """Answers by key. A last line that a kill cut is passed over. Raises UserError for any other damage."""
+    return {
+        line["key"]: Answer(**{name: line[name] for name in Answer._fields})
+        for line in read_lines(journal, ("key", *Answer._fields), "its question is asked again")
+    }
 
 
 def _ask_all(
@@ -128,15 +117,14 @@ def _ask_all(
                     return
                 if asked.is_kept:
                     with lock:
-                        file.write(json.dumps({"key": key, **asked.answer._asdict()}).encode() + b"\n")
-                        file.flush()
+                        kept.add({"key": key, **asked.answer._asdict()})
                 found.put((key, asked))
         except BaseException as error:
             found.put(error)
 
     answers: dict[str, Answer] = {}
     given_up = 0
-    with journal.open("ab") as file:
+    with Journal(journal) as kept:
         threads = [threading.Thread(target=work, daemon=True) for _ in range(min(endpoint.parallel, len(left)))]
         try:
             for thread in threads:

@@ -4,7 +4,6 @@ calls.jsonl is the journal of all answers: what was asked once, here or in anoth
 evaluation, is not asked again. What is written after the last answer depends on the answers alone, not on their order.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -33,6 +32,7 @@ from evaluate.falsify_config import FalsifyConfig
 from evaluate.feature_pages import pages
 from evaluate.figures import Figure, Measured, Section, definitions, read_figures, write_figures
 from evaluate.intervals import with_intervals
+from evaluate.journal import Journal
 from evaluate.operations import check_features
 from evaluate.report import write_report
 from evaluate.run import curves_of, own_subjects
@@ -163,8 +163,9 @@ class Asker:
         lacking = {key for each in questions if (key := question_key(self.endpoint.model, each)) not in known}
         for sibling in self.siblings if lacking else ():
             taken = {key: answer for key, answer in read_journal(sibling).items() if key in lacking}
-            with self.journal.open("ab") as file:
-                file.writelines(json.dumps({"key": k, **each._asdict()}).encode() + b"\n" for k, each in taken.items())
+            with Journal(self.journal) as journal:
+                for key, answer in taken.items():
+                    journal.add({"key": key, **answer._asdict()})
             lacking -= set(taken)
 
 
