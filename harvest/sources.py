@@ -5,7 +5,8 @@ And where activations are that need no harvest: files of arrays, or a folder tha
 
 import difflib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,9 +48,26 @@ def open_source(source: Source, commit: str | None, offline: bool, scratch: Path
     Raises UserError that names the setting when the data cannot be had or read, or lacks a column.
     """
     where = f"sample.sources ({source.name})"
+    named = (*COLUMNS[source.rows], *_chosen_by(source))
+    return open_rows(source, where, named, partial(_columns, source, where=where), commit, offline, scratch)
+
+
+def open_rows(
+    source: Source,
+    where: str,
+    named: Sequence[str],
+    needed: Callable[[set[str]], list[str]],
+    commit: str | None,
+    offline: bool,
+    scratch: Path | None = None,
+) -> OpenedSource:
+    """As `open_source`, for any reader: with those columns that it says are `needed` of all that there are.
+
+    `named` are looked for in all rows; `where` is the source's place in the settings. Raises UserError, as it does.
+    """
     if not is_local(source.path):
-        rows = _open_hub(source, commit, offline)
-        return OpenedSource(rows, _columns(source, rows.columns(), where), None)
+        rows = _open_hub(source, where, commit, offline)
+        return OpenedSource(rows, needed(rows.columns()), None)
     found = find_files(source, where)
     files = [OpenedFile(path) for path in found.files]
     if (size := sum(path.stat().st_size for path in found.files)) > SLOW_BYTES:
@@ -58,7 +76,7 @@ def open_source(source: Source, commit: str | None, offline: bool, scratch: Path
     columns: list[str] = []
     blocks: list[Block] = []
     if kind == "parquet":
-        columns = _columns(source, {name for file in files for name in parquet_columns(file)}, where)
+        columns = needed({name for file in files for name in parquet_columns(file)})
     for file in files:
         if kind == "parquet":
             blocks += open_parquet(file, columns, scratch)
@@ -70,10 +88,10 @@ def open_source(source: Source, commit: str | None, offline: bool, scratch: Path
     if not len(rows):
         raise UserError(f"{where}.path: {source.path!r}: holds no row")
     if not columns:
-        names = rows.columns((*COLUMNS[source.rows], *_chosen_by(source)))
+        names = rows.columns(named)
         if not names and isinstance(first := rows.take([0], ())[0], Damaged):
             raise UserError(f"{where}.path: {source.path!r}: no row can be read: {rows.place(0)}: {first.reason}")
-        columns = _columns(source, names, where)
+        columns = needed(names)
     content = content_name((path.name, file.sha256) for path, file in zip(found.files, files, strict=True))
     return OpenedSource(rows, columns, content, found.passed_over)
 
@@ -175,7 +193,7 @@ def _columns(source: Source, names: set[str], where: str) -> list[str]:
     return needed_columns(source.rows, names, _chosen_by(source), source.name)
 
 
-def _open_hub(source: Source, commit: str | None, offline: bool) -> Rows:
+def _open_hub(source: Source, where: str, commit: str | None, offline: bool) -> Rows:
     import datasets
     from datasets import config as datasets_config
     from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
@@ -194,7 +212,7 @@ def _open_hub(source: Source, commit: str | None, offline: bool) -> Rows:
                 "`hf auth login` or set HF_TOKEN"
             )
     except (ConnectionError, TimeoutError):
-        setting = "sample.runtime.offline is set" if offline else "the hub does not answer"
+        setting = f"{where.partition('.')[0]}.runtime.offline is set" if offline else "the hub does not answer"
         reason = (
             f"not in the local cache, and {setting}; go online once, or point at local .jsonl or .parquet files of the "
             "same columns"
@@ -212,7 +230,7 @@ def _open_hub(source: Source, commit: str | None, offline: bool) -> Rows:
     else:
         table: Any = data.with_format("arrow")[:]
         return Rows(batches(table.to_batches(), table.column_names))
-    raise UserError(f"sample.sources ({source.name}).path: {source.path!r}: {reason}")
+    raise UserError(f"{where}.path: {source.path!r}: {reason}")
 
 
 def _first_line(error: BaseException) -> str:
