@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -11,6 +11,36 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 36
 RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 COLOURS = ("#1d5fa8", "#b54e14", "#2a7a3b", "#8a3ea8", "#8a6d1a", "#5a5f66")
 Series = Mapping[str, Sequence[tuple[float, float]]]  # (x, y) by name
+Interval = tuple[float, float] | None
+
+
+class Spot(NamedTuple):
+    """A point with intervals."""
+
+    x: float
+    y: float
+    x_interval: Interval
+    y_interval: Interval
+    label: str
+
+
+class Trail(NamedTuple):
+    """Spots that are joined, in this order."""
+
+    name: str
+    colour: int | None  # of COLOURS, which begin again; None is the text's
+    hollow: bool
+    spots: Sequence[Spot]
+
+
+class Bar(NamedTuple):
+    """A value with its interval, on a line of its own."""
+
+    label: str
+    colour: int
+    hollow: bool
+    value: float
+    interval: Interval
 
 
 def _tag(name: str, content: Any = "", **attributes: Any) -> Markup:
@@ -31,16 +61,16 @@ def _svg(title: str, box: tuple[float, float, float, float], parts: Sequence[Mar
 class _Frame:
     """Axes with round ticks, and the map from values to pixels."""
 
-    def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str) -> None:
-        self.x, self.y = x, y if y[1] > y[0] else (y[0] - 0.5, y[0] + 0.5)
+    def __init__(self, x: tuple[float, float], y: tuple[float, float], x_label: str, height: int = HEIGHT) -> None:
+        self.x, self.y, self.height = x, y if y[1] > y[0] else (y[0] - 0.5, y[0] + 0.5), height
         middle = (LEFT + WIDTH - RIGHT) // 2
-        self.parts = [_tag("text", x_label, class_="label", x=middle, y=HEIGHT - 4, text_anchor="middle")]
+        self.parts = [_tag("text", x_label, class_="label", x=middle, y=height - 4, text_anchor="middle")]
         for tick in ticks(*self.y):
             at = self.py(tick)
             self.parts.append(_tag("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=at, y2=at))
             self.parts.append(_tag("text", figure(tick), x=LEFT - 6, y=at + 4, text_anchor="end"))
         for tick in ticks(*self.x):
-            place = {"x": self.px(tick), "y": HEIGHT - BOTTOM + 15}
+            place = {"x": self.px(tick), "y": self.height - BOTTOM + 15}
             self.parts.append(_tag("text", figure(tick), **place, text_anchor="middle"))
 
     def px(self, value: float) -> float:
@@ -49,7 +79,7 @@ class _Frame:
 
     def py(self, value: float) -> float:
         low, high = self.y
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        return self.height - BOTTOM - (value - low) / (high - low) * (self.height - TOP - BOTTOM)
 
     def line(self, places: Sequence[tuple[float, float]], colour: str, width: float) -> None:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
@@ -119,6 +149,74 @@ def points(title: str, series: Series, x_label: str) -> Markup:
         frame.parts += [_tag("circle", cx=x, cy=y, r=3.5, fill=colour) for x, y in places]
         frame.parts.append(_tag("text", name, x=LEFT, y=HEIGHT + 14 * (i + 1) - 2, fill=colour))
     return frame.svg(title, HEIGHT + 14 * len(series) + 4)
+
+
+def trails(title: str, found: Sequence[Trail], labels: tuple[str, str]) -> Markup:
+    """Points with both intervals, those of a trail joined, the names below; `labels` are of x and y."""
+    spots = [spot for trail in found for spot in trail.spots]
+    across = [v for spot in spots for v in (spot.x, *(spot.x_interval or ()))]
+    up = [v for spot in spots for v in (spot.y, *(spot.y_interval or ()))]
+    space = [0.06 * ((max(v) - min(v)) or abs(v[0]) or 1) for v in (across, up)]
+    x, y = ((max(min(v) - s, 0.0), max(v) + s) for v, s in zip((across, up), space, strict=True))
+    frame = _Frame(x, y, labels[0], 300)
+    aside = {"x": 12, "y": 140, "transform": "rotate(-90 12 140)"}
+    frame.parts.append(_tag("text", labels[1], class_="label", **aside, text_anchor="middle"))
+    for i, trail in enumerate(found):
+        places = [(frame.px(spot.x), frame.py(spot.y)) for spot in trail.spots]
+        path = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
+        dashes = {"stroke_dasharray": "3 3"} if trail.hollow else {}
+        parts = [_tag("polyline", fill="none", stroke="currentColor", points=path, **dashes)]
+        for spot, (px, py) in zip(trail.spots, places, strict=True):
+            for name, interval, place in (("x", spot.x_interval, frame.px), ("y", spot.y_interval, frame.py)):
+                if interval:
+                    other = {"y1": py, "y2": py} if name == "x" else {"x1": px, "x2": px}
+                    ends = {f"{name}1": place(interval[0]), f"{name}2": place(interval[1])}
+                    parts.append(_tag("line", **ends, **other, stroke="currentColor", stroke_opacity="0.45"))
+            parts.append(_mark(px, py, trail.hollow))
+            place = {"x": px - 6, "y": py + 14, "text_anchor": "end"} if trail.hollow else {"x": px + 6, "y": py - 6}
+            parts.append(_tag("text", spot.label, **place, fill="currentColor"))
+        parts.append(_tag("text", trail.name, x=LEFT, y=300 + 16 * (i + 1) - 2, fill="currentColor"))
+        parts.append(_mark(LEFT - 10.0, 300.0 + 16 * (i + 1) - 6, trail.hollow))
+        frame.parts.append(_coloured(parts, trail.colour))
+    return frame.svg(title, 300 + 16 * len(found) + 6)
+
+
+def forest(title: str, found: Sequence[Bar], x_label: str) -> Markup:
+    """Values with their intervals, one below the other, beside the line of 0."""
+    reach = [v for bar in found for v in (0.0, bar.value, *(bar.interval or ()))]
+    left = 24 + min(6.9 * max(len(bar.label) for bar in found), 256)
+    step, space = 20, 0.05 * (max(reach) - min(reach) or 1)
+    low, high, bottom = min(reach) - space, max(reach) + space, TOP + step * len(found)
+
+    def px(value: float) -> float:
+        return left + (value - low) / (high - low) * (WIDTH - left - RIGHT)
+
+    middle = (left + WIDTH - RIGHT) / 2
+    parts = [_tag("text", x_label, class_="label", x=middle, y=bottom + 34, text_anchor="middle")]
+    for tick in ticks(low, high):
+        wide = {} if tick else {"stroke_width": 2}
+        parts.append(_tag("line", class_="grid", x1=px(tick), x2=px(tick), y1=TOP, y2=bottom, **wide))
+        parts.append(_tag("text", figure(tick), x=px(tick), y=bottom + 15, text_anchor="middle"))
+    for i, bar in enumerate(found):
+        y = TOP + step * (i + 0.5)
+        ends = bar.interval or (bar.value, bar.value)
+        line = _tag("line", x1=px(ends[0]), x2=px(ends[1]), y1=y, y2=y, stroke="currentColor", stroke_width=1.6)
+        name = bar.label if len(bar.label) <= 37 else f"{bar.label[:36]}…"
+        label = _tag("text", name, x=left - 10, y=y + 4, text_anchor="end", fill="currentColor")
+        parts.append(_coloured([line, _mark(px(bar.value), y, bar.hollow), label], bar.colour))
+    return _svg(title, (0, 0, WIDTH, bottom + 40), parts)
+
+
+def _mark(x: float, y: float, hollow: bool) -> Markup:
+    shape = {"fill": "none", "stroke": "currentColor", "stroke_width": 1.6} if hollow else {"fill": "currentColor"}
+    return _tag("circle", cx=x, cy=y, r=3.5, **shape)
+
+
+def _coloured(parts: Sequence[Markup], colour: int | None) -> Markup:
+    """A group in one colour; a page may give the class another one on a dark ground."""
+    number = None if colour is None else colour % len(COLOURS)
+    of = {} if number is None else {"class_": f"c{number}", "color": COLOURS[number]}
+    return _tag("g", Markup("").join(parts), **of)
 
 
 def cells(

@@ -123,7 +123,6 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
     """Write the index and a page for each chosen feature."""
     folder.mkdir(parents=True, exist_ok=True)
     style, script = (files("evaluate").joinpath("templates", f"features.{s}").read_text("utf-8") for s in ("css", "js"))
-    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src '{_sha256(style)}'"
     templates = environment(
         {
             "number": number,
@@ -134,7 +133,7 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
         },
         style=Markup(style),
         script=Markup(script),
-        policy=f"{policy}; script-src '{_sha256(script)}'",
+        policy=content_policy(style, script),
         hook=site.hook,
         d_sae=site.activity["active"].shape[1],
         has_page={int(feature) for feature in site.chosen_K},
@@ -149,6 +148,12 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
     for before, feature, after in zip([None, *features], features, [*features[1:], None], strict=False):
         write_text(folder / f"{feature['number']}.html", page.render(feature=feature, before=before, after=after))
     write_text(folder / "index.html", templates.get_template("features.html").render(features=features))
+
+
+def content_policy(style: str, script: str) -> str:
+    """A content security policy that allows one style and one script, both inside the page, and nothing else."""
+    policy = f"default-src 'none'; base-uri 'none'; form-action 'none'; style-src '{_sha256(style)}'"
+    return f"{policy}; script-src '{_sha256(script)}'"
 
 
 def _sha256(text: str) -> str:

@@ -29,7 +29,7 @@ class Figure(NamedTuple):
     section: str  # the analysis that it comes from
     name: str
     value: float | None
-    rows: str = ""  # those counted: KEPT or EVERY, "sources" or "models" of a comparison; "" where that is plain
+    rows: str = ""  # counted: KEPT or EVERY, "sources" or "models" of a comparison, a benchmark's condition, or ""
     source: str = "all"  # contexts counted: "all", a source, or source/value for a stratum
     interval: tuple[float, float] | None = None  # 95%
     unit: str = ""

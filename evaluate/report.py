@@ -8,6 +8,8 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from evaluate.benchmark_figures import findings
+from evaluate.benchmark_views import FILTERS as BENCHMARK_FILTERS
 from evaluate.charts import bars, cells, lines
 from evaluate.claims import any_known, claims
 from evaluate.diff import CELLS, FLOOR
@@ -39,9 +41,9 @@ def write_report(
     """Write the report of all SAEs of a run. `curves` are their metrics.jsonl by hook, of those that were trained."""
     own = [sae for sae in evaluation.saes if not sae.name]
     filters = {"text": text, "shown": shown, "duration": duration, "visible": visible, "interval": interval}
-    filters |= {"rounded": rounded, "thousandths": thousandths}
+    filters |= {"rounded": rounded, "thousandths": thousandths, **BENCHMARK_FILTERS}
     known = {sae.hook: claims(sae) for sae in own}
-    template = environment(filters).get_template("report.html")
+    template = environment(filters, benchmark_findings=findings).get_template("report.html")
     html = template.render(
         evaluation=evaluation,
         own=own,

@@ -1,4 +1,4 @@
-"""Feature pages whose tokens are text that tries to break them."""
+"""Feature pages whose tokens are text that tries to break them, and a benchmark whose answers are."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import only
+from made_benchmark import Made, conditions_of, made
 
 from evaluate.activity import read_activity
 from evaluate.config import FeaturesConfig
@@ -111,3 +112,28 @@ def site(finished: Path, features: int = 12) -> Site:
         dict.fromkeys(range(0, features, 2), injected),
         explained={feature: explained(feature) for feature in range(features - 1)},
     )
+
+
+def benchmark(samples: int = 2) -> Made:
+    """A benchmark whose problems, answers and names are hostile; feature 7 turns half of the wrong answers right."""
+    found = made(conditions_of((7, 8), (1.0, 2.0)), {7: 0.5}, len(TOKENS), samples, 0)
+    problems = [
+        problem._replace(id=f"{n} {token[:40]}", prompt=f"{problem.prompt}\n{token}", answer=token)
+        for n, (problem, token) in enumerate(zip(found.problems, TOKENS, strict=True))
+    ]
+    conditions = [
+        found.conditions[0],
+        found.conditions[1]._replace(name=f"feature 7 {TOKENS[1]}"),
+        *found.conditions[2:],
+    ]
+    attempts = [
+        attempt._replace(
+            text=f"{attempt.text} word{attempt.problem}of{attempt.condition} {TOKENS[n % 5]} {TOKENS[n % len(TOKENS)]}"
+        )
+        for n, attempt in enumerate(found.attempts)
+    ]
+    grades = [
+        grade if grade.correct else grade._replace(parsed=TOKENS[n % len(TOKENS)] if n % 3 else None)
+        for n, grade in enumerate(found.grades)
+    ]
+    return Made(problems, conditions, attempts, grades)

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from evaluate.charts import bars, cells, lines, points, ticks
+from evaluate.charts import Bar, Spot, Trail, bars, cells, forest, lines, points, ticks, trails
 
 
 def attributes(svg: str, tag: str, *names: str) -> list[tuple[float, ...]]:
@@ -57,3 +57,43 @@ def test_ticks_are_round():
     assert ticks(0, 720) == [0, 200, 400, 600]
     assert ticks(0, 0) == [0]
     assert [round(t, 3) for t in ticks(0.1, 0.62)] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+
+
+def test_trails_are_where_their_figures_say_with_their_intervals():
+    none = Spot(10, 40, (8, 12), None, "none")
+    found = [
+        Trail("none", None, False, [none]),
+        Trail("feature", 1, False, [none._replace(x_interval=None), Spot(30, 60, (20, 40), (50, 70), "2")]),
+        Trail("control", 1, True, [Spot(20, 50, None, (45, 55), "2")]),
+    ]
+    svg = trails("t", found, ("tokens", "pass@1, %"))
+    circles = [
+        c for c in attributes(svg, "circle", "cx", "cy") if c[0] > 50
+    ]  # those of the legend stand before the axis
+    (x0, y0), (_, _), (x1, y1), (x2, y2) = circles
+    scale = (x1 - x0) / 20, (y0 - y1) / 20
+    assert (x2, y2) == pytest.approx((x0 + 10 * scale[0], y0 - 10 * scale[1]), abs=0.2)
+    ends = [line for line in attributes(svg, "line", "x1", "x2", "y1", "y2") if line[0] != 56]
+    assert ends[0] == pytest.approx((x0 - 2 * scale[0], x0 + 2 * scale[0], y0, y0), abs=0.2)
+    assert ends[1] == pytest.approx((x1 - 10 * scale[0], x1 + 10 * scale[0], y1, y1), abs=0.2)
+    assert ends[2] == pytest.approx((x1, x1, y1 + 10 * scale[1], y1 - 10 * scale[1]), abs=0.2)
+    assert ends[3] == pytest.approx((x2, x2, y2 + 5 * scale[1], y2 - 5 * scale[1]), abs=0.2)
+    assert path(svg, 1) == [(x0, y0), (x1, y1)]
+    groups = re.findall(r"<g([^>]*)>(.*?)</g>", svg)
+    assert [re.findall('class="(..)"', each) for each, _ in groups] == [[], ["c1"], ["c1"]]
+    assert ['fill="none" stroke="currentColor" stroke-width' in inner for _, inner in groups] == [False, False, True]
+
+
+def test_a_forest_has_a_line_for_each_value_beside_0():
+    found = [Bar("a", 0, False, 5, (1, 9)), Bar("b", 0, True, -3, None)]
+    svg = forest("t", found, "points")
+    zero = next(
+        x for x, wide in re.findall(r'<line class="grid" x1="([\d.]+)"[^>]*?( stroke-width="2")?>', svg) if wide
+    )
+    (x0, y0), (x1, y1) = attributes(svg, "circle", "cx", "cy")
+    scale = (x0 - x1) / 8
+    assert float(zero) == pytest.approx(x0 - 5 * scale, abs=0.2)
+    assert y0 < y1
+    lines_of = attributes(svg, "line", "x1", "x2", "y1")[-2:]
+    assert lines_of[0] == pytest.approx((x0 - 4 * scale, x0 + 4 * scale, y0), abs=0.2)
+    assert lines_of[1] == pytest.approx((x1, x1, y1), abs=0.2)

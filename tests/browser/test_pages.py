@@ -1,4 +1,4 @@
-"""Report and feature pages in Chromium, from disk, with the network off: `make test-browser`."""
+"""Report, feature pages and the benchmark's page in Chromium, from disk, with the network off: `make test-browser`."""
 
 import json
 import shutil
@@ -8,12 +8,13 @@ import hostile
 import pytest
 from conftest import only
 
+from evaluate.benchmark_figures import benchmark_figures
+from evaluate.benchmark_page import write_page
 from evaluate.feature_pages import write_pages
 
 pytestmark = pytest.mark.browser
 TOOLS = ("chromium", "chromedriver")
 # Moves of what was painted already.
-
 SHIFTS = """
 const done = arguments[0];
 let count = 0;
@@ -48,11 +49,14 @@ return least;
 
 @pytest.fixture(scope="session")
 def run(finished, tmp_path_factory) -> Path:
-    """The finished run's evaluate folder, its feature pages made anew with hostile tokens."""
+    """The finished run's evaluate folder, its feature pages made anew with hostile tokens, and a hostile benchmark."""
     folder = tmp_path_factory.mktemp("browser") / "evaluate"
     shutil.copytree(only(finished, "runs/evaluate/*"), folder)
     shutil.rmtree(folder / "features")
     write_pages(folder / "features" / hostile.HOOK, hostile.site(finished), hostile.CONFIG)
+    made = hostile.benchmark()
+    section = benchmark_figures(made.conditions, made.marks(2), 0)
+    write_page(folder / "benchmark.html", f"arithmetic {hostile.TOKENS[0]}", *made, section)
     return folder
 
 
@@ -90,6 +94,7 @@ class Browser:
     def __init__(self, driver, run: Path) -> None:
         self.driver, self.folder = driver, run / "features" / hostile.HOOK
         self.report, self.index = run / "report.html", self.folder / "index.html"
+        self.benchmark, self.problems = run / "benchmark.html", sorted((run / "problems").iterdir())
         self.js = driver.execute_script
 
     def open(self, path: Path, width: int = 1200, theme: str = "light") -> None:
@@ -195,6 +200,8 @@ def test_every_link_leads_somewhere(browser, finished):
         untouched / "report.html",
         *untouched.glob("features/*/index.html"),
         *sorted(browser.folder.iterdir()),
+        browser.benchmark,
+        *browser.problems,
     ):
         browser.open(page)
         targets = browser.js("return [...document.links].map(a => [a.protocol, a.pathname, a.hash])")
@@ -202,7 +209,10 @@ def test_every_link_leads_somewhere(browser, finished):
         for protocol, path, anchor in targets:
             assert protocol == "file:"
             assert Path(path).is_file(), path
-            assert not anchor or browser.js("return !!document.querySelector(arguments[0])", anchor)
+            if anchor and Path(path).samefile(page):
+                assert browser.js("return !!document.querySelector(arguments[0])", anchor)
+            elif anchor:
+                assert f'id="{anchor[1:]}"' in Path(path).read_text()
 
 
 def test_activations_are_read_by_mouse_tap_and_keyboard(browser):
@@ -242,7 +252,8 @@ def browser_first_active(browser) -> float:
 
 @pytest.mark.parametrize("width", [320, 390, 1200])
 def test_nothing_is_wider_than_the_window(browser, width):
-    for page in (browser.report, browser.index, *sorted(browser.folder.glob("[0-9]*.html"))):
+    pages = *sorted(browser.folder.glob("[0-9]*.html")), browser.benchmark, *browser.problems
+    for page in (browser.report, browser.index, *pages):
         browser.open(page, width)
         inner, whole = browser.js("const e = document.documentElement; return [e.clientWidth, e.scrollWidth]")
         assert width - 20 < inner <= width  # a scroll bar, on a desktop
@@ -251,11 +262,11 @@ def test_nothing_is_wider_than_the_window(browser, width):
 
 
 def test_hostile_tokens_are_text(browser):
-    for page in (browser.index, *sorted(browser.folder.glob("[0-9]*.html"))):
+    for page in (*browser.problems, browser.benchmark, browser.index, *sorted(browser.folder.glob("[0-9]*.html"))):
         browser.open(page)
         assert browser.js("return window.broken") is None
         assert browser.js("return document.querySelectorAll('img, script:not(:last-of-type), b b').length") == 0
-        assert browser.js("return document.scripts.length") == 1
+        assert browser.js("return document.scripts.length") == (page not in browser.problems)
         shown = browser.js("return document.body.textContent")
         assert "</script><script>window.broken=1" in shown
         assert not set(shown) & set("\u202e\u2066\u200f\x00\x1b")
@@ -264,8 +275,89 @@ def test_hostile_tokens_are_text(browser):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_text_stands_out(browser, theme):
-    for page in (browser.report, browser.index, *sorted(browser.folder.glob("[0-9]*.html"))[:4]):
+    pages = *sorted(browser.folder.glob("[0-9]*.html"))[:4], browser.benchmark, *browser.problems[:4]
+    for page in (browser.report, browser.index, *pages):
         browser.open(page, theme=theme)
         assert browser.js("return matchMedia('(prefers-color-scheme: dark)').matches") == (theme == "dark")
         ratio, where = browser.js(CONTRAST)
         assert ratio >= 4.5, where  # WCAG 2.2, AA
+
+
+def problems(browser) -> list[list[str]]:
+    """Number, right as it is, right with the condition, difference and change in tokens of the visible problems."""
+    return browser.js(
+        "return [...document.querySelectorAll('.problems tbody tr')].filter(r => r.offsetHeight)"
+        ".map(r => [r.dataset.order, ...[3, 4, 5, 7].map(n => r.cells[n].textContent)])"
+    )
+
+
+def test_a_benchmark_s_problems_are_compared_under_any_condition(browser):
+    from selenium.webdriver.support.select import Select
+
+    marks, names = hostile.benchmark().marks(2), [each.name for each in hostile.benchmark().conditions]
+    right_CP, tokens_CP = marks.correct_CPN.sum(2), marks.tokens_CPN.mean(2)
+    browser.open(browser.benchmark)
+    chosen = Select(browser.find("#chosen"))
+    assert [option.text for option in chosen.options] == names[1:]
+    for condition in (1, 3, 2):
+        chosen.select_by_index(condition - 1)
+        for order, none, other, difference, longer in problems(browser):
+            p = int(order)
+            assert (none, other) == tuple(f"{right_CP[c, p]} of 2" for c in (0, condition))
+            change = int(right_CP[condition, p]) - int(right_CP[0, p])
+            assert int(difference.replace("−", "-")) == change
+            assert float(longer.replace("−", "-")) == pytest.approx(tokens_CP[condition, p] - tokens_CP[0, p], abs=0.6)
+    chosen.select_by_index(0)
+    browser.find("#differing").click()
+    differing = [p for p in range(12) if right_CP[1, p] != right_CP[0, p]]
+    assert 0 < len(differing) < 12
+    assert [int(row[0]) for row in problems(browser)] == differing
+    assert browser.find("#found").text == f"{len(differing)} of 12 problems"
+    browser.find(".problems tbody tr:not([hidden]) a").click()
+    assert browser.js("return location.hash") == "#c1"
+    assert browser.find("th:target").text.startswith("feature 7")
+    browser.driver.back()
+    assert len(problems(browser)) == int(browser.find("#found").text.split()[0])
+
+
+def test_a_benchmark_s_problems_are_searched(browser):
+    browser.open(browser.benchmark)
+    search = browser.find("#search")
+    for wanted, expected in (
+        ("WORD3of", [3]),
+        ("word3of  ", [3]),
+        ("problem 1", [1, 10, 11]),
+        ("6 times 7? <IMG", [1]),
+        ("nowhere", []),
+        ("</script>", list(range(12))),
+    ):
+        search.clear()
+        search.send_keys(wanted)
+        assert [int(row[0]) for row in problems(browser)] == expected, wanted
+        assert browser.find("#found").text == f"{len(expected)} of 12 problems"
+    search.clear()
+    browser.find("h1").click()
+    browser.press("/")
+    browser.press("word7of")
+    assert [int(row[0]) for row in problems(browser)] == [7]
+
+
+def test_a_benchmark_s_tables_sort(browser):
+    browser.open(browser.benchmark)
+    cells = "return [...document.querySelectorAll('{} tbody tr')].map(r => r.cells[{}].{})"
+    for table, value in ((".conditions", "dataset.value"), (".problems", "textContent")):
+        heads = browser.driver.find_elements("css selector", f"{table} th")
+        for column, header in enumerate(heads):
+            if not header.get_attribute("data-key") or (table, column) == (".problems", 0):
+                continue
+            for order in ("descending", "ascending"):
+                header.find_element("css selector", "button").click()
+                texts = browser.js(cells.format(table, column, value))
+                known = [float(text.replace("−", "-").split(" of ")[0]) for text in texts if text]
+                assert texts[: len(known)] == [text for text in texts if text]  # what is not known comes last
+                assert known == sorted(known, reverse=order == "descending")
+                assert header.get_attribute("aria-sort") == order
+            assert len(set(known)) > 1
+            assert len(browser.driver.find_elements("css selector", f"{table} [aria-sort]")) == 1
+    browser.find(".problems th button").send_keys("\ue007")  # Enter
+    assert [int(row[0]) for row in problems(browser)] == list(range(12))
