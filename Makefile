@@ -19,7 +19,7 @@ RUN = .venv/bin/python -m pipeline
 LAUNCH = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-node $(PROCS) -m pipeline,$(RUN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all harvest stream train eval explain status verify prune estimate dry-run export test test-browser chromium check check-gpu mutants
+.PHONY: help setup all harvest stream train eval explain benchmark status verify prune estimate dry-run export test test-browser chromium check check-gpu mutants
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -65,6 +65,9 @@ eval: setup ## measure the SAE on held-out text; write the report and the pages 
 
 explain: setup ## let a language model say what features mean, and test it; ARGS="--base-url http://... --model NAME"
 	@$(RUN) explain --config $(CONFIG) $(SET) $(ARGS)
+
+benchmark: setup ## let the model answer problems with features operated on and without; PROCS=N shares the problems
+	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) benchmark --config $(CONFIG) $(SET) $(ARGS)
 
 status: setup ## which stage is complete, which would run, and why
 	@$(RUN) status --config $(CONFIG) $(SET) $(ARGS)

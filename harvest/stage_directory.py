@@ -21,12 +21,13 @@ from typing import Any
 from harvest.contexts import damaged_chunks, missing_chunks
 from harvest.files import UserError, file_crc32c, is_locked, locked, read_json, write_sealed
 from harvest.row_files import missing_rows
-from harvest.workers import wait_until
+from harvest.workers import SHARED, wait_until
 
 BEGUN, MANIFEST = "begun.json", "manifest.json"
 FINGERPRINT = re.compile(r"[0-9a-f]{12}")  # name of a directory
 STARTS_OVER = ("evaluate",)  # stages that keep nothing of an interrupted run
-MADE_ANEW = (*STARTS_OVER, "explain")  # stages of minutes: a result that is not whole is made anew
+# Stages whose result is made anew where it is not whole: in minutes, or from the answers that they keep.
+MADE_ANEW = (*STARTS_OVER, "explain", "benchmark")
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "zarr", "numpy", "safetensors")
 SMALL_BYTES = 16 << 20  # `status` reads files up to this size; of a larger one it looks at the size
 NO_RESULTS = (MANIFEST, "progress.json", "stream.json")
@@ -126,7 +127,7 @@ class Run:
 
         Raises UserError when it was begun under other numerics and `allow_mixed` is not set.
         """
-        if not self.is_begun or self.stage in MADE_ANEW:
+        if not self.is_begun or (self.stage in MADE_ANEW and self.stage not in SHARED):
             begun = {**identity, "numerics": numerics, "begun": time.time(), "mixed_with": []}
             write_sealed(self.path / BEGUN, begun)
         else:
@@ -137,7 +138,7 @@ class Run:
 
         Raises UserError when there is none after so many seconds, and as `begin` does.
         """
-        wait_until((self.path / BEGUN).exists, seconds, f"{self.path}: worker 0 has not begun it")
+        wait_until((self.path / BEGUN).exists, seconds, f"{self.path}: worker 0 has not begun it", self.stage)
         self._compare(numerics, allow_mixed)
 
     def _compare(self, numerics: dict[str, Any], allow_mixed: bool) -> None:
@@ -235,7 +236,7 @@ class Run:
         return {
             "harvest": "`make verify`, then `make harvest` writes just that anew",
             "evaluate": "`make eval` makes all of it anew",
-            "explain": "`make explain` makes it anew, from the answers that it has",
+            **{name: f"`make {name}` makes it anew, from the answers that it has" for name in ("explain", "benchmark")},
         }.get(self.stage, f"`python -m pipeline {self.stage} --force` makes them anew")
 
 

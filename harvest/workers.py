@@ -1,7 +1,8 @@
-"""The processes that share one harvest.
+"""The processes that share one harvest, or one benchmark.
 
 They exchange nothing: worker w of `world` makes shards w, w + world, ..., and a shard's bytes depend on the settings
-alone. Whoever finds every record written ends the harvest; nobody waits for shards of others.
+alone. Whoever finds every record written ends the harvest; nobody waits for shards of others. Problems of a benchmark
+are shared likewise.
 """
 
 import os
@@ -15,7 +16,7 @@ from harvest.files import UserError, locked
 from harvest.progress import duration
 
 POLL_SECONDS = 1.0
-ROLE = "harvest"
+SHARED = ("harvest", "benchmark")  # stages that several workers may share
 
 
 class Shard(NamedTuple):
@@ -26,7 +27,7 @@ class Shard(NamedTuple):
 
 
 class Workers(NamedTuple):
-    """This process among the workers of a harvest; without arguments, the only one."""
+    """This process among the workers of a stage; without arguments, the only one."""
 
     rank: int = 0
     world: int = 1
@@ -47,16 +48,16 @@ class Workers(NamedTuple):
         return every[self.rank :: self.world]
 
     @contextmanager
-    def locked(self, directory: Path) -> Iterator[None]:
-        """Hold this worker's lock, and share the one that keeps `verify` and `--force` out.
+    def locked(self, directory: Path, stage: str) -> Iterator[None]:
+        """Hold this worker's lock of a stage, and share the one that keeps `verify` and `--force` out.
 
         Raises UserError when the same worker runs already, or one of those two does.
         """
-        with locked(directory, ROLE, shared=True), locked(directory, f"{ROLE}-worker-{self.rank}"):
+        with locked(directory, stage, shared=True), locked(directory, f"{stage}-worker-{self.rank}"):
             yield
 
 
-def wait_until(found: Callable[[], bool], seconds: float, otherwise: str) -> None:
+def wait_until(found: Callable[[], bool], seconds: float, otherwise: str, stage: str) -> None:
     """Wait for what worker 0 writes.
 
     Raises UserError with the text `otherwise` when that takes too long.
@@ -64,7 +65,7 @@ def wait_until(found: Callable[[], bool], seconds: float, otherwise: str) -> Non
     began = time.monotonic()
     while not found():
         if time.monotonic() - began > seconds:
-            raise UserError(f"{otherwise} for {duration(seconds)} (harvest.runtime.wait_seconds)")
+            raise UserError(f"{otherwise} for {duration(seconds)} ({stage}.runtime.wait_seconds)")
         time.sleep(POLL_SECONDS)
 
 

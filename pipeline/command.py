@@ -122,8 +122,8 @@ def errors(root: Path) -> Iterator[None]:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         _stop(
-            f"out of memory ({reason}). What was complete is untouched; lower what a stage holds at once "
-            "(harvest.batch_contexts, train.batch_size, train.pool_rows, train.sae, evaluate.batch_rows)"
+            f"out of memory ({reason}). What was complete is untouched; lower what a stage holds at once (harvest."
+            "batch_contexts, train.batch_size, train.pool_rows, train.sae, evaluate.batch_rows, benchmark.slots)"
         )
     except OSError as error:
         if error.errno not in FULL_OR_FORBIDDEN and not error.filename:

@@ -11,7 +11,7 @@ from harvest.files import UserError
 from harvest.stage_directory import FINGERPRINT, Run
 from pipeline.config import load
 from pipeline.metrics import read_evaluation
-from pipeline.stages import explanations, find_runs
+from pipeline.stages import find_runs, made_on
 from pipeline.tables import table
 from train.config import SaeConfig
 
@@ -57,7 +57,7 @@ def _read(run: Run) -> Evaluated:
     if (stage := run.manifest.get("stage")) != "evaluate":
         raise UserError(f"{run.path}: a {stage} directory; compare takes those of evaluate")
     evaluation = read_evaluation(run)
-    saes = read_evaluation(newest[0]).saes if (newest := explanations(run)) else evaluation.saes
+    saes = read_evaluation(newest[0]).saes if (newest := made_on(run, "explain")) else evaluation.saes
     settings = _flat(run.settings, "evaluate")
     for stage, fingerprint in evaluation.inputs.items():
         before = Run(run.path.parents[1] / stage / str(fingerprint))

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from evaluate.benchmark_config import BenchmarkConfig
 from evaluate.config import EvaluateConfig
 from evaluate.explain_config import ExplainConfig
 from harvest.config import HarvestConfig, IngestConfig, ModelConfig, SampleConfig, Settings
@@ -35,11 +36,14 @@ class PipelineConfig(Settings):
     published: PublishedConfig | None = None
     evaluate: EvaluateConfig = EvaluateConfig()
     explain: ExplainConfig | None = None  # `make explain` alone runs it
+    benchmark: BenchmarkConfig | None = None  # `make benchmark` alone runs it
 
     @model_validator(mode="after")
     def _check(self) -> "PipelineConfig":
         if self.explain and self.ingest:
             raise ValueError("explain: ingested activations have no text to explain; take this section out")
+        if self.benchmark and self.ingest:
+            raise ValueError("benchmark: ingested activations have no model to answer; take this section out")
         if self.explain and not self.evaluate.features:
             raise ValueError("evaluate.features: null: explain reads what it writes; leave evaluate.features as it is")
         if self.ingest:
@@ -76,6 +80,9 @@ class PipelineConfig(Settings):
                 f"harvest.chunk_rows: {harvest.chunk_rows}: must divide the rows of a shard, "
                 f"sample.shard_contexts x context_size = {sample.shard_rows}"
             )
+        if self.benchmark and self.benchmark.hook not in (None, *harvest.hooks):
+            known = ", ".join(harvest.hooks)
+            raise ValueError(f"benchmark.hook: {self.benchmark.hook!r}: no such hook; one of {known}")
         if self.published and len(harvest.hooks) > 1:
             raise ValueError(f"harvest.hooks: {', '.join(harvest.hooks)}: published is one SAE, of one of them")
         if self.train:

@@ -114,6 +114,7 @@ def rehearsal(config: PipelineConfig, d_in: int, folder: Path) -> PipelineConfig
                     new = [*dict.fromkeys(map(narrower, value))] if several else narrower(value)
                     change(trained, name, **{width: new})
     settings.pop("explain", None)  # asks somebody
+    settings.pop("benchmark", None)  # a narrow random model answers nothing
     analyses, evaluate = change(settings, "evaluate", also=[]), config.evaluate
     if evaluate.downstream:
         change(analyses, "downstream", contexts=min(2, evaluate.downstream.contexts), batch_contexts=1)

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from harvest.progress import duration, size_text
+from harvest.progress import size_text
 from pipeline.architecture import Architecture, find_architecture
+from pipeline.benchmark_cost import benchmark_lines
 from pipeline.config import PipelineConfig
 from pipeline.measure import FORWARD_PART, Machine, measure
 from pipeline.memory import harvest_memory, pinned_pools, training_memory
 from pipeline.sizes import Sizes, sizes
-from pipeline.tables import table
+from pipeline.tables import hours, table
 
 
 class Known(NamedTuple):
@@ -44,6 +45,8 @@ def estimate(config: PipelineConfig, root: Path) -> Iterator[str]:
     here = measure(config, s, root)
     lines = plan_published if config.published else plan
     yield from lines(config, shape, s, here, shutil.disk_usage(root).free, root)
+    if config.benchmark:
+        yield from _section("benchmark", *benchmark_lines(config.benchmark, shape, here))
 
 
 def plan(config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, free: int, root: Path) -> Iterator[str]:
@@ -79,7 +82,7 @@ def plan(config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, f
     yield "not measured: tokenizing, downloads of the model and the text, evaluation, several GPUs"
     obstacles += _too_large(config, s, here)
     harvest = harvest_seconds(s, here, s.rows + g.holdout_shards * g.shard_rows)
-    taken = f"harvest {_hours(harvest)}, training {_hours(train_seconds(config, s, here, s.saes))}"
+    taken = f"harvest {hours(harvest)}, training {hours(train_seconds(config, s, here, s.saes))}"
     yield f"in short, on this machine: {'; '.join(obstacles) or 'it fits'}; {taken}; {size_text(needed)} of disk"
 
 
@@ -105,7 +108,7 @@ def plan_published(
             machine.name,
             ("rates", f"forward {_number(machine.forward, 'tokens/s')}; {machine.note}"),
             ("memory, harvest", f"{size_text(memory[machine.name])} of {size_text(machine.memory)} free"),
-            ("harvest", _hours(harvest_seconds(s, machine, tokens))),
+            ("harvest", hours(harvest_seconds(s, machine, tokens))),
         )
     yield ""
     yield "not measured: tokenizing, downloads of the model, the text and the SAE, evaluation and its memory"
@@ -114,7 +117,7 @@ def plan_published(
     obstacles += [] if fits else [f"harvest.batch_contexts={batch} does not fit into {size_text(here.memory)}"]
     yield (
         f"in short, on this machine: {'; '.join(obstacles) or 'it fits'}; "
-        f"harvest {_hours(harvest_seconds(s, here, tokens))}; {size_text(total)} of disk"
+        f"harvest {hours(harvest_seconds(s, here, tokens))}; {size_text(total)} of disk"
     )
 
 
@@ -173,7 +176,7 @@ def _ways(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:
         for saes in (1, SWEEP):
             harvest = harvest_seconds(s, machine, tokens * (saes if each_pays else 1))
             training = train_seconds(config, s, machine, saes)
-            cells.append(_hours(None if harvest is None or training is None else harvest + training))
+            cells.append(hours(None if harvest is None or training is None else harvest + training))
         rows.append((f"  {name}", size_text(disk + s.contexts + s.trained(1)), *cells, note))
     return table(rows)
 
@@ -210,9 +213,3 @@ def _rate(value: float | None) -> str:
 
 def _number(value: float | None, unit: str) -> str:
     return "unknown" if value is None else f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
-
-
-def _hours(value: float | None) -> str:
-    if value is None:
-        return "unknown"
-    return f"{value / 86400:,.0f} days" if value > 10 * 86400 else duration(value)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evaluate.task_config import task_of
 from harvest.config import ModelConfig, Settings, Source
 from harvest.files import UserError
 from harvest.hub import hub_answers
@@ -22,7 +23,7 @@ from train.saelens_releases import release_place
 from train.start_files import find_start, is_on_hub
 
 STAGES = ("sample", "harvest", "train", "evaluate")
-EVERY_STAGE = (*STAGES, "explain")  # the last one runs where it is asked for
+EVERY_STAGE = (*STAGES, "explain", "benchmark")  # the last ones run where they are asked for
 # What transformers may read of a model's folder; tests/test_inputs.py holds it against what it opens.
 WEIGHT_FILES = re.compile(r"(adapter_)?config(\..+)?\.json|.*\.safetensors|.*\.safetensors\.index\.json")
 TOKENIZER_FILES = re.compile(
@@ -47,13 +48,16 @@ class Inputs(NamedTuple):
     start: str | None = None  # train.start_from
     published: str | None = None  # the SAE in the place of training
     generation: str | None = None  # how a local model begins and ends its answers, which evaluate.steering reads
+    task: str | None = None  # the problems of a benchmark, where they are read from a source
 
     def known(self, stage: str) -> dict[str, Any]:
-        """Those that there are; third-party SAEs, a second model and generation concern evaluate alone, what training
-        starts from no stage before it, and what stands in its place that alone."""
-        of_others = () if stage == "evaluate" else ("also", "diff", "generation")
+        """Those that there are; third-party SAEs and a second model concern evaluate alone, generation also a
+        benchmark, what training starts from no stage before it, and what stands in its place that alone."""
+        of_others = () if stage == "evaluate" else ("also", "diff")
+        of_others += () if stage in ("evaluate", "benchmark") else ("generation",)
         of_others += ("start",) if stage in ("sample", "harvest") else ()
         of_others += () if stage == "train" else ("published",)
+        of_others += () if stage == "benchmark" else ("task",)
         return {name: value for name, value in self._asdict().items() if value and name not in of_others}
 
 
@@ -89,7 +93,7 @@ def find_inputs(config: PipelineConfig, runs: Path) -> Inputs:
     return inputs
 
 
-def identify(config: PipelineConfig, memory: "Memory", stages: Sequence[str] = STAGES) -> Inputs:
+def identify(config: PipelineConfig, memory: "Memory", stages: Sequence[str] = EVERY_STAGE) -> Inputs:
     """What these stages read of models, data and activations; what others read is left empty.
 
     Raises UserError as `find_inputs` does.
@@ -112,19 +116,23 @@ def identify(config: PipelineConfig, memory: "Memory", stages: Sequence[str] = S
         parts = [[file for path in paths for file in files_within(path)] for paths in ingest_files(config.ingest)]
         return inputs._replace(activations="+".join(memory.files_hash(files) for files in parts if files))
     kinds = {
-        "tokenizer": ((TOKENIZER_FILES, CHAT_TEMPLATE_FILES), ("sample", "evaluate", "explain")),
-        "model": ((WEIGHT_FILES,), ("harvest", "evaluate", "explain")),
+        "tokenizer": ((TOKENIZER_FILES, CHAT_TEMPLATE_FILES), ("sample", "evaluate", "explain", "benchmark")),
+        "model": ((WEIGHT_FILES,), ("harvest", "evaluate", "explain", "benchmark")),
         "generation": (
             (CHAT_TEMPLATE_FILES, GENERATION_FILES),
-            ("evaluate",) if Path(config.model.name).is_dir() else (),
+            ("evaluate", "benchmark") if Path(config.model.name).is_dir() else (),
         ),
     }
     for name, (files, readers) in kinds.items():
         if set(readers) & set(stages):
             inputs = inputs._replace(**{name: _model_identity(config.model, files, memory)})
     if "sample" in stages:
-        sources = (_source_identity(i, source, memory) for i, source in enumerate(config.sample.sources))
-        inputs = inputs._replace(sources=tuple(sources))
+        sources = enumerate(config.sample.sources)
+        identities = (_source_identity(f"sample.sources.{i}", source, memory) for i, source in sources)
+        inputs = inputs._replace(sources=tuple(identities))
+    if "benchmark" in stages and config.benchmark:
+        source = task_of(config.benchmark.task, config.benchmark.source).source
+        inputs = inputs._replace(task=source and _source_identity("benchmark.source", source, memory))
     return inputs
 
 
@@ -193,8 +201,7 @@ def _model_identity(
     return memory.files_hash([inside[name] for name in names], folder)
 
 
-def _source_identity(i: int, source: Source, memory: Memory) -> str:
-    setting = f"sample.sources.{i}"
+def _source_identity(setting: str, source: Source, memory: Memory) -> str:
     try:
         if not is_local(source.path):
             return memory.commit("dataset", source.path, source.revision, f"{setting}.path")

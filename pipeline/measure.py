@@ -19,6 +19,7 @@ from train.trainer import Trainer
 
 DISK_BYTES = 128 << 20
 PRODUCT_FLOP = {"cpu": 1e10, "cuda": 1e13}
+WEIGHT_BYTES = 256 << 20
 STEP_FLOP = {"cpu": 4e10, "cuda": 1e14}  # of the dense step that is timed: well below a second
 ACTIVE = 0.005  # L0 of the timed step, as a part of its features
 ACTIVE_DEVIATIONS = 2.576  # of a normal variable; it is above with that probability
@@ -81,6 +82,14 @@ def _product_rate(d_in: int, dtype: torch.dtype, device: torch.device) -> float:
         torch.randn(d_in, 4 * d_in, dtype=dtype, device=device),
     )
     return 8 * rows * d_in * d_in / _fastest(lambda: x @ weights, device)
+
+
+def measure_weights(d_in: int, rows: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes of weights a second in products of few rows with matrices that no cache holds, as decoding has them."""
+    size = 4 * d_in * d_in * dtype.itemsize
+    weights = [torch.randn(4 * d_in, d_in, dtype=dtype, device=device) for _ in range(max(2, WEIGHT_BYTES // size))]
+    x = torch.randn(rows, d_in, dtype=dtype, device=device)
+    return len(weights) * size / _fastest(lambda: [torch.nn.functional.linear(x, each) for each in weights], device)
 
 
 def _step(train: TrainConfig, s: Sizes, device: torch.device) -> tuple[float | None, int]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from harvest.files import UserError, is_locked, read_json
 from harvest.progress import duration, size_text
 from harvest.stage_directory import BEGUN, FINGERPRINT, MANIFEST, Run, upstreams
-from pipeline.fingerprint import EVERY_STAGE
+from pipeline.fingerprint import EVERY_STAGE, STAGES
 from pipeline.running import TRASH
 from pipeline.tables import table
 from train.start_files import LEVELS
@@ -90,7 +90,8 @@ def choose(found: Sequence[Found], directories: Collection[Path], used: Collecti
         kept = [run for run in found if run.path in used or run.state == "running"]
         while needed := [run for run in found if run not in kept and any(user.uses(run) for user in kept)]:
             kept += needed
-        kept += [run for run in found if run.stage == "explain" and any(run.uses(other) for other in kept)]  # paid for
+        on_kept = [run for run in found if run.stage not in STAGES and any(run.uses(other) for other in kept)]
+        kept += on_kept  # paid for, in calls or in hours
         return [run for run in found if run not in kept]
     by_path = {run.path.resolve(): run for run in found}
     chosen = []

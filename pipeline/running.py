@@ -9,7 +9,7 @@ from typing import Any
 
 from harvest.files import UserError, locked
 from harvest.stage_directory import BEGUN, MADE_ANEW, MANIFEST, DamagedManifestError, Run
-from harvest.workers import Workers
+from harvest.workers import SHARED, Workers
 from pipeline.stages import GIVEN, PUBLISHED, Begin, Job, Runs, Stage
 from pipeline.tables import figures
 from pipeline.watch import Watch
@@ -65,7 +65,7 @@ def run_stage(
                 begin = watched(watch, start)
             jobs.append(Job(runs, directory, begin, harvest))
         for (directory, _), summary in zip(todo.items(), record.run(jobs), strict=True):
-            if summary is not None and (stage == "harvest" or not beside):  # who ends a harvest finishes it
+            if summary is not None and (stage in SHARED or not beside):  # who makes the last part finishes it
                 watch.check_unchanged()
                 Run(directory).finish(summary)
                 print("\n".join([stage, *figures(summary)]), flush=True)
@@ -112,29 +112,30 @@ def watched(watch: Watch, begin: Begin) -> Begin:
 
 def _join(runs: Runs, stage: str, allow_mixed: bool, stack: ExitStack, watch: Watch) -> Begin:
     """How a process beside rank 0 begins."""
-    if stage != "harvest":
+    if stage not in SHARED:
         return lambda _numerics: None  # in training, rank 0 compares the numerics
-    run, seconds = runs.of(stage), runs.config.harvest.runtime.wait_seconds
+    run, seconds = runs.of(stage), getattr(runs.config, stage).runtime.wait_seconds
     stack.enter_context(_lock(run.path, stage, force=False))
     return watched(watch, partial(run.join, allow_mixed=allow_mixed, seconds=seconds))
 
 
 def _lock(directory: Path, stage: str, force: bool) -> AbstractContextManager[None]:
     """What keeps a second process from the same work, until it is released."""
-    if stage == "harvest" and not force:
-        return Workers.from_environment().locked(directory)
+    if stage in SHARED and not force:
+        return Workers.from_environment().locked(directory, stage)
     return locked(directory, stage)
 
 
 def _check_processes(record: Stage, stage: str, force: bool) -> None:
     if Workers.from_environment().world == 1:
         return
-    if stage in ("sample", *MADE_ANEW) or record in (GIVEN, PUBLISHED):
+    alone = ("sample", *(name for name in MADE_ANEW if name not in SHARED))
+    if stage in alone or record in (GIVEN, PUBLISHED):
         raise UserError(f"{stage}: works in one process; start it without the launcher (and without WORLD_SIZE)")
-    if stage == "harvest" and force:
+    if stage in SHARED and force:
         raise UserError(
-            "harvest --force: one of several workers could write into what another deletes; start one process with "
-            "--force, stop it with Ctrl-C once it harvests, then start the workers"
+            f"{stage} --force: one of several workers could write into what another deletes; start one process with "
+            "--force, stop it with Ctrl-C once it is at work, then start the workers"
         )
 
 
@@ -145,7 +146,7 @@ def _check_upstream(runs: Runs, stage: str, streamed: bool) -> None:
             run.check()
     upstreams = runs.stages["harvest" if streamed and stage == "train" else stage].upstreams
     for name in (name for name in upstreams if not before[name].is_complete):
-        command = "harvest" if name == "sample" else name
+        command = {"sample": "harvest", "evaluate": "eval"}.get(name, name)  # of the Makefile
         raise UserError(
             f"{stage}: the {name} stage for these settings is not complete ({runs.directory(name)}); "
             f"run `make {command}` with the same CONFIG and SET first"

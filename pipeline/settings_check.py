@@ -25,10 +25,12 @@ NEEDS = {  # settings that have no effect unless another one is set
     "evaluate.diff.contexts": "evaluate.diff.model",
     "evaluate.diff.batch_contexts": "evaluate.diff.model",
     "evaluate.features.random_share": "evaluate.reason_score",
+    "benchmark.top_p": "benchmark.temperature",
 }
 REPLACED = {  # settings that have no effect when another one is set
     "evaluate.steering.features": "evaluate.steering.feature_ids",
     "evaluate.steering.built_in_prompts": "evaluate.steering.prompts",
+    "benchmark.best_features": "benchmark.features",
 }
 _checked: set[tuple[str, ...]] = set()  # fingerprints of the sweeps that this process has checked
 
@@ -178,7 +180,7 @@ def _check_model(sweep: Sequence[Runs], stage: str) -> None:
             if d_sae:  # a row of width 1 is enough for a kind to refuse what does not fit d_sae
                 sae_class(sae.kind).initial(1, d_sae, **sae.hyperparameters())
     for d_sae in filter(None, widths):
-        for setting in ("evaluate.features.include", "evaluate.steering.feature_ids"):
+        for setting in ("evaluate.features.include", "evaluate.steering.feature_ids", "benchmark.features"):
             check_features(_at(config, setting) or (), d_sae, setting)
 
 
@@ -273,7 +275,7 @@ def _check_token_ids(config: PipelineConfig, largest: int) -> None:
 
 
 def _check_prompts(config: PipelineConfig, tokenizer: Any, limit: int | None) -> None:
-    from evaluate.generation import check_lengths, prompt_ids, thinking_tags
+    from evaluate.prompts import check_lengths, prompt_ids, thinking_tags
     from evaluate.steering import built_in_prompts
 
     steering = config.evaluate.steering

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evaluate.benchmark_config import BENCHMARK_VERSION
 from evaluate.config import EVALUATE_VERSION, EvaluateConfig
 from evaluate.explain_config import EXPLAIN_VERSION
 from harvest.config import HARVEST_VERSION, SAMPLE_VERSION
@@ -25,7 +26,7 @@ from train.config import TRAIN_VERSION, SweepConfig, TrainConfig, exactly
 from train.published_config import PLACE, PUBLISHED_VERSION
 
 Begin = Callable[[dict[str, Any]], None]  # called with the numerics before the first byte is written
-Summary = dict[str, Any] | None  # None where other workers of a harvest have shards to write
+Summary = dict[str, Any] | None  # None where other workers have shards to write, or problems to answer
 
 
 class Runs(NamedTuple):
@@ -127,6 +128,12 @@ def _evaluate_inputs(settings: dict[str, Any], inputs: Inputs) -> Any:
     return {"diff": inputs.diff, "generation": inputs.generation} if inputs.generation else inputs.diff
 
 
+def _benchmark_inputs(settings: dict[str, Any], inputs: Inputs) -> Any:
+    for name in ("path", "revision"):
+        del settings["source"][name]
+    return inputs.task
+
+
 def _published_inputs(settings: dict[str, Any], inputs: Inputs) -> Any:
     _by_content(settings, inputs.published)
 
@@ -209,6 +216,17 @@ def _explain(jobs: Sequence[Job]) -> Iterator[Summary]:
         yield explain.run(config.model, commit, *settings, runs.before("explain"), directory, begin)
 
 
+def _benchmark(jobs: Sequence[Job]) -> Iterator[Summary]:
+    from evaluate import benchmark
+
+    for runs, directory, begin, _ in jobs:
+        config, inputs = runs.config, runs.inputs
+        assert config.benchmark
+        commits, settings = (resolved_commit(inputs.model), resolved_commit(inputs.task)), config.evaluate
+        before = runs.before("benchmark")
+        yield benchmark.run(config.model, *commits, settings, config.benchmark, before, directory, begin)
+
+
 def _resolved(config: EvaluateConfig, inputs: Inputs) -> EvaluateConfig:
     """The settings with the second model's branch as the commit that the fingerprint holds."""
     if not config.diff or not config.diff.model or not inputs.diff:
@@ -238,13 +256,15 @@ TRAIN = Stage("train", TRAIN_VERSION, ("harvest",), _section("train"), _train_in
 PUBLISHED = Stage("train", PUBLISHED_VERSION, ("harvest",), _section("published"), _published_inputs, _take_published)
 EVALUATE = Stage("evaluate", EVALUATE_VERSION, ("train",), _section("evaluate"), _evaluate_inputs, _evaluate)
 EXPLAIN = Stage("explain", EXPLAIN_VERSION, ("evaluate",), _section("explain"), lambda _s, _i: None, _explain)
+BENCHMARK = Stage("benchmark", BENCHMARK_VERSION, ("evaluate",), _section("benchmark"), _benchmark_inputs, _benchmark)
 
 
 def stages_of(config: PipelineConfig) -> dict[str, Stage]:
     """The stages of these settings, first ones first: given activations are another kind of harvest, without text; a
-    published SAE is another kind of training, for which held-out rows are harvested; explain is last, if at all."""
+    published SAE is another kind of training, for which held-out rows are harvested; explain and benchmark come last,
+    if at all."""
     first = (GIVEN,) if config.ingest else (SAMPLE, HELDOUT if config.published else HARVEST)
-    last = (EXPLAIN,) if config.explain else ()
+    last = (*([EXPLAIN] if config.explain else ()), *([BENCHMARK] if config.benchmark else ()))
     return {stage.name: stage for stage in (*first, PUBLISHED if config.published else TRAIN, EVALUATE, *last)}
 
 
@@ -265,12 +285,12 @@ def explained(runs: Runs) -> list[Run]:
     """The complete explanations of an evaluation, the newest first; of these settings alone where they have them."""
     if "explain" in runs.stages:
         return [run for run in [runs.of("explain")] if run.is_complete]
-    return explanations(runs.of("evaluate"))
+    return made_on(runs.of("evaluate"), "explain")
 
 
-def explanations(evaluated: Run) -> list[Run]:
-    """All complete runs of explain on an evaluation, the newest first."""
-    made = sorted(evaluated.path.parents[1].glob(f"explain/*/{MANIFEST}"), key=lambda path: -path.stat().st_mtime)
+def made_on(evaluated: Run, stage: str) -> list[Run]:
+    """All complete runs of a later stage on an evaluation, the newest first."""
+    made = sorted(evaluated.path.parents[1].glob(f"{stage}/*/{MANIFEST}"), key=lambda path: -path.stat().st_mtime)
     found = []
     for run in (Run(path.parent) for path in made if FINGERPRINT.fullmatch(path.parent.name)):
         with suppress(UserError):  # of a damaged manifest

@@ -73,7 +73,7 @@ def _harvest(sweep: Sequence[Runs], allow_mixed: bool) -> Iterator[Any]:
     begin: Begin = partial(made.begin, runs.identity("harvest"), allow_mixed=allow_mixed)
     if workers.rank:
         begin = partial(made.join, allow_mixed=allow_mixed, seconds=config.harvest.runtime.wait_seconds)
-    with workers.locked(made.path):
+    with workers.locked(made.path, "harvest"):
         readers = [each.fingerprints["train"] for each in sweep]
         if workers.rank == 0:
             mark_streamed(made.path, readers)

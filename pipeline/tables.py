@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from evaluate.visible import visible
+from harvest.progress import duration
 
 WIDEST = 10_000  # characters; lines are never broken, so that scripts can read them
 
@@ -24,6 +25,13 @@ def table(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[st
     with out.capture() as captured:
         out.print(grid)
     return [line.rstrip() for line in captured.get().splitlines()]
+
+
+def hours(seconds: float | None) -> str:
+    """A time that may be long, as days where it is more than ten."""
+    if seconds is None:
+        return "unknown"
+    return f"{seconds / 86400:,.0f} days" if seconds > 10 * 86400 else duration(seconds)
 
 
 def figures(summary: dict[str, Any]) -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT, only, pipeline
 
 from harvest.activation_store import ActivationStore
-from pipeline import estimate
+from pipeline import benchmark_cost, estimate
 from pipeline.architecture import find_architecture
 from pipeline.config import load
 from pipeline.measure import Machine, measure_disk
@@ -154,3 +154,40 @@ def test_the_disk_is_measured_in_a_file_without_a_name(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.measure.DISK_BYTES", 1 << 20)
     assert all(rate > 0 for rate in measure_disk(tmp_path / "runs"))
     assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_benchmark_is_counted_and_timed_by_what_a_step_reads(monkeypatch):
+    monkeypatch.setattr(benchmark_cost, "measure_weights", lambda *_: 1e10)
+    given = ["benchmark.max_new_tokens=4000", "benchmark.slots=16", "benchmark.compute_dtype=float32"]
+    config = load(R1, given)
+    shape = find_architecture(config.model, offline=True)
+    rows = dict(benchmark_cost.benchmark_lines(config.benchmark, shape, CPU))
+    # None, and of two features two strengths each, with a control.
+    assert (
+        "math-500: 500 problems x 2 samples x 9 conditions = 9,000, of 4,000 tokens at most: 36,000,000"
+        in rows["answers"]
+    )
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336 + 2 * 4096
+    weights, cache = 32 * layer + 128_256 * 4096 + 4096, 2 * 32 * 8 * 128
+    step = (weights + 16 * 2150 * cache) * 4 / 1e10
+    assert benchmark_cost.step_of(shape)[:2] == (weights, cache)
+    assert f"{36e6 / 16 * step / 86400:,.0f} days at most, with {16 / step:,.0f} tokens/s" in rows[CPU.name]
+    assert f"{(weights + 16 * 4150 * cache) * 4 / 1e9:.0f} GB of 10 GB: lower benchmark.slots" in rows[CPU.name]
+    other = next(text for name, text in rows.items() if "H100" in name)
+    assert other.startswith("16h00m at most, with 625 tokens/s")  # 36M tokens, 16 at a time, 32 layers of 0.8 ms
+    assert other.endswith("24 GB of 80 GB")
+    assert not [name for name in dict(benchmark_cost.benchmark_lines(config.benchmark, shape, GPU)) if "H100" in name]
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        (["benchmark.task=gsm8k"], 1319),
+        (["benchmark.task=aime-2024", "benchmark.problems=40"], 30),
+        (["benchmark.problems=40"], 40),
+        (["benchmark.source.path=other/set"], None),
+        (["benchmark.source.path=other/set", "benchmark.problems=7"], 7),
+    ],
+)
+def test_problems_of_the_hub_are_known_by_number(given, count):
+    assert benchmark_cost.count_problems(load(R1, given).benchmark) == count

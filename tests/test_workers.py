@@ -141,7 +141,7 @@ def test_a_worker_of_other_numerics_stops_unless_allowed(finished, sampled, as_w
 
 def test_a_worker_runs_once_and_keeps_verify_out(sampled, as_worker):
     directory = sampled / pipeline("path", "harvest").out.strip()
-    with Workers(1, 2).locked(directory):
+    with Workers(1, 2).locked(directory, "harvest"):
         assert "harvest   running" in pipeline("status").out
         assert "another process is running this harvest" in pipeline("verify").out
         as_worker(1, 2)
