@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from pipeline import explain as explaining
+from pipeline import generate as generating
 from pipeline import steer as steering
 from pipeline.command import DEFAULT_CONFIG, AllowMixed, Given, How, Root, Yes, app, asker, command
 from pipeline.fingerprint import EVERY_STAGE, STAGES
@@ -20,6 +21,7 @@ STAGE_HELP = {
     "train": "Train one SAE for each hook from the store; with `published`, fetch and check that SAE instead.",
     "evaluate": "Measure the SAE on held-out text and write report.html and metrics.json.",
 }
+PAGES = {"evaluate": "report.html", "explain": "report.html", "benchmark": "benchmark.html"}
 
 
 def _run(names: tuple[str, ...], given: Given, how: How) -> None:
@@ -28,9 +30,10 @@ def _run(names: tuple[str, ...], given: Given, how: How) -> None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     for name in names:
         run_stage(sweep, name, allow_mixed=how.allow_mixed, force=how.force, confirm=asker(how.yes))
-    if names[-1] in ("evaluate", "explain"):
-        for runs in sweep:
-            print(runs.directory(names[-1]) / "report.html")
+    if page := PAGES.get(names[-1]):
+        for run in {runs.directory(names[-1]): runs.of(names[-1]) for runs in sweep}.values():
+            if run.is_complete:  # other workers may have problems to answer
+                print(run.path / page)
 
 
 def _add_stage(stage: str, text: str) -> None:
@@ -69,6 +72,17 @@ def explain(request: explaining.Request, given: Given, how: How) -> None:
 
 
 @command()
+def benchmark(given: Given, how: How) -> None:
+    """Let the model answer problems with features operated on and without, grade the answers, and compare in pairs."""
+    settings = given.settings_of_text()
+    if not settings.evaluate.features:
+        raise SettingsError("evaluate.features: null: benchmark reads what it writes; leave evaluate.features as it is")
+    if not settings.benchmark:
+        given = given._replace(overrides=[*(given.overrides or []), "benchmark={}"])
+    _run(("benchmark",), given, how)
+
+
+@command()
 def run(given: Given, allow_mixed: AllowMixed = False) -> None:
     """All stages, each only if it is not complete; ends with the path of the report."""
     _run(STAGES, given, How(allow_mixed))
@@ -95,7 +109,7 @@ def path(stage: Annotated[str, typer.Argument(help=f"One of {', '.join(EVERY_STA
         raise SettingsError(f"path: {stage!r}: not a stage; one of {', '.join(EVERY_STAGE)}")
     sweep = given.find()
     if stage not in sweep[0].stages:
-        why = "have no section `explain`" if stage == "explain" else "ingest activations and have no such stage"
+        why = "ingest activations and have no such stage" if stage in STAGES else f"have no section `{stage}`"
         raise SettingsError(f"path: {stage!r}: these settings {why}")
     for directory in dict.fromkeys(each.directory(stage) for each in sweep):
         print(directory)
@@ -170,10 +184,26 @@ def export(
     to: Annotated[Path | None, typer.Option(help="Folder to write; runs/export/FINGERPRINT by default.")] = None,
     model_name: Annotated[str | None, typer.Option(help="Hub id of a model that is a local folder.")] = None,
     force: Annotated[bool, typer.Option(help="Write an older export anew.")] = False,
+    to_lm_eval: Annotated[
+        Path | None, typer.Option("--steering", help="Write features to add to this .pt file of lm-eval's instead.")
+    ] = None,
+    feature: Annotated[
+        list[str] | None, typer.Option(help="Of --steering: 123, or 123:add:2 with its strength; repeatable.")
+    ] = None,
+    hook: Annotated[
+        str | None, typer.Option(help="Of --steering: which SAE, where several hooks were trained.")
+    ] = None,
 ) -> None:
-    """Write the trained SAEs as SAELens folders with a model card; prints the folder."""
+    """Write the trained SAEs as SAELens folders with a model card, or features for lm-eval; prints the path."""
     from pipeline import export as exports
 
+    if to_lm_eval is None and (feature or hook):
+        raise SettingsError("export: --feature and --hook go with --steering FILE.pt")
+    if to_lm_eval is not None:
+        from pipeline.steering_file import write_steering
+
+        print(write_steering(given.find_of_text(), to_lm_eval, feature or [], hook, force))
+        return
     print(exports.export(given.find_of_text(), to, model_name, force))
 
 
@@ -181,6 +211,12 @@ def export(
 def steer(request: steering.Request, given: Given) -> None:
     """Let the model write with features amplified, set, ablated or scaled, and without, side by side."""
     steering.steer(given.find_of_text(), request)
+
+
+@command()
+def generate(request: generating.Request, given: Given) -> None:
+    """Let the model answer prompts, steered or not, and write it as conversations that `sample` reads."""
+    generating.generate(given.find_of_text(), request)
 
 
 @command()
