@@ -48,14 +48,15 @@ def fits(causal: Any) -> bool:
 class _SlotLayer(DynamicLayer):
     """Keys and values (B, H, K, D) of one decoder layer."""
 
+    keys: Tensor  # type: ignore[assignment]  # neither of them is ever None here
+    values: Tensor  # type: ignore[assignment]
     position_B: Tensor  # where the next token of each slot goes
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_keywords: Any) -> tuple[Tensor, Tensor]:
         """Put one token of each slot (B, H, 1, D) in its place; all keys and values."""
-        row_B = torch.arange(len(self.position_B), device=self.position_B.device)
         for kept, new in ((self.keys, key_states), (self.values, value_states)):
-            kept[row_B, :, self.position_B] = new[:, :, 0].to(kept)  # type: ignore[index]
-        return self.keys, self.values  # type: ignore[return-value]
+            kept.scatter_(2, self.position_B.view(-1, 1, 1, 1).expand_as(new), new.to(kept))
+        return self.keys, self.values
 
 
 class SlotCache(Cache):
@@ -63,13 +64,14 @@ class SlotCache(Cache):
 
     def __init__(self, causal: Any, slots: int, device: torch.device) -> None:
         super().__init__(layers=[])
+        self.layers: list[Any]
         self.device, self.length_B = device, [0] * slots
         self.position_B = torch.zeros(slots, dtype=torch.long, device=device)
         self.dtype = torch.float32 if device.type == "cpu" else causal.dtype
         text = causal.config.get_text_config()
         self.types, self.window = getattr(text, "layer_types", None), getattr(text, "sliding_window", None)
 
-    def put(self, slot: int, prompt: Cache, length: int) -> None:
+    def put(self, slot: int, prompt: Any, length: int) -> None:
         """Copy what a model keeps of `length` tokens read alone into a slot."""
         self.length_B[slot] = length
         if not self.layers:

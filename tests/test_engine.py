@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_models import small_config, small_model
 from transformers import GenerationConfig
-from transformers.generation import TopPLogitsWarper
+from transformers.generation.logits_process import TopPLogitsWarper
 
 from evaluate import engine
 from evaluate.engine import Completion, Engine, Request, answers
@@ -136,9 +136,8 @@ def scores(monkeypatch) -> dict[tuple[int, ...], bytes]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_bit_of_an_answer_depends_on_what_is_beside_it(scores, dtype):
     """Four queries a key, as Llama has them: their products would be split by the number of keys."""
-    model, interventions = hooked(
-        dtype=dtype, max_position_embeddings=1024, num_attention_heads=8, num_key_value_heads=2, head_dim=64
-    )
+    heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 64}
+    model, interventions = hooked(dtype=dtype, max_position_embeddings=1024, **heads)
     asked = requests((120, 5, 130, 61, 63, 505, 186, 200))
     sampling = Sampling(16, 1.0, 0.9)
     together = by_number(model, interventions, asked, sampling, slots=4)
@@ -157,7 +156,8 @@ def test_no_bit_of_an_answer_depends_on_what_is_beside_it(scores, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nor_on_its_slot_or_on_the_number_of_threads(scores, dtype):
-    model, interventions = hooked(dtype=dtype, max_position_embeddings=1024, num_key_value_heads=2, head_dim=64)
+    heads: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+    model, interventions = hooked(dtype=dtype, max_position_embeddings=1024, **heads)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
@@ -293,7 +293,8 @@ def test_the_nucleus_is_that_of_transformers(top_p):
     logits_NV = 3 * torch.randn(40, 500, generator=torch.Generator().manual_seed(0))
     logits_NV[0, :] = 0.0
     logits_NV[0, 17] = 30.0  # one token is all of it
-    warped_NV = TopPLogitsWarper(top_p)(torch.empty(0), logits_NV)
+    warp: Any = TopPLogitsWarper(top_p)
+    warped_NV = warp(None, logits_NV)
     draws = [Draw((n,), 0) for n in range(40)]
     noise_NV = torch.from_numpy(np.stack([gumbel(draw, np.arange(500)) for draw in draws]))
     assert chosen(logits_NV, Sampling(1, 1.0, top_p), draws) == (warped_NV + noise_NV).argmax(1).tolist()
