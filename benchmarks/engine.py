@@ -1,11 +1,12 @@
 """Answers of mixed length: the engine against batches of transformers' `generate`, and its continuous batching.
 
     .venv/bin/python benchmarks/engine.py [--dtype bfloat16] [--answers 24] [--slots 8] [--threads 1] [--repeats 3]
-        [--check]
+        [--lengths uniform] [--check]
 
 Prints JSON: for each way, wall and CPU seconds (the best of alternating runs) and tokens a CPU second; with --check, of
 how many answers all tokens are those of `generate` for the prompt alone. SmolLM2-135M, prompts of 20 to 60 tokens,
-answers of 8 to 96, greedy, a feature added at layer 17 by the same plain hook everywhere but in the engine.
+answers of 8 to 96 (--lengths skewed: log-uniform, so many are short and few long, as in reasoning), greedy, a feature
+added at layer 17 by the same plain hook everywhere but in the engine.
 """
 
 import argparse
@@ -42,10 +43,13 @@ Answers = list[list[int]]
 class Work:
     """What is to be written, and the ways to do it. Each answer is made to end at its own length."""
 
-    def __init__(self, dtype: str, answers: int, slots: int) -> None:
+    def __init__(self, dtype: str, answers: int, slots: int, lengths: str) -> None:
         rng = np.random.default_rng(0)
         self.prompts = [rng.integers(100, 40_000, n).tolist() for n in rng.integers(20, 61, answers)]
-        self.lengths, self.slots = rng.integers(8, 97, answers).tolist(), slots
+        low, high = (8, 97) if lengths == "uniform" else np.log((8, 97))
+        drawn = rng.uniform(low, high, answers)
+        self.lengths = (drawn if lengths == "uniform" else np.exp(drawn)).astype(int).tolist()
+        self.slots = slots
         device = torch.device("cpu")
         self.model = load_model(MODEL, None, [HOOK], getattr(torch, dtype), device, offline=True, with_head=True)
         self.causal: Any = self.model.model
@@ -149,10 +153,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     for name, default in (("answers", 24), ("slots", 8), ("threads", 1), ("repeats", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--lengths", choices=("uniform", "skewed"), default="uniform")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    work = Work(options.dtype, options.answers, options.slots)
+    work = Work(options.dtype, options.answers, options.slots, options.lengths)
     ways = {"engine": work.engine, "generate": work.generate, "continuous_batching": work.continuous_batching}
     best, wrote = measure(ways, options.repeats)
     tokens, alone = sum(work.lengths), work.generate(slots=1) if options.check else []
