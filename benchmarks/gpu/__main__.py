@@ -50,6 +50,7 @@ CHECKS = (
     Check("training", 110, "killed and resumed, and in two processes: the same bytes"),
     Check("harvest", 170, "two processes write the same bytes, eager and compiled; tokens/s"),
     Check("stages", 90, "all stages of the tiny settings on GPU and CPU; a stream on one device"),
+    Check("answers", 90, "no bit of an answer depends on what is beside it; answers of the 8B shape a second"),
     Check("offsets", 60, "the kernels where offsets pass 2³¹"),
     Check("steps", 120, "one training step of every kind against its floor"),
     Check("full_training", 150, "the paper's width, killed and resumed: the same bytes; peak memory"),
