@@ -2,7 +2,7 @@
 
 torch makes that order anew for every product, which takes half of the time where few rows are multiplied. In bfloat16
 the kernel is the same, and so is every bit; in float32 it is oneDNN's in place of MKL's. Costs the memory of these
-weights once more.
+weights once more, so a large model is left as it is.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from harvest.products import widens
 
+LARGEST = 8e9  # bytes of weights that are packed
+
 
 class PackedWeights:
     """The packed weights of a model on a CPU; of none elsewhere."""
@@ -22,8 +24,11 @@ class PackedWeights:
         self.forwards: dict[Any, Callable[[Tensor], Tensor]] = {}
         if device.type != "cpu" or not torch.backends.mkldnn.is_available():
             return
-        for module in model.modules():
-            if type(module) is nn.Linear and (forward := _packed(module, device)):
+        linear = [module for module in model.modules() if type(module) is nn.Linear]
+        if sum(module.weight.nbytes for module in linear) > LARGEST:
+            return
+        for module in linear:
+            if forward := _packed(module, device):
                 self.forwards[module] = forward
 
     @contextmanager

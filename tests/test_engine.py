@@ -14,6 +14,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from evaluate import engine
 from evaluate.engine import Completion, Engine, Request, answers
 from evaluate.operations import Interventions, Operation, effective
+from evaluate.packed_weights import PackedWeights
 from evaluate.sampler import Draw, Sampling, chosen, gumbel
 from evaluate.slot_cache import BLOCK, SlotCache, fits
 from harvest.files import UserError
@@ -264,6 +265,32 @@ def test_a_long_prompt_and_a_layer_that_is_passed_by_are_errors(monkeypatch):
     monkeypatch.setattr(type(layer), "__call__", skip)
     with pytest.raises(UserError, match=r"layers\.1: the model read 11 tokens of a sequence, and 4 passed the hook"):
         by_number(model, interventions, requests((4,)), Sampling(8), slots=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_give_the_products_of_the_plain_ones(dtype):
+    generator = torch.Generator().manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(48, 80), torch.nn.Linear(80, 24, bias=False)).requires_grad_(False)
+    layers.to(dtype)
+    plain = layers[0].forward
+    weights = PackedWeights(layers, torch.device("cpu"))
+    assert len(weights.forwards) == 2
+    for rows in (1, 7, 130):
+        x = torch.randn(rows, 1, 48, generator=generator).to(dtype)
+        with weights():
+            assert layers[0].forward != plain
+            found = layers(x)
+        assert torch.equal(found, layers(x)) if dtype == torch.bfloat16 else torch.allclose(found, layers(x), atol=1e-5)
+    assert layers[0].forward == plain
+
+
+def test_out_of_memory_names_what_can_be_lowered(monkeypatch):
+    model, interventions = hooked()
+    monkeypatch.setattr(Engine, "_decode", lambda _self: torch.empty(1 << 60))
+    with pytest.raises(
+        UserError, match=r"out of memory while 3 answers are written .* \(benchmark\.slots\), or max_new"
+    ):
+        by_number(model, interventions, requests((4,)), Sampling(8), slots=3)
 
 
 def test_noise_is_that_of_a_draw_from_the_softmax():
