@@ -68,7 +68,7 @@ def thinking_tags(tokenizer: Any, ids: Sequence[Sequence[int]], chat: bool | Non
 def check_lengths(ids: Sequence[Sequence[int]], new: int, limit: int | None) -> None:
     """Raise UserError for a prompt that has, with `new` tokens, more than the model's `limit` of positions."""
     for number, tokens in enumerate(ids):
-        if limit and len(tokens) + new > limit:
+        if limit and 0 < limit < len(tokens) + new:  # XLNet's -1 means none
             raise UserError(
                 f"prompt {number + 1} of {len(ids)} has {len(tokens):,} tokens; with {new:,} new ones that is "
                 f"more than the model's {limit:,} positions; shorten it or lower the number of new tokens"
