@@ -258,7 +258,7 @@ def test_nothing_is_wider_than_the_window(browser, width):
         inner, whole = browser.js("const e = document.documentElement; return [e.clientWidth, e.scrollWidth]")
         assert width - 20 < inner <= width  # a scroll bar, on a desktop
         assert whole <= inner, page
-        assert browser.driver.execute_async_script(SHIFTS) == 0
+        assert browser.driver.execute_async_script(SHIFTS) == 0, page
 
 
 def test_hostile_tokens_are_text(browser):
