@@ -77,8 +77,8 @@ def write_traces(
     ids = prompt_ids(tokenizer, prompts, chat, bos)
     left = [(p, s) for p in range(len(prompts)) for s in range(samples) if (p, s) not in done]
     requests = [Request(ids[p], 0, (sampling.seed, p, s)) for p, s in left]
-    with ExitStack() as stack, Progress("generate", len(prompts) * samples, "answers") as progress:
-        progress.advance(len(done))
+    total, before = len(prompts) * samples, len(done)
+    with ExitStack() as stack, Progress("generate", total, "answers", start=before) as progress:
         journal = None
         for number, completion in answers(model, tokenizer, interventions, requests, sampling, slots=slots, chat=chat):
             p, s = left[number]

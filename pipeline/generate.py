@@ -11,7 +11,7 @@ import typer
 from harvest.hub import resolved_commit
 from pipeline.settings_text import SettingsError
 from pipeline.stages import Runs
-from pipeline.steer import check_text, held_out_maxima, one_sae, operations_of, saved_sae
+from pipeline.steer import check_target, check_text, held_out_maxima, one_sae, operations_of, saved_sae
 
 Option = typer.Option
 
@@ -104,9 +104,7 @@ def generate(sweep: Sequence[Runs], request: Request) -> None:
 def _check(request: Request) -> None:
     if not request.prompt and not request.prompts:
         raise SettingsError("generate: no prompt: give --prompt TEXT or --prompts FILE")
-    if request.to.is_dir() or not request.to.parent.is_dir():
-        what = "is a folder; a file is meant" if request.to.is_dir() else f"there is no folder {request.to.parent}"
-        raise SettingsError(f"--to: {request.to}: {what}")
+    check_target("--to", request.to)
     if request.to.suffix != ".jsonl":
         raise SettingsError(f"--to: {request.to}: a name that ends in .jsonl is meant, which sample reads")
     if request.samples > 1 and not request.temperature:

@@ -182,11 +182,17 @@ def _checked(sweep: Sequence[Runs], request: Request) -> Path:
         raise SettingsError("steer: no prompt: give --prompt TEXT, --prompts FILE, or --measure for the built-in ones")
     if request.max_activation is not None and not 0 < request.max_activation < math.inf:
         raise SettingsError(f"--max-activation: {request.max_activation}: a number above 0")
-    if to and (to.is_dir() or not to.parent.is_dir()):
-        what = "is a folder; a file is meant" if to.is_dir() else f"there is no folder {to.parent}"
-        raise SettingsError(f"--json: {to}: {what}")
+    if to:
+        check_target("--json", to)
     check_text(request.prompt or ())
     return one_sae(sweep, request.hook, "steer")
+
+
+def check_target(option: str, to: Path) -> None:
+    """Raise SettingsError for a file that cannot be written, as its place is a folder or in none."""
+    if to.is_dir() or not to.parent.is_dir():
+        what = "is a folder; a file is meant" if to.is_dir() else f"there is no folder {to.parent}"
+        raise SettingsError(f"{option}: {to}: {what}")
 
 
 def check_text(prompts: Sequence[str]) -> None:
@@ -201,7 +207,6 @@ def planned(request: Request) -> list[Any]:
 
     Raises SettingsError for a feature that cannot be read.
     """
-    from evaluate.operations import Operation
     from evaluate.steering import plan
 
     asked = list(dict.fromkeys(_asked(text) for text in request.feature))
@@ -209,15 +214,7 @@ def planned(request: Request) -> list[Any]:
     return [
         plan(
             {
-                strength: tuple(
-                    Operation(
-                        a.feature,
-                        a.op or request.op,
-                        strength if a.strength is None else a.strength,
-                        a.where or request.where,
-                    )
-                    for a in group
-                )
+                strength: tuple(_operation(each, request.op, strength, request.where) for each in group)
                 for strength in strengths
             }
         )
@@ -230,12 +227,7 @@ def operations_of(texts: Sequence[str]) -> tuple["Operation", ...]:
 
     Raises SettingsError for one that cannot be read.
     """
-    from evaluate.operations import Operation
-
-    return tuple(
-        Operation(a.feature, a.op or "add", 1.0 if a.strength is None else a.strength, a.where or "all")
-        for a in map(_asked, texts)
-    )
+    return tuple(_operation(_asked(text), "add", 1.0, "all") for text in texts)
 
 
 class _Asked(NamedTuple):
@@ -245,6 +237,14 @@ class _Asked(NamedTuple):
     op: Op | None = None
     strength: float | None = None
     where: Where | None = None
+
+
+def _operation(asked: _Asked, op: Op, strength: float, where: Where) -> "Operation":
+    """What is asked, with what it does not say as given."""
+    from evaluate.operations import Operation
+
+    own = strength if asked.strength is None else asked.strength
+    return Operation(asked.feature, asked.op or op, own, asked.where or where)
 
 
 def _asked(text: str) -> _Asked:

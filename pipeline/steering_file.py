@@ -17,7 +17,7 @@ from harvest.files import UserError, replacing
 from harvest.hub import resolved_commit
 from pipeline.settings_text import SettingsError
 from pipeline.stages import Runs
-from pipeline.steer import Request, held_out_maxima, one_sae, planned, saved_sae
+from pipeline.steer import Request, check_target, held_out_maxima, one_sae, planned, saved_sae
 
 SUFFIXES = (".pt", ".pth")  # by which lm-eval knows the file
 
@@ -84,8 +84,6 @@ def _check_free(to: Path, force: bool) -> None:
         raise SettingsError(
             f"--steering: {to}: lm-eval knows the file by its name, which ends in {' or '.join(SUFFIXES)}"
         )
-    if to.is_dir() or not to.parent.is_dir():
-        what = "is a folder; a file is meant" if to.is_dir() else f"there is no folder {to.parent}"
-        raise SettingsError(f"--steering: {to}: {what}")
+    check_target("--steering", to)
     if to.exists() and not force:
         raise UserError(f"{to}: is there already; --force writes it anew, or choose another name")
