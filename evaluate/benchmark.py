@@ -19,12 +19,11 @@ from evaluate.config import EvaluateConfig
 from evaluate.controls import Features, chosen_features, conditions_of
 from evaluate.engine import Request, answers
 from evaluate.feature_pages import read_scores
-from evaluate.figures import Section, definitions, read_figures, write_figures
+from evaluate.figures import Section, read_figures
 from evaluate.grading import grade
 from evaluate.operations import Interventions
-from evaluate.prompts import check_lengths, prompt_ids, thinking_tags
-from evaluate.report import write_report
-from evaluate.run import curves_of, own_subjects
+from evaluate.prompts import check_lengths, position_limit, prompt_ids, thinking_tags
+from evaluate.run import own_subjects, write_with
 from evaluate.sampler import Sampling
 from evaluate.subject import Subject
 from evaluate.task_config import Task, task_of
@@ -215,9 +214,9 @@ def _answered(plan: Plan, places: Sequence[Place]) -> Iterator[tuple[Place, Atte
     """Answers as they end."""
     config, model, tokenizer = plan.config, plan.subject.model(), plan.subject.chat_tokenizer()
     causal: Any = model.model
-    new, limit = config.max_new_tokens, getattr(causal.config.get_text_config(), "max_position_embeddings", None)
+    new = config.max_new_tokens
     try:
-        check_lengths(plan.prompts, new, limit)
+        check_lengths(plan.prompts, new, position_limit(causal.config))
     except UserError as error:
         raise UserError(f"benchmark.max_new_tokens: {new}: {error}") from None
     lists = [condition.operations for condition in plan.conditions]
@@ -295,16 +294,7 @@ def _write_report(plan: Plan, section: Section, before: Mapping[str, Run], direc
             sae = sae._replace(figures=(*sae.figures, *section.figures))
             lists["benchmark"] = section.lists
         saes.append(sae._replace(lists=lists))
-    manifests = {name: stage.manifest for name, stage in before.items()}
-    evaluation = found._replace(
-        fingerprint=directory.name,
-        inputs={name: manifest["fingerprint"] for name, manifest in manifests.items()},
-        saes=tuple(saes),
-        definitions=found.definitions | {"benchmark": definitions()["benchmark"]},
-    )
-    write_figures(directory, evaluation)
-    curves = curves_of(before["train"].path, manifests, plan.subject.store)
-    write_report(directory / "report.html", evaluation, curves, manifests)
+    write_with(directory, found._replace(saes=tuple(saes)), "benchmark", before, plan.subject.store)
 
 
 def _said(plan: Plan, total: int, have: int, world: int) -> str:

@@ -26,7 +26,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from evaluate.operations import Interventions, Operator, Reading, Tags, effective
 from evaluate.packed_weights import PackedWeights
-from evaluate.prompts import check_lengths, thinking_tags
+from evaluate.prompts import check_lengths, position_limit, thinking_tags
 from evaluate.sampler import Draw, Sampling, chosen
 from evaluate.slot_cache import SlotCache, fits, fixed_attention
 from harvest.files import UserError, is_out_of_memory
@@ -253,9 +253,7 @@ def answers(
     """
     causal: Any = model.model
     ids = [request.ids for request in requests]
-    check_lengths(
-        ids, sampling.max_new_tokens, getattr(causal.config.get_text_config(), "max_position_embeddings", None)
-    )
+    check_lengths(ids, sampling.max_new_tokens, position_limit(causal.config))
     thinks = any(operation.where == "thinking" for operations in interventions.lists for operation in operations)
     tags = thinking_tags(tokenizer, ids, chat) if thinks else None
     engine = Engine(model, tokenizer, interventions, sampling, slots=slots, tags=tags)

@@ -30,12 +30,11 @@ from evaluate.explanations import (
 )
 from evaluate.falsify_config import FalsifyConfig
 from evaluate.feature_pages import pages
-from evaluate.figures import Figure, Measured, Section, definitions, read_figures, write_figures
+from evaluate.figures import Figure, Measured, Section, read_figures
 from evaluate.intervals import with_intervals
 from evaluate.journal import Journal
 from evaluate.operations import check_features
-from evaluate.report import write_report
-from evaluate.run import curves_of, own_subjects
+from evaluate.run import own_subjects, write_with
 from evaluate.subject import Subject
 from evaluate.windows import Examples, Text, Wanted, choose_examples, read_firings
 from harvest.config import ModelConfig
@@ -101,16 +100,8 @@ def run(
         if written := pages(subject, planned.activity, injected, explained=_by_feature(lists), to=directory):
             lists["feature_pages"] = written.lists
         measured.append(sae._replace(figures=(*sae.figures, *section.figures), lists=lists))
-    manifests = {name: stage.manifest for name, stage in before.items()}
-    evaluation = found._replace(
-        fingerprint=directory.name,
-        inputs={name: manifest["fingerprint"] for name, manifest in manifests.items()},
-        saes=(*measured, *(sae for sae in found.saes if sae.name)),
-        definitions=found.definitions | {"explanations": definitions()["explanations"]},
-    )
-    write_figures(directory, evaluation)
-    curves = curves_of(before["train"].path, manifests, subjects[0].store)
-    write_report(directory / "report.html", evaluation, curves, manifests)
+    found = found._replace(saes=(*measured, *(sae for sae in found.saes if sae.name)))
+    write_with(directory, found, "explanations", before, subjects[0].store)
     return {sae.hook: _main_figures(sae) for sae in measured} | {"calls": asker.calls, "tokens": asker.tokens}
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from evaluate.engine import Completion, Request, answers
 from evaluate.operations import Interventions
-from evaluate.prompts import check_lengths, prompt_ids
+from evaluate.prompts import check_lengths, position_limit, prompt_ids
 from evaluate.sampler import Sampling
 from harvest.language_model import HookedModel
 from harvest.progress import Progress
@@ -29,9 +29,7 @@ def complete(
     """
     ids = prompt_ids(tokenizer, prompts, chat, bos)
     causal: Any = model.model
-    check_lengths(
-        ids, sampling.max_new_tokens, getattr(causal.config.get_text_config(), "max_position_embeddings", None)
-    )
+    check_lengths(ids, sampling.max_new_tokens, position_limit(causal.config))
     count = len(interventions.lists)
     requests = [Request(row, i, (sampling.seed, number)) for number, row in enumerate(ids) for i in range(count)]
     found: dict[int, Completion] = {}

@@ -65,6 +65,11 @@ def thinking_tags(tokenizer: Any, ids: Sequence[Sequence[int]], chat: bool | Non
     return tags
 
 
+def position_limit(config: Any) -> int | None:
+    """How many positions a model of this configuration of transformers has; None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
 def check_lengths(ids: Sequence[Sequence[int]], new: int, limit: int | None) -> None:
     """Raise UserError for a prompt that has, with `new` tokens, more than the model's `limit` of positions."""
     for number, tokens in enumerate(ids):

@@ -3,7 +3,7 @@
 Shape suffixes: C contexts, S positions.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
@@ -134,6 +134,23 @@ def curves_of(trained: Path, manifests: dict[str, dict[str, Any]], store: Activa
     """The logs of training by hook; none of an SAE of others."""
     hooks = () if "published" in manifests["train"]["inputs"] else store.geometry.hooks
     return {hook: trained / slug(hook) / "metrics.jsonl" for hook in hooks}
+
+
+def write_with(
+    directory: Path, evaluation: Evaluation, section: str, before: Mapping[str, Run], store: ActivationStore
+) -> None:
+    """metrics.json and report.html of a later stage: an evaluation's, to whose SAEs it has added a section.
+
+    `before` are the runs of the stages before that one, by name.
+    """
+    manifests = {name: stage.manifest for name, stage in before.items()}
+    evaluation = evaluation._replace(
+        fingerprint=directory.name,
+        inputs={name: manifest["fingerprint"] for name, manifest in manifests.items()},
+        definitions=evaluation.definitions | {section: definitions()[section]},
+    )
+    write_figures(directory, evaluation)
+    write_report(directory / "report.html", evaluation, curves_of(before["train"].path, manifests, store), manifests)
 
 
 def measure(subject: Subject, left_out: Sequence[str]) -> Measured:

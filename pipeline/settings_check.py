@@ -138,6 +138,7 @@ def _check_model(sweep: Sequence[Runs], stage: str) -> None:
     Raises UserError, also where the model cannot be had but for training, which may run where it is not.
     """
     from evaluate.operations import check_features
+    from evaluate.prompts import position_limit
     from harvest.device import check_threads, resolve_device
     from harvest.language_model import load_skeleton
     from harvest.tokenizer import load_whole_tokenizer
@@ -160,7 +161,7 @@ def _check_model(sweep: Sequence[Runs], stage: str) -> None:
         from train.start import check_start
 
         check_start(started(config.train, inputs), harvest.hooks, d_in)
-    limit = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(skeleton.config)
     if limit and config.sample.context_size > limit:
         raise UserError(f"sample.context_size: {config.sample.context_size}: the model has {limit} positions; lower it")
     _check_token_ids(config, max(tokenizer.get_vocab().values()))
