@@ -21,7 +21,7 @@ from harvest.files import read_json
 HOOK = "model.layers.1"
 SETTINGS = (
     *("benchmark.problems=5", "benchmark.samples=2", "benchmark.strengths=[0,2,4]", "benchmark.max_new_tokens=6"),
-    *("benchmark.best_features=1", "benchmark.slots=4", "benchmark.threads=1"),
+    *("benchmark.best_features=1", "benchmark.slots=4", "benchmark.threads=1", "benchmark.runtime.device=cpu"),
 )
 ANSWERS = 5 * 2 * 5  # problems, samples; none, and of the feature and its control two strengths each
 
