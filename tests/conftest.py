@@ -5,12 +5,14 @@ import os
 import shutil
 import signal
 import sys
+from importlib.metadata import version
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from packaging.version import Version
 from typer.testing import CliRunner
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the hub, whose library reads this when it is imported
@@ -26,6 +28,12 @@ os.fsync = lambda _file: None  # tests kill processes, never the machine; a tent
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
+# Of `python -m pipeline` in another folder, with packages that lie beside Python's own.
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+# Tables of tests that say what each of its models and templates does.
+KNOWN_TRANSFORMERS = pytest.mark.skipif(
+    Version(version("transformers")) < Version("5.23"), reason="written for the transformers of constraints.txt"
+)
 TWO_HOOKS = "harvest.hooks=[model.layers.1,model.layers.0]"
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import KNOWN_TRANSFORMERS
 from safetensors.torch import load_file, save_file
 from small_models import small_config, small_model
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from harvest.files import UserError
 from harvest.hooked_model import HookedModel, first_tensor
 from harvest.language_model import load_model
 
+pytestmark = KNOWN_TRANSFORMERS
 TOKENS = torch.arange(24).view(2, 12)
 CPU = torch.device("cpu")
 # Those that cannot be made small from their default configuration, and why.

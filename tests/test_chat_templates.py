@@ -5,6 +5,7 @@ from typing import Any
 
 import made_tokenizers
 import pytest
+from conftest import KNOWN_TRANSFORMERS
 from tokenizers import AddedToken
 
 from harvest.chat_template import ChatTemplate, has_chat_template, render, template_markers, writes_bos
@@ -36,7 +37,7 @@ def text_of(found: ChatTemplate, turns: list[Turn]) -> str:
     ("source", "form"),
     [
         ("qwen3", "reasoning_content"),
-        ("gpt-oss", "reasoning_content"),
+        pytest.param("gpt-oss", "reasoning_content", marks=KNOWN_TRANSFORMERS),
         ("smollm3", "inline"),
         ("r1", "inserted"),
         ("qwq", "inserted"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, contents, only, pipeline
+from conftest import PYTHONPATH, TINY, contents, only, pipeline
 
 from harvest import stage_directory
 from harvest.files import file_crc32c, read_json
@@ -218,6 +218,6 @@ def test_what_is_complete_is_known_without_torch(run_folder):
     code = "import sys\nfrom pipeline.cli import app\ntry:\n    app()\nexcept SystemExit:\n"
     code += "    print({'torch', 'zarr', 'transformers'} & set(sys.modules))\n"
     command = [sys.executable, "-c", code, "status", "--config", str(TINY)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     ran = subprocess.run(command, cwd=run_folder, env=environment, capture_output=True, text=True)
     assert ran.stdout.count(" complete ") == 4 and ran.stdout.splitlines()[-1] == "set()"

@@ -9,6 +9,7 @@ from typing import Any
 import made_tokenizers
 import numpy as np
 import pytest
+from conftest import KNOWN_TRANSFORMERS
 from conversations_of_all_kinds import CLEAN, SPELT
 from made_tokenizers import KINDS, SPECIAL, TAGS
 
@@ -128,6 +129,7 @@ def refuses(template: str, name: str) -> bool:
     return name == "tools" and template in ("gemma", "gpt-oss")
 
 
+@KNOWN_TRANSFORMERS
 @pytest.mark.parametrize("template", [*WRITTEN, *MODELS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tokens_are_those_of_the_whole_text(kind, template):

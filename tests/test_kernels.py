@@ -202,8 +202,10 @@ class TestKernels:
             for apply, adam in ((kernels.adam_update, ours), (plain_update, plain)):
                 copies = {name: gradient.clone() for name, gradient in gradients.items()}
                 apply(adam.parameters, copies, adam.exp_avg, adam.exp_avg_sq, adam.operands, numbers)
+            # On a GPU torch takes 1 − β₂ in float32, which is 1.3e-5 off.
+            rtol = 1e-5 if DEVICE == "cpu" else 2e-5
             for tensors, atol in (("parameters", 1e-7), ("exp_avg", 1e-7), ("exp_avg_sq", 0)):
-                torch.testing.assert_close(getattr(ours, tensors), getattr(plain, tensors), rtol=1e-5, atol=atol)
+                torch.testing.assert_close(getattr(ours, tensors), getattr(plain, tensors), rtol=rtol, atol=atol)
             # The interpreter cuts bits off where a GPU rounds.
             torch.testing.assert_close(ours.operands["W_dec"].float(), ours.parameters["W_dec"], rtol=2**-7, atol=0)
             assert ours.operands["b_dec"] is ours.parameters["b_dec"]

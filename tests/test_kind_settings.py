@@ -208,7 +208,7 @@ def test_a_comparison_has_a_line_and_a_colour_for_each_kind():
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_estimate_times_every_kind(kind, monkeypatch):
     """At the L0 that it names, on as many features as it takes."""
-    train = load(TINY, [f"train.sae.kind={kind}"]).train
+    train = load(TINY, [f"train.sae.kind={kind}", "train.compute_dtype=float32"]).train
     sizes: Any = SimpleNamespace(geometry=SimpleNamespace(d_in=32), d_sae=4000)
     l0 = []
 

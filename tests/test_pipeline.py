@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, contents, only, pipeline
+from conftest import PYTHONPATH, TINY, contents, only, pipeline
 from safetensors.torch import load_file, save_file
 
 from harvest.files import locked, read_json, write_sealed
@@ -155,7 +155,7 @@ def test_what_must_answer_at_once_never_imports_torch(run_folder, arguments, sta
         "heavy = {'torch', 'transformers', 'datasets', 'zarr'} & set(sys.modules)\n"
         "assert not heavy, heavy\nsys.exit(status)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=run_folder, env=environment, capture_output=True, text=True, check=False
     )

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, contents, only, pipeline, start
+from conftest import PYTHONPATH, TINY, contents, only, pipeline, start
 from safetensors import SafetensorError
 
 from harvest.files import UserError, read_json, write_sealed
@@ -319,7 +319,7 @@ def test_features_split_over_processes(run_folder):
     whole, whole_log = load_sae(only(run_folder, "runs/train/*/model.layers.1")).sae, log(run_folder)
     shutil.rmtree(run_folder / "runs" / "train")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pipeline"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "train", "--config", str(TINY), *where],
         cwd=run_folder,

@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, contents, only, pipeline
+from conftest import PYTHONPATH, TINY, contents, only, pipeline
 
 from harvest.activation_store import ActivationStore
 from harvest.files import is_abandoned, is_locked, read_json, write_sealed
@@ -90,7 +90,7 @@ def test_another_number_of_workers_finishes_what_some_began(finished, sampled, a
 def test_two_processes_given_the_same_shards(finished, sampled):
     """Worker 1 of 2, a process of its own, beside one that makes everything."""
     command = [sys.executable, "-m", "pipeline", "harvest", "--config", str(TINY)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RANK": "1", "WORLD_SIZE": "2"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "RANK": "1", "WORLD_SIZE": "2"}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as other:
         directory = sampled / pipeline("path", "harvest").out.strip()
         while not is_locked(directory, "harvest-worker-1") and other.poll() is None:
