@@ -174,7 +174,7 @@ def test_a_benchmark_is_counted_and_timed_by_what_a_step_reads(monkeypatch):
     assert f"{36e6 / 16 * step / 86400:,.0f} days at most, with {16 / step:,.0f} tokens/s" in rows[CPU.name]
     assert f"{(weights + 16 * 4150 * cache) * 4 / 1e9:.0f} GB of 10 GB: lower benchmark.slots" in rows[CPU.name]
     other = next(text for name, text in rows.items() if "H100" in name)
-    assert other.startswith("16h00m at most, with 625 tokens/s")  # 36M tokens, 16 at a time, 32 layers of 0.8 ms
+    assert other.startswith("40h00m at most, with 250 tokens/s")  # 36M tokens, 16 at a time, 32 layers of 2 ms
     assert other.endswith("24 GB of 80 GB")
     assert not [name for name in dict(benchmark_cost.benchmark_lines(config.benchmark, shape, GPU)) if "H100" in name]
 
