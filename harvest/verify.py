@@ -1,15 +1,23 @@
 """Reading a whole store: is every byte as it was written, and one number for all of them."""
 
 import hashlib
+import random
 import sys
+import time
 from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
 from typing import NamedTuple
 
 from harvest.activation_store import CONSUMED, ActivationStore
-from harvest.files import UserError
+from harvest.files import UserError, read_json, write_sealed
 from harvest.progress import Progress
 from harvest.store_files import Files
 from harvest.store_layout import SPLITS, DamagedError
+from harvest.workers import Shard
+
+MEMORY_SECONDS = 10.0  # between notes of how far it is
 
 
 class Bad(NamedTuple):
@@ -19,11 +27,20 @@ class Bad(NamedTuple):
     shards: list[str]
 
 
-def verify(files: Files, changed: Collection[str] = (), *, complete: bool = False) -> Bad:
-    """Read every byte of a store. A bad shard loses its record, so that the next harvest makes just it anew.
+def verify(
+    files: Files,
+    changed: Collection[str] = (),
+    *,
+    complete: bool = False,
+    memory: Path | None = None,
+    sample: int | None = None,
+) -> Bad:
+    """Read every byte of a store, or of `sample` shards drawn at random. A bad shard loses its record, so that the next
+    harvest makes just it anew.
 
     `changed`: names of files without rows that are not as the manifest has them. `complete`: whether there has to be a
-    store. Raises UserError when there is none, UnreachableError when a bucket does not answer.
+    store. `memory`: where an interrupted call leaves how far it came, and the next one goes on. Raises UserError when
+    there is no store, UnreachableError when a bucket does not answer.
     """
     names = files.names()
     if not names and complete:
@@ -36,26 +53,74 @@ def verify(files: Files, changed: Collection[str] = (), *, complete: bool = Fals
         return Bad([str(error)], [])
     if damaged := store.damaged_metadata(names):
         return Bad([f"{files.place(name)}: not that of the store that zarr.json describes" for name in damaged], [])
-    return Bad([], _bad_shards(store))
+    shards = _shards(store)
+    if sample is not None:
+        drawn = sorted(random.sample(range(len(shards)), min(sample, len(shards))))
+        print(f"verify: {len(drawn):,} of {len(shards):,} shards, drawn at random", flush=True)
+        return Bad([], _bad_shards(store, [shards[n] for n in drawn], None))
+    return Bad([], _bad_shards(store, shards, memory))
 
 
-def _bad_shards(store: ActivationStore) -> list[str]:
+def _shards(store: ActivationStore) -> list[Shard]:
+    """What there has to be."""
     consumed = store.consumed_shards()
     wanted = {split: set(range(store.geometry.shards(split))) for split in SPLITS}
     if consumed:  # a stream deletes what it has read, and may end before the last shard is made
         wanted["train"] = store.recorded_shards("train") - consumed
         print(f"{store.path}: {len(consumed)} training shards are not there: {CONSUMED}", file=sys.stderr)
-    shards = [(split, shard) for split in SPLITS for shard in sorted(wanted[split])]
-    bad = []
-    with Progress("verify", len(shards), "shards") as progress:
-        for split, shard in shards:
-            try:
-                store.verify_shard(split, shard)
-            except UserError as error:
-                bad.append(f"{split} shard {shard}: {error}")
-                store.forget(split, shard)
-            progress.advance(1)
+    return [Shard(split, number) for split in SPLITS for number in sorted(wanted[split])]
+
+
+def _bad_shards(store: ActivationStore, shards: list[Shard], memory: Path | None) -> list[str]:
+    """A line for each bad shard, several being read at once; `memory` is there until all of them were."""
+
+    def look(shard: Shard) -> str | None:
+        try:
+            store.verify_shard(*shard)
+        except UserError as error:
+            return f"{shard.split} shard {shard.number}: {error}"
+        return None
+
+    first, bad = _remembered(memory, shards)
+    number, written = first, time.monotonic()
+    with Progress("verify", len(shards), "shards", first) as progress, ThreadPoolExecutor(store.files.readers) as pool:
+        try:
+            for number, found in enumerate(pool.map(look, shards[first:]), first + 1):
+                if found:
+                    bad.append(found)
+                    store.forget(*shards[number - 1])
+                progress.advance(1)
+                if memory and time.monotonic() - written > MEMORY_SECONDS:
+                    _remember(memory, shards, number, bad)
+                    written = time.monotonic()
+        except BaseException:
+            if memory and number:
+                _remember(memory, shards, number, bad)
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # or Ctrl-C would wait for thousands
+    if memory:
+        memory.unlink(missing_ok=True)
     return bad
+
+
+def _remember(memory: Path, shards: list[Shard], number: int, bad: list[str]) -> None:
+    """Note that so many shards were read, and what was bad: its record is gone."""
+    write_sealed(memory, {"last": list(shards[number - 1]), "read": number, "bad": bad})
+
+
+def _remembered(memory: Path | None, shards: list[Shard]) -> tuple[int, list[str]]:
+    """How many of the shards an interrupted call has read, and what it found; what is damaged is read again."""
+    if memory is None or not memory.exists():
+        return 0, []
+    try:
+        found = read_json(memory, sealed=True)
+        number, bad = shards.index(Shard(*found["last"])) + 1, list(found["bad"])
+    except (UserError, KeyError, TypeError, ValueError):
+        return 0, []
+    when = datetime.fromtimestamp(memory.stat().st_mtime).isoformat(" ", "minutes")
+    print(f"verify: {number:,} shards were read by {when}; it goes on behind them ({memory}; delete it to read all)")
+    return number, bad
 
 
 def digest(files: Files) -> str:

@@ -84,7 +84,12 @@ def benchmark_lines(config: BenchmarkConfig, shape: Architecture, here: Machine)
     rate, element = measure_weights(step.width, config.slots, dtype, device), dtype.itemsize
     machines = {here.name: (rate, element, LAUNCH_S * here.is_gpu, here.memory)}
     if not here.is_gpu:
-        machines["one H100 (from its data sheet and a step measured on an H200)"] = (H100_BYTES, 2, LAUNCH_S, H100_MEMORY)
+        machines["one H100 (from its data sheet and a step measured on an H200)"] = (
+            H100_BYTES,
+            2,
+            LAUNCH_S,
+            H100_MEMORY,
+        )
     filled = PROMPT + config.max_new_tokens / 2
     for name, (of_machine, element, launch, memory) in machines.items():
         seconds = max(step.elements(config.slots, filled) * element / of_machine, step.layers * launch)

@@ -119,8 +119,14 @@ def path(stage: Annotated[str, typer.Argument(help=f"One of {', '.join(EVERY_STA
 def verify(
     given: Given,
     digest: Annotated[bool, typer.Option("--digest", help="Only print one sha256 of all files of the store.")] = False,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Of the store only so many shards, drawn at random: a quick look.")
+    ] = None,
 ) -> None:
-    """Read every byte that the stages left; what is bad is named, and rows are made anew by the next harvest."""
+    """Read every byte that the stages left; what is bad is named, and rows are made anew by the next harvest.
+
+    Interrupted, it goes on where it was.
+    """
     from harvest import verify as store_verification
     from harvest.store_files import files_of
     from pipeline import verification
@@ -129,7 +135,7 @@ def verify(
     if digest:
         print(store_verification.digest(files_of(sweep[0].directory("harvest"))))
         return
-    verification.verify(sweep, print)
+    verification.verify(sweep, print, sample)
 
 
 @command()

@@ -9,8 +9,8 @@ from harvest.store_files import files_of
 from pipeline.stages import Runs
 
 
-def verify(sweep: Sequence[Runs], say: Callable[[str], None]) -> None:
-    """Read what every stage left, the store's rows last.
+def verify(sweep: Sequence[Runs], say: Callable[[str], None], sample: int | None = None) -> None:
+    """Read what every stage left, the store's rows last; of these all, or `sample` shards.
 
     Of a bad shard the record is deleted, and the harvest's manifest with it, so that the next harvest makes just
     that anew. Raises UserError that names what is bad, and where there is nothing to read.
@@ -25,10 +25,11 @@ def verify(sweep: Sequence[Runs], say: Callable[[str], None]) -> None:
             say(f"{run.path}: every file is as it was written")
     harvest = sweep[0].of("harvest")
     if harvest.is_begun or harvest.is_running or not complete:
-        if found := _bad_store(harvest):
+        if found := _bad_store(harvest, sample):
             bad += found
         else:
-            say(f"{harvest.path}: every byte that is there is as it was written")
+            which = "every byte that is there" if sample is None else "every byte that was read"
+            say(f"{harvest.path}: {which} is as it was written")
     if bad:
         raise UserError("\n".join(bad))
 
@@ -41,7 +42,7 @@ def _bad_files(run: Run) -> list[str]:
         return [str(error)]
 
 
-def _bad_store(run: Run) -> list[str]:
+def _bad_store(run: Run, sample: int | None) -> list[str]:
     """A line for each bad thing of a store, and the way out; what is bad no longer counts."""
     files = files_of(run.path)
     with locked(run.path, "harvest"):
@@ -55,7 +56,9 @@ def _bad_store(run: Run) -> list[str]:
             if (match := RECORD.fullmatch(name)) and isinstance(listed, dict) and (run.path / name).is_file():
                 files.delete(match[1])
         inside = [n.removeprefix("store/") for n in changed if n.startswith("store/") and n.endswith("/zarr.json")]
-        metadata, shards = store_verification.verify(files, inside, complete=complete)
+        metadata, shards = store_verification.verify(
+            files, inside, complete=complete, memory=run.path / "verify.json", sample=sample
+        )
         if not manifest and not metadata and not shards:
             return []
         (run.path / MANIFEST).unlink(missing_ok=True)

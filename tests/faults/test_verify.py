@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import contents, only, pipeline
 
+from harvest.activation_store import ActivationStore
+from harvest.store_files import LocalFiles
+
 BAD = {
     "a flipped bit": "train/model.layers.1/acts/c/3/0",
     "a truncated file": "train/row/context/c/1",
@@ -168,3 +171,52 @@ def test_an_unfinished_store_is_not_judged_by_a_damaged_shape(run_folder):
     assert "not that of the store that zarr.json describes" in ran.out
     assert pipeline("harvest").status == 0
     assert {name: data for name, data in contents(store).items() if name in before} == before
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[77] ^= 16
+    file.write_bytes(data)
+
+
+def test_an_interrupted_verification_goes_on_where_it_was(run_folder, monkeypatch):
+    store = only(run_folder, "runs/harvest/*/store")
+    flip(store / "train/model.layers.1/acts/c/1/0")
+    whole, looked = ActivationStore.verify_shard, []
+
+    def look(self, split, shard):
+        looked.append((split, shard))
+        if (split, shard) == ("train", 4):
+            raise KeyboardInterrupt
+        whole(self, split, shard)
+
+    monkeypatch.setattr(LocalFiles, "readers", 1)
+    monkeypatch.setattr(ActivationStore, "verify_shard", look)
+    assert pipeline("verify").status == 130
+    assert looked[:5] == [("train", n) for n in range(5)]
+    monkeypatch.setattr(ActivationStore, "verify_shard", lambda *place: looked.append(place[1:]) or whole(*place))
+    looked.clear()
+    ran = pipeline("verify")
+    assert looked == [("train", 4), ("train", 5), ("holdout", 0), ("holdout", 1)]
+    assert "4 shards were read by" in ran.out
+    assert ran.status == 1 and "train shard 1: " in ran.out and "1 bad shards are marked" in ran.out
+    assert not list(run_folder.glob("runs/harvest/*/verify.json"))
+    assert pipeline("harvest").status == 0 and pipeline("verify").status == 0
+
+
+def test_a_damaged_memory_is_not_believed(run_folder):
+    memory = only(run_folder, "runs/harvest/*") / "verify.json"
+    flip(memory.parent / "store/train/model.layers.1/acts/c/1/0")
+    memory.write_text('{"last": ["holdout", 1], "read": 8, "bad": []}')
+    ran = pipeline("verify")
+    assert ran.status == 1 and "train shard 1: " in ran.out
+
+
+def test_a_sample_reads_so_many_shards(run_folder, monkeypatch):
+    whole, looked = ActivationStore.verify_shard, []
+    monkeypatch.setattr(ActivationStore, "verify_shard", lambda *place: looked.append(place[1:]) or whole(*place))
+    ran = pipeline("verify", "--sample", "3")
+    assert ran.status == 0 and len(set(looked)) == len(looked) == 3
+    assert "3 of 8 shards, drawn at random" in ran.out and "every byte that was read" in ran.out
+    looked.clear()
+    assert pipeline("verify", "--sample", "100").status == 0 and len(looked) == 8
