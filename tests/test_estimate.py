@@ -39,7 +39,7 @@ def test_where_a_gpu_is_no_other_is_spoken_of():
     text = lines(GPU)
     assert "H100" not in text
     assert "warning" not in text
-    last = "in short, on this machine: it fits; harvest 5h33m, training 53m21s; 8.3 TB of disk"
+    last = "in short, on this machine: it fits; harvest 5h33m, training 53m20s; 8.3 TB of disk"
     assert text.splitlines()[-1] == last
     full, stream, again = (next(line for line in text.splitlines() if line.startswith(f"  {n}")) for n in WAYS)
     # 999,948,288 tokens at 50,000/s and 200,000 steps of 16 ms; five SAEs take five times the steps.

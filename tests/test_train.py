@@ -346,3 +346,19 @@ def test_features_split_over_processes(run_folder):
     again = load_sae(only(run_folder, "runs/train/*/model.layers.1")).sae
     for name, weight in split.parameters.items():
         assert torch.allclose(again.parameters[name], weight, atol=1e-3)
+
+
+def test_a_step_copies_the_weights_once(run_folder, monkeypatch):
+    """Where the best SAE and a checkpoint are due; and at the end, which both folders have."""
+    drop_training(run_folder)
+    copied: list[tuple[int, str]] = []
+    for name in ("tensors", "weights"):
+        own = getattr(Trainer, name)
+        noted = lambda self, *a, own=own, name=name: copied.append((self.step_number, name)) or own(self, *a)  # noqa: E731
+        monkeypatch.setattr(Trainer, name, noted)
+    assert pipeline("train").status == 0
+    steps = [step for step, _ in copied]
+    assert len(set(steps)) == len(steps) and {(20, "tensors"), (40, "tensors")} <= set(copied)
+    folder = only(run_folder, "runs/train/*/model.layers.1")
+    best = read_json(folder / "best" / "sae.json")["step"]
+    assert (best, "tensors" if best % 20 == 0 and best < steps[-1] else "weights") in copied

@@ -147,3 +147,17 @@ def test_validation_is_at_the_full_penalty(kernel: str):
 def test_a_feature_at_its_threshold_is_not_active(kernel: str):
     """Rows of zeros, and biases of zero."""
     assert trainer(8, 12, 10, kernel=kernel).validate(torch.zeros(256, 8)).l0 == 0
+
+
+def test_a_copy_on_the_host_is_written_over_by_the_next():
+    training, host = trainer(8, 12, 10), {}
+    rows = torch.randn(256, 8, generator=torch.Generator().manual_seed(1))
+    first = training.tensors(host)
+    before = {name: tensor.clone() for name, tensor in first.items()}
+    training.step(rows)
+    assert all(torch.equal(first[name], tensor) for name, tensor in before.items())
+    second = training.tensors(host)
+    assert all(second[name] is first[name] for name in first)
+    assert all(torch.equal(second[name], tensor) for name, tensor in training.tensors().items())
+    assert not torch.equal(second["W_enc"], before["W_enc"])
+    assert training.weights(host)["W_dec"] is first["W_dec"]

@@ -126,28 +126,38 @@ class FeatureRanks:
             out[name] = tensor.clone(memory_format=torch.contiguous_format)
         return out
 
-    def gather(self, tensors: Mapping[str, Tensor], axes: Axes, d_sae: int) -> dict[str, Tensor]:
+    def gather(
+        self, tensors: Mapping[str, Tensor], axes: Axes, d_sae: int, host: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Whole tensors on the host of rank 0, shapes of d_sae features, copies all; other ranks get none.
 
-        On a device it takes memory for one other rank's largest tensor, not for a whole one.
+        Those of a name in `host` are written over there; new ones are put there, pinned if they come from a GPU: so
+        the next copy runs at the speed of the bus. On a device it takes memory for one other rank's largest tensor, not
+        for a whole one.
         """
-        if self.size == 1:
-            return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-        out = {}
+        host, out = {} if host is None else host, {}
         for name, mine in tensors.items():
             axis = axes[name.rpartition(".")[2]]
             if self.rank and axis is not None:
                 dist.send(mine, 0)
             if self.rank:
                 continue
-            parts = [mine.to("cpu", copy=True)]
-            for rank in range(1, self.size if axis is not None else 1):
-                shape = list(mine.shape)
-                shape[axis or 0] = len(self.features(d_sae, rank))
-                part = torch.empty(shape, dtype=mine.dtype, device=mine.device)
-                dist.recv(part, rank)
-                parts.append(part.cpu())
-            out[name] = parts[0] if axis is None else torch.cat(parts, axis)
+            shape = list(mine.shape)
+            if axis is not None:
+                shape[axis] = d_sae
+            if name not in host:
+                host[name] = torch.empty(shape, dtype=mine.dtype, pin_memory=mine.is_cuda)
+            out[name] = host[name]
+            if axis is None:
+                out[name].copy_(mine)
+                continue
+            for rank in range(self.size):
+                places, part = self.features(d_sae, rank), mine
+                if rank:
+                    shape[axis] = len(places)
+                    part = torch.empty(shape, dtype=mine.dtype, device=mine.device)
+                    dist.recv(part, rank)
+                out[name].narrow(axis, places.start, len(places)).copy_(part)
         return out
 
 

@@ -6,6 +6,7 @@ over ranks, each rank has a trainer, and all of them make the same calls with th
 Shape suffixes: B rows of a batch, D d_in, F d_sae, K dead features.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -161,20 +162,30 @@ class Trainer:
 
     def whole_sae(self) -> Sae | None:
         """The weights of all features as they are saved, on the host; None but on rank 0."""
-        weights = self.ranks.gather(self.sae.parameters, self.axes, self.d_sae)
-        return replace(self.sae, parameters=weights).finished() if weights else None
+        weights = self.weights()
+        return self.sae_of(weights).finished() if weights else None
+
+    def sae_of(self, tensors: Mapping[str, Tensor]) -> Sae:
+        """The SAE of weights by name, shapes as in `sae.shapes`, that `weights` or `tensors` gave."""
+        return replace(self.sae, parameters={name: tensors[name] for name in self.sae.parameters})
+
+    def weights(self, host: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Those of all features by name, shapes as in `sae.shapes`, on the host of rank 0; {} on other ranks. `host` as in
+        `FeatureRanks.gather`.
+        """
+        return self.ranks.gather(self.sae.parameters, self.axes, self.d_sae, host)
 
     def _own_tensors(self) -> dict[str, Tensor]:
         moments = {f"adam.{key}.{n}": t for key in MOMENTS for n, t in getattr(self.adam, key).items()}
         return self.sae.parameters | moments | {"rows_since_fired": self.rows_since_fired_F}
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self, host: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """All tensors that a resume needs, by name, whole, on the host of rank 0; {} on other ranks.
 
         The SAE's parameters and Adam's moments `adam.exp_avg.W_enc`, ..., of the same shapes and float32;
-        `rows_since_fired` int64 (F,).
+        `rows_since_fired` int64 (F,). `host` as in `FeatureRanks.gather`.
         """
-        return self.ranks.gather(self._own_tensors(), self.axes, self.d_sae)
+        return self.ranks.gather(self._own_tensors(), self.axes, self.d_sae, host)
 
     def restore(self, tensors: dict[str, Tensor], step_number: int, kernel: dict[str, Any]) -> None:
         """Take up the state that `tensors` and `kernel.state` gave, of any number of ranks.

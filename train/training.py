@@ -4,6 +4,7 @@ Several of them can be fed from one reading of a store: each takes the batches t
 """
 
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,7 +102,7 @@ class Training:
         seen = found[0].metrics_bytes if found else 0
         self.metrics = Metrics(path, seen, runtime.spike_factor, tracker, **logged)
         self.note = ""
-        self._writer = BackgroundWriter()
+        self._writer, self._host = BackgroundWriter(), dict[str, Tensor]()
         self._recent: deque[_Fed] = deque(maxlen=runtime.log_every)
         self._run = run_fingerprint(folder)
         self._about = {
@@ -138,17 +139,18 @@ class Training:
                 self.note = self.metrics.log_step(step, config.batch_size, stepped, bad_step, dead, read, warmed)
             except DivergedError as error:
                 raise self._explained(error, loader) from None
+        folders = []
         if step % config.validate_every == 0 or self.done:
             validation = self.trainer.validate(validation_rows)
             self.metrics.log_validation(step, validation)
             if warmed and (self.best_loss is None or validation.loss < self.best_loss):
                 self.best_loss = validation.loss
-                self._save_sae(self.folder / "best")
+                folders.append(self.folder / "best")
         if self.done:
-            self._save_sae(self.folder)
+            folders.append(self.folder)
+        self._save(folders, checkpoint=not self.done and step % config.runtime.checkpoint_every == 0)
+        if self.done:
             self._writer.wait()
-        elif step % config.runtime.checkpoint_every == 0:
-            self.save_checkpoint()
 
     def _explained(self, error: DivergedError, loader: ActivationLoader) -> UserError:
         config = self.config
@@ -169,25 +171,40 @@ class Training:
         finally:
             self.metrics.close()
 
-    def _save_sae(self, folder: Path) -> None:
-        self._writer.wait()  # before the copy, so that one is held in memory
-        sae = self.trainer.whole_sae()
-        if sae:
-            about = self._about | sae.settings() | {"step": self.step}
-            self._writer.submit(lambda: save_sae(folder, sae, self.hook, self.statistics, about))
-
     def save_checkpoint(self) -> None:
-        """Copy everything that a resume needs to the host, and write it while training goes on.
+        """Write everything that a resume needs, while training goes on. Collective."""
+        self._save((), checkpoint=True)
+
+    def _save(self, folders: Sequence[Path], checkpoint: bool) -> None:
+        """Copy what is to be saved to the host, once, and write it while training goes on: the SAE into each folder,
+        then a checkpoint.
 
         Collective; rank 0 writes.
         """
-        if int(self.trainer.bad_step) >= 0:
-            return  # not yet told: a resume from before it finds it again
-        self._writer.wait()  # before the copy, so that one is held in memory
-        tensors = self.trainer.tensors()
+        if checkpoint and int(self.trainer.bad_step) >= 0:
+            checkpoint = False  # not yet told: a resume from before it finds it again
+        if not folders and not checkpoint:
+            return
+        self._writer.wait()  # it reads the copy that is written over now
+        tensors = self.trainer.tensors(self._host) if checkpoint else self.trainer.weights(self._host)
         if not self._writes:
             return
-        checkpoint = Checkpoint(
+        sae, about = self.trainer.sae_of(tensors), self._about | {"step": self.step}
+        state = self._state() if checkpoint else None
+
+        def write() -> None:
+            if folders:
+                finished = sae.finished()
+                for folder in folders:
+                    save_sae(folder, finished, self.hook, self.statistics, about | finished.settings())
+            if state:
+                self.metrics.sync()  # before a checkpoint that counts on its length
+                save_checkpoint(self.folder / "checkpoints", state, tensors, self.config.runtime.keep_last)
+
+        self._writer.submit(write)
+
+    def _state(self) -> Checkpoint:
+        return Checkpoint(
             self.step,
             self.position,
             self.best_loss,
@@ -198,10 +215,3 @@ class Training:
             self.metrics.checksum(),
             self._run,
         )
-        folder, keep_last = self.folder / "checkpoints", self.config.runtime.keep_last
-
-        def write() -> None:
-            self.metrics.sync()  # before a checkpoint that counts on its length
-            save_checkpoint(folder, checkpoint, tensors, keep_last)
-
-        self._writer.submit(write)
