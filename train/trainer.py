@@ -170,8 +170,8 @@ class Trainer:
         return replace(self.sae, parameters={name: tensors[name] for name in self.sae.parameters})
 
     def weights(self, host: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Those of all features by name, shapes as in `sae.shapes`, on the host of rank 0; {} on other ranks. `host` as in
-        `FeatureRanks.gather`.
+        """The SAE's parameters of all features by name, shapes as in `sae.shapes`, on the host of rank 0; {} on other
+        ranks. `host` as in `FeatureRanks.gather`.
         """
         return self.ranks.gather(self.sae.parameters, self.axes, self.d_sae, host)
 
