@@ -41,7 +41,9 @@ PARTS = {  # of evaluate.run: what is timed
 
 def make_model(place: Place, folder: Path) -> None:
     """Random weights of one seed, and the tokenizer of the tiny settings."""
-    narrow = {} if place.on_gpu else {**NARROW, "head_dim": 16, "vocab_size": 4096, "num_hidden_layers": 3}
+    narrow: dict[str, Any] = {}
+    if not place.on_gpu:
+        narrow = {**NARROW, "head_dim": 16, "vocab_size": 4096, "num_hidden_layers": 3}
     torch.manual_seed(0)
     torch.set_default_device(place.device)
     made = LlamaForCausalLM._from_config(LlamaConfig(**R1_LLAMA_8B.to_dict() | narrow), dtype=torch.bfloat16)
