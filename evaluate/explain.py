@@ -97,7 +97,7 @@ def run(
         injected = sae.lists.get("token_injection", {}).get("features", [])
         if config.falsify:
             lists["counterexamples"] = _falsify(planned, lists, config.falsify, asker)
-        if written := pages(subject, planned.activity, injected, explained=_by_feature(lists), to=directory):
+        if written := pages(subject, planned.activity, injected, explained=by_feature(lists), to=directory):
             lists["feature_pages"] = written.lists
         measured.append(sae._replace(figures=(*sae.figures, *section.figures), lists=lists))
     found = found._replace(saes=(*measured, *(sae for sae in found.saes if sae.name)))
@@ -263,7 +263,7 @@ def _falsify(planned: Planned, lists: dict[str, Any], config: FalsifyConfig, ask
     return counterexamples(reading_of(planned.subject), claims, partial(asker.ask, "falsifying"), config)
 
 
-def _by_feature(lists: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def by_feature(lists: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """What pages show of each feature: its explanation, and counterexamples with their rule."""
     found = {each["feature"]: each for each in lists["explanations"]["features"]}
     tried = lists.get("counterexamples", {})

@@ -6,13 +6,13 @@ features/<hook>/123.html      one feature
 Tokens are untrusted text. Everything is escaped, what does not show (line breaks, controls, marks of
 direction) is named, and a content security policy allows nothing but the one style and the one script below.
 
-Shape suffixes: D d_in, F d_sae, K features that have a page.
+Shape suffixes: D d_in, F d_sae, K features that have a page, N of what is listed of each.
 """
 
 import base64
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,13 @@ from markupsafe import Markup
 
 from evaluate.activity import Activity
 from evaluate.config import FeaturesConfig
-from evaluate.feature_views import CHIPS, QUARTERS, Scored, Site, Views, number, percent, rounded, thousandths
+from evaluate.feature_views import CHIPS, QUARTERS, Scored, Site, Views, Weighed, number, percent, rounded, thousandths
 from evaluate.figures import Section
 from evaluate.operations import check_features
 from evaluate.report import environment, write_text
 from evaluate.subject import Subject
 from evaluate.token_identity import read_identity
-from evaluate.unembedding import Tokens, promoted
+from evaluate.unembedding import Unembedding, promoted
 from evaluate.visible import visible
 from harvest.activation_store import slug
 from harvest.files import UserError
@@ -56,15 +56,13 @@ def pages(
     chosen_K = np.concatenate([chosen_K, np.setdiff1d(list(explained or ()), chosen_K).astype(np.int64)])
     if not len(chosen_K):
         return None
-    text, W_dec = subject.tokenizer().text, saved.sae.W_dec
-    found, why_none = _promoted(subject, chosen_K)
-    nearest = nearest_features(W_dec, chosen_K)
+    unembedding, why_none = usable(subject.unembedding, saved.sae.d_in)
     folder = (to or subject.directory) / "features" / slug(saved.hook)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
     identity, by_feature = read_identity(subject.file("token_identity", ".npz")), {f["feature"]: f for f in injected}
     of_tokens = identity, by_feature, explained or {}
-    site = Site(saved.hook, chosen_K, activity, text, found, why_none, nearest, scored, *of_tokens)
-    write_pages(folder, site, config)
+    site = Site(saved.hook, activity, subject.tokenizer().text, why_none, scored, *of_tokens)
+    write_pages(folder, site, weigh(saved.sae.W_dec, chosen_K, unembedding), config)
     return Section([], {"index": f"features/{slug(saved.hook)}/index.html", "numbers": sorted(chosen_K.tolist())})
 
 
@@ -93,9 +91,7 @@ def nearest_features(W_dec: torch.Tensor, chosen_K: np.ndarray, count: int = 8) 
         cosine_KF = unit_FD[part_K] @ unit_FD.T
         cosine_KF[torch.arange(len(part_K), device=part_K.device), part_K] = -2  # itself
         best = cosine_KF.topk(min(count, len(W_dec) - 1))
-        found += [
-            list(zip(i, v, strict=True)) for i, v in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
+        found += _pairs(best.indices, best.values)
     return found
 
 
@@ -107,20 +103,34 @@ def read_scores(path: Path) -> Scored | None:
         return Scored(arrays["score"], arrays["word_means"], arrays["words"].tolist())
 
 
-def _promoted(subject: Subject, chosen_K: np.ndarray) -> tuple[tuple[Tokens, Tokens] | None, str]:
-    """Promoted and suppressed tokens, or why there are none."""
+def usable(load: Callable[[], Unembedding], d_in: int) -> tuple[Unembedding | None, str]:
+    """The end of the model for directions of this width; or None, and why."""
     try:
-        unembedding = subject.unembedding()
+        unembedding = load()
     except UserError as error:
         return None, str(error)
-    d_in, width = subject.saved.sae.d_in, unembedding.head_VD.shape[1]
+    width = unembedding.head_VD.shape[1]
     if d_in != width:
         return None, f"the hook is of width {d_in}, the LM head of width {width}"
-    return promoted(unembedding, subject.saved.sae.W_dec[torch.from_numpy(chosen_K).to(subject.device)], CHIPS), ""
+    return unembedding, ""
 
 
-def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
-    """Write the index and a page for each chosen feature."""
+def weigh(W_dec: torch.Tensor, chosen_K: np.ndarray, unembedding: Unembedding | None) -> dict[int, Weighed]:
+    """What the weights (d_sae, d_in) say of each chosen feature; without the model's end nothing of tokens."""
+    sides: list[list[list[tuple[int, float]]]] = [[[] for _ in chosen_K]] * 2
+    if unembedding:
+        found = promoted(unembedding, W_dec[torch.from_numpy(chosen_K).to(W_dec.device)], CHIPS)
+        sides = [_pairs(tokens.token_KN, tokens.logit_KN) for tokens in found]
+    lists = zip(*sides, nearest_features(W_dec, chosen_K), strict=True)
+    return {feature: Weighed(*of) for feature, of in zip(chosen_K.tolist(), lists, strict=True)}
+
+
+def _pairs(number_KN: torch.Tensor, value_KN: torch.Tensor) -> list[list[tuple[int, float]]]:
+    return [list(zip(i, v, strict=True)) for i, v in zip(number_KN.tolist(), value_KN.tolist(), strict=True)]
+
+
+def write_pages(folder: Path, site: Site, weighed: Mapping[int, Weighed], config: FeaturesConfig) -> None:
+    """Write the index and a page for each of these features."""
     folder.mkdir(parents=True, exist_ok=True)
     style, script = (files("evaluate").joinpath("templates", f"features.{s}").read_text("utf-8") for s in ("css", "js"))
     templates = environment(
@@ -136,14 +146,15 @@ def write_pages(folder: Path, site: Site, config: FeaturesConfig) -> None:
         policy=content_policy(style, script),
         hook=site.hook,
         d_sae=site.activity["active"].shape[1],
-        has_page={int(feature) for feature in site.chosen_K},
+        has_page=set(weighed),
+        ending=".html",
         scored=site.scored is not None,
         by_token=site.identity is not None,
         explained=bool(site.explained),
         quarters=QUARTERS,
         sources=site.identity.sources.tolist() if site.identity else [],
     )
-    features = Views(site, config).all()
+    features = Views(site, config).all(weighed)
     page = templates.get_template("feature.html")
     for before, feature, after in zip([None, *features], features, [*features[1:], None], strict=False):
         write_text(folder / f"{feature['number']}.html", page.render(feature=feature, before=before, after=after))

@@ -1,6 +1,6 @@
 """What the page of a feature shows, and how: figures as text, tokens with nothing hidden in them.
 
-Shape suffixes: F d_sae, K features that have a page, N excerpts of one, W words.
+Shape suffixes: F d_sae, N excerpts of a feature, W words.
 """
 
 import math
@@ -17,7 +17,6 @@ from evaluate.activity import BINS, LEFT_OUT, Activity, Excerpts
 from evaluate.charts import bars
 from evaluate.config import FeaturesConfig
 from evaluate.token_identity import TokenIdentity
-from evaluate.unembedding import Tokens
 
 LEVELS = 9  # of shading
 LONGEST = 40  # characters of a token that are shown
@@ -34,16 +33,21 @@ class Scored(NamedTuple):
     words: list[str]
 
 
+class Weighed(NamedTuple):
+    """What the weights alone say of a feature, the most extreme first."""
+
+    promoted: list[tuple[int, float]]  # (token, logit)
+    suppressed: list[tuple[int, float]]
+    nearest: list[tuple[int, float]]  # (feature, cosine)
+
+
 class Site(NamedTuple):
     """All that the pages of one SAE are made from."""
 
     hook: str
-    chosen_K: np.ndarray
     activity: Activity
     text: Callable[[int], str]  # of a token
-    promoted: tuple[Tokens, Tokens] | None  # and suppressed
-    no_promoted: str  # why there are none
-    nearest: list[list[tuple[int, float]]]  # of each chosen feature: (feature, cosine)
+    no_promoted: str  # why there are no promoted tokens
     scored: Scored | None
     identity: TokenIdentity | None = None  # what tokens alone say of all features
     injected: Mapping[int, dict[str, Any]] = MappingProxyType({})  # what token injection found, by feature
@@ -98,6 +102,11 @@ def rounded(value: float | None) -> str:
     return "–" if value is None else f"{round(100 * value)}%"
 
 
+def ranks(score_F: np.ndarray) -> np.ndarray:
+    """The place of each feature by its score, from 1 on, int64 (F,); those without one come last."""
+    return np.argsort(np.argsort(-score_F, kind="stable"), kind="stable") + 1
+
+
 class Views:
     """What the templates show of each feature."""
 
@@ -107,11 +116,11 @@ class Views:
         self.running: Callable[[int], Markup] = cache(lambda token: escape(self._running(token)))
         self.silent: Callable[[int], Markup] = cache(lambda token: Markup("<i>{}</i>").format(self.running(token)))
         score_F = site.scored.score_F if site.scored else None
-        self.rank_F = None if score_F is None else np.argsort(np.argsort(-score_F, kind="stable"), kind="stable") + 1
+        self.rank_F = None if score_F is None else ranks(score_F)
 
-    def all(self) -> list[dict[str, Any]]:
-        """Views of all features, the best first."""
-        features = [self._feature(k) for k in range(len(self.site.chosen_K))]
+    def all(self, weighed: Mapping[int, Weighed]) -> list[dict[str, Any]]:
+        """Views of these features, the best first."""
+        features = [self.of(feature, found) for feature, found in weighed.items()]
         key = "density" if self.site.scored is None else "score"
         return sorted(features, key=lambda feature: -feature[key])
 
@@ -119,9 +128,9 @@ class Views:
         text = self.site.text(token)
         return visible(text, " ") if text.strip(" ") else self.chip(token)
 
-    def _feature(self, k: int) -> dict[str, Any]:
+    def of(self, feature: int, weighed: Weighed) -> dict[str, Any]:
+        """The view of any feature."""
         site, activity = self.site, self.site.activity
-        feature = int(site.chosen_K[k])
         groups = list(range(len(activity.groups)))
         whole = self._source("", groups, feature)
         view = {
@@ -133,10 +142,10 @@ class Views:
             "strongest": self._strongest(activity.excerpts("strongest", feature), whole["max"]),
             "quarters": self._quarters(activity.excerpts("sampled", feature), whole["max"]),
             "histogram": self._histogram(feature),
-            "promoted": self._chips(k, 0),
-            "suppressed": self._chips(k, 1),
+            "promoted": self._chips(weighed.promoted),
+            "suppressed": self._chips(weighed.suppressed),
             "no_promoted": site.no_promoted,
-            "nearest": site.nearest[k],
+            "nearest": weighed.nearest,
             "explanation": site.explained.get(feature),
             "score": None,
             "words": [],
@@ -189,12 +198,8 @@ class Views:
             if token >= 0
         ]
 
-    def _chips(self, k: int, side: int) -> list[dict[str, Any]]:
-        if self.site.promoted is None:
-            return []
-        tokens = self.site.promoted[side]
-        pairs = zip(tokens.token_KN[k].tolist(), tokens.logit_KN[k].tolist(), strict=True)
-        return [{"text": self.chip(token), "logit": logit} for token, logit in pairs]
+    def _chips(self, tokens: list[tuple[int, float]]) -> list[dict[str, Any]]:
+        return [{"text": self.chip(token), "logit": logit} for token, logit in tokens]
 
     def _histogram(self, feature: int) -> Markup:
         counts, top = self.site.activity["histogram"][feature].tolist(), float(self.site.activity["top"][feature])

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from evaluate import ablation, diff, downstream, steering, token_injection
-from evaluate.activity import ActivitySums, write_activity
+from evaluate.activity import write_activity
+from evaluate.activity_sums import ActivitySums
 from evaluate.config import EvaluateConfig
 from evaluate.feature_pages import pages
 from evaluate.fidelity import NAMES, Fidelity, FidelitySums, density_figures
@@ -163,10 +164,11 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
     sums = FidelitySums(saved, subject.groups, subject.device)
     scoring = Scoring(subject, config.reason_score) if config.reason_score and is_whole else None
     activity = None
-    if config.features and is_whole:
-        count = subject.contexts.count("holdout")
-        tokens_CS = subject.contexts.read("holdout", "tokens", 0, count)
-        groups = finest(subject.groups, count)
+    if config.features and not subject.name:
+        tokens_CS, groups = np.zeros((0, 0), np.uint32), (["all"], np.zeros(0, np.int64))
+        if is_whole:
+            count = subject.contexts.count("holdout")
+            tokens_CS, groups = subject.contexts.read("holdout", "tokens", 0, count), finest(subject.groups, count)
         activity = ActivitySums(saved.sae.d_sae, tokens_CS, groups, g.shard_contexts, config.features)
     identity = TokenSums.of(subject) if config.token_injection and is_whole else None
     readers: list[Reader] = [reader for reader in (sums, scoring and scoring.sums, activity, identity) if reader]
@@ -194,7 +196,8 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
         found = activity.result()
         write_activity(subject.file("activity", ".safetensors"), found)
         injected = sections.get("token_injection")
-        sections["feature_pages"] = pages(subject, found, injected.lists["features"] if injected else [])
+        if is_whole:
+            sections["feature_pages"] = pages(subject, found, injected.lists["features"] if injected else [])
     if is_whole:
         steered = steering.analyse(subject, heldout)
         sections["steering"] = Section([], steered) if steered else None

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evaluate.activity import first_of_each, nonzeros
+from evaluate.activity_sums import first_of_each, nonzeros
 from evaluate.halves import second_half
 from evaluate.subject import Encoded, Subject
 from harvest.files import UserError, replacing

@@ -3,10 +3,10 @@
 Of the model's files all but the decoder layers is read (57 of 269 MB of SmolLM2-135M). The layers between the hook
 and the end are left out, as in the logit lens; the later the hook, the truer it is.
 
-Shape suffixes: K directions, D d_in, V vocabulary, N tokens found.
+Shape suffixes: K directions, D d_in, F d_sae, V vocabulary, N tokens found, T tokens given.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
@@ -120,8 +120,11 @@ def _gain(norm: nn.Module, d_in: int) -> tuple[Tensor, bool]:
 
 @torch.inference_mode()
 def promoted(unembedding: Unembedding, W_dec_KD: Tensor, count: int) -> tuple[Tokens, Tokens]:
-    """The `count` tokens that each direction, at length 1, promotes most, and those that it suppresses most."""
-    directions_KD = torch.nn.functional.normalize(W_dec_KD.float().cpu(), dim=1)
+    """The `count` tokens that each direction, at length 1, promotes most, and those that it suppresses most.
+
+    Computed where the head is, whatever the device of the directions.
+    """
+    directions_KD = torch.nn.functional.normalize(W_dec_KD.float().to(unembedding.head_VD.device), dim=1)
     if unembedding.centred:
         directions_KD = directions_KD - directions_KD.mean(1, keepdim=True)
     found: dict[bool, list[Any]] = {True: [], False: []}
@@ -133,3 +136,15 @@ def promoted(unembedding: Unembedding, W_dec_KD: Tensor, count: int) -> tuple[To
             parts.append(logits_KV.topk(min(count, logits_KV.shape[1]), largest=largest))
     up, down = (Tokens(torch.cat([p.indices for p in f]), torch.cat([p.values for p in f])) for f in found.values())
     return up, down
+
+
+@torch.inference_mode()
+def token_logits(unembedding: Unembedding, W_dec: Tensor, tokens: Sequence[int]) -> Tensor:
+    """What each direction (F, D), at length 1, adds to the logits of these tokens, as `promoted` counts it; (F, T)."""
+    head_VD = unembedding.head_VD
+    ends_TD = head_VD[torch.tensor(tokens, dtype=torch.long)].float() - head_VD.mean(0, dtype=torch.float32)
+    ends_TD = ends_TD * unembedding.gain_D
+    if unembedding.centred:
+        ends_TD = ends_TD - ends_TD.mean(1, keepdim=True)
+    W_FD = W_dec.float().to(head_VD.device)
+    return W_FD @ ends_TD.T / W_FD.norm(dim=1, keepdim=True).clamp(min=1e-12)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from evaluate.activity import room
 from harvest.progress import size_text
 from pipeline.architecture import Architecture, find_architecture
 from pipeline.benchmark_cost import benchmark_lines
@@ -66,6 +67,7 @@ def plan(config: PipelineConfig, shape: Architecture, s: Sizes, here: Machine, f
         ("store, train", f"{size_text(s.store - s.holdout)}, {size_text(s.shard)} a shard"),
         ("store, held out", size_text(s.holdout)),
         ("SAEs, checkpoints", f"{size_text(s.trained(s.saes))}, {size_text(s.checkpoint)} a checkpoint"),
+        *_activity(config, s),
         ("in all", f"{size_text(total)}; free in {root}: {size_text(free)}"),
         *([("not counted", f"the store, which lies in {runtime.store}")] if runtime.store else []),
     )
@@ -119,6 +121,19 @@ def plan_published(
         f"in short, on this machine: {'; '.join(obstacles) or 'it fits'}; "
         f"harvest {hours(harvest_seconds(s, here, tokens))}; {size_text(total)} of disk"
     )
+
+
+def _activity(config: PipelineConfig, s: Sizes) -> list[tuple[str, str]]:
+    """What evaluation keeps of every feature; far less than this where features are sparse, so it is not added up."""
+    features, g = config.evaluate.features, s.geometry
+    if not features or not s.d_sae:
+        return []
+    text = g.holdout_shards * g.shard_contexts, g.context_size
+    fits = room(s.d_sae, len(config.sample.sources), text, features)
+    kept = f"{fits.strongest} strongest and {fits.sampled} drawn excerpts of each feature"
+    more = f"; evaluate.features.activity_bytes={fits.bytes_wanted} keeps {' and '.join(map(str, fits.wanted))}"
+    at_most = f"{size_text(fits.bytes)} at most for each SAE, on the disk and in memory: {kept}"
+    return [("activity", at_most + (more if fits.bytes < fits.bytes_wanted else ""))]
 
 
 def _elsewhere(config: PipelineConfig, s: Sizes) -> Iterator[Machine]:

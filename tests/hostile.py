@@ -4,16 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from conftest import only
 from made_benchmark import Made, conditions_of, made
 
 from evaluate.activity import read_activity
 from evaluate.config import FeaturesConfig
 from evaluate.feature_pages import nearest_features
-from evaluate.feature_views import Scored, Site, visible
+from evaluate.feature_views import Scored, Site, Weighed, visible
 from evaluate.token_identity import TokenIdentity
-from evaluate.unembedding import Tokens
 from train.checkpoint import load_sae
 
 HOOK = "model.layers.1"
@@ -64,15 +62,16 @@ def explained(feature: int) -> dict[str, Any]:
     }
 
 
-def site(finished: Path, features: int = 12) -> Site:
+def site(finished: Path, features: int = 12) -> tuple[Site, dict[int, Weighed]]:
     """The first features of the finished run; every second token hostile, in the contexts and among the promoted."""
     saved = load_sae(only(finished, f"runs/train/*/{HOOK}"))
     found = read_activity(only(finished, f"runs/evaluate/*/activity-{HOOK}.safetensors"))
     for name in ("tokens", "token"):
         found[name][...] = np.where(found[name] % 2, found[name], found[name] % len(TOKENS))
-    chosen = np.arange(features)
-    listed = torch.arange(10).repeat(features, 1)
-    tokens = Tokens(listed, torch.linspace(3, 1, 10).repeat(features, 1))
+    tokens, logits = range(10), np.linspace(3, 1, 10).tolist()
+    up, down = [*zip(tokens, logits, strict=True)], [(50 + token, -logits[token]) for token in tokens]
+    nearest = nearest_features(saved.sae.W_dec, np.arange(features))
+    weighed = {feature: Weighed(up, down, near) for feature, near in enumerate(nearest)}
     rng = np.random.default_rng(0)
     counts = rng.integers(1, 9, (128, 10, 2))
     identity = TokenIdentity(
@@ -99,19 +98,9 @@ def site(finished: Path, features: int = 12) -> Site:
         "example": [{"text": visible(token), "injected": n % 2 == 0} for n, token in enumerate(TOKENS)],
     }
     scored = Scored(rng.normal(size=128), rng.random((2, 128)), ["wait", "<b>let me</b>"])
-    return Site(
-        HOOK,
-        chosen,
-        found,
-        text,
-        (tokens, Tokens(listed + 50, -tokens.logit_KN)),
-        "",
-        nearest_features(saved.sae.W_dec, chosen),
-        scored,
-        identity,
-        dict.fromkeys(range(0, features, 2), injected),
-        explained={feature: explained(feature) for feature in range(features - 1)},
-    )
+    by_feature = dict.fromkeys(range(0, features, 2), injected)
+    labelled = {feature: explained(feature) for feature in range(features - 1)}
+    return Site(HOOK, found, text, "", scored, identity, by_feature, labelled), weighed
 
 
 def benchmark(samples: int = 2) -> Made:

@@ -5,10 +5,11 @@ import pytest
 import torch
 from conftest import only
 
-from evaluate import activity
-from evaluate.activity import LEFT_OUT, SAMPLED, ActivitySums, read_activity, write_activity
+from evaluate import activity_sums
+from evaluate.activity import LEFT_OUT, SAMPLED, read_activity, room, write_activity
+from evaluate.activity_sums import ActivitySums
 from evaluate.config import FeaturesConfig
-from evaluate.subject import feed
+from evaluate.subject import Encoded, feed
 from harvest.activation_rows import stored_rows
 from harvest.activation_store import ActivationStore
 from harvest.contexts import Contexts
@@ -18,7 +19,7 @@ from train.config import ExcludeConfig
 from train.exclusion import Exclusion
 
 HOOK = "model.layers.1"
-CONFIG = FeaturesConfig(contexts=2, tokens=8)
+CONFIG = FeaturesConfig(contexts=2, tokens=11)  # no whole bytes of bits
 
 
 def measure(finished, config=CONFIG, batch_rows=100):
@@ -80,7 +81,7 @@ def test_excerpts_are_the_peaks_in_their_contexts(looked_at):
         for excerpts in (strongest, sampled):
             assert (excerpts.value_N > 0).all()
             for n, (context, start) in enumerate(zip(excerpts.context_N, excerpts.start_N, strict=True)):
-                window = slice(start, start + 8)
+                window = slice(start, start + 11)
                 assert np.array_equal(excerpts.token_NT[n], tokens[context, window])
                 assert np.allclose(excerpts.acts_NT[n], acts[context, window, feature], rtol=1e-4, atol=1e-5)
         active = int((acts[..., feature] > 0).sum())
@@ -122,12 +123,12 @@ def test_tokens_are_counted_inside_and_outside(looked_at):
 
 
 def test_fewer_excerpts_are_kept_where_the_bound_is_low(finished, tmp_path, capsys):
-    whole = measure(finished)
+    whole = measure(finished, CONFIG.model_copy(update={"tokens": 8}))
     size = 400_000
     bounded = measure(finished, FeaturesConfig(contexts=2, tokens=8, activity_bytes=size))
-    assert "evaluate.features.activity_bytes: 4 strongest and 53 drawn excerpts" in capsys.readouterr().out
+    assert "evaluate.features.activity_bytes: 4 strongest and 51 drawn excerpts" in capsys.readouterr().out
     write_activity(tmp_path / "a", bounded)
-    assert 0.9 * size < (tmp_path / "a").stat().st_size < size + 4096
+    assert (tmp_path / "a").stat().st_size < size
     for name in ("active", "max", "token_active"):
         assert np.array_equal(bounded[name], whole[name])
     for feature in range(128):
@@ -137,10 +138,25 @@ def test_fewer_excerpts_are_kept_where_the_bound_is_low(finished, tmp_path, caps
         measure(finished, FeaturesConfig(activity_bytes=1000))
 
 
+def test_the_bound_holds_where_features_fire_at_every_token(finished, tmp_path):
+    contexts = Contexts(only(finished, "runs/sample/*/contexts"))
+    tokens = contexts.read("holdout", "tokens", 0, contexts.count("holdout"))
+    config = FeaturesConfig(contexts=2, tokens=11, activity_bytes=400_000)
+    sums = ActivitySums(128, tokens, (["all"], np.zeros(len(tokens), np.int64)), 16, config)
+    store = ActivationStore.open(only(finished, "runs/harvest/*/store"))
+    for rows in stored_rows(store, "holdout", {HOOK: Exclusion(ExcludeConfig())}, 512, contexts=contexts):
+        sums.add(Encoded(rows, rows.acts[HOOK].float(), torch.rand(rows.size, 128) + 0.1))
+    write_activity(tmp_path / "a", sums.result())
+    fits = room(128, 1, tokens.shape, config)
+    assert fits.bytes <= 400_000 < fits.bytes + 128 * (8 + 4 * 11 + 2)
+    header = 8 + int.from_bytes((tmp_path / "a").read_bytes()[:8], "little")
+    assert (tmp_path / "a").stat().st_size - header == fits.bytes
+
+
 def test_dense_features_take_their_excerpts_from_a_part_of_the_contexts(finished, monkeypatch):
     whole = measure(finished)
-    monkeypatch.setattr(activity, "NONZEROS", int(whole["active"].sum()) // 8)  # a quarter of each of two shards
-    monkeypatch.setattr(activity, "PAIRS", 128)
+    monkeypatch.setattr(activity_sums, "NONZEROS", int(whole["active"].sum()) // 8)  # a quarter of each of two shards
+    monkeypatch.setattr(activity_sums, "PAIRS", 128)
     found = measure(finished)
     assert all(np.array_equal(found[name], whole[name]) for name in ("active", "sum", "max", "histogram"))
     used = found["strongest_context"][found["strongest_context"] >= 0]
@@ -153,3 +169,10 @@ def test_a_damaged_file_is_named(tmp_path):
     for name in ("a.safetensors", "b.safetensors"):
         with pytest.raises(UserError, match=f"{name}: missing or damaged"):
             read_activity(tmp_path / name)
+
+
+def test_the_same_activity_is_the_same_bytes(finished, tmp_path):
+    found = measure(finished)
+    for n in range(8):  # safetensors writes several keys of metadata in an order of chance
+        write_activity(tmp_path / str(n), found)
+    assert len({(tmp_path / str(n)).read_bytes() for n in range(8)}) == 1

@@ -67,6 +67,23 @@ def test_what_does_not_fit_is_said_and_nothing_is_refused():
     assert last.endswith("training does not fit into 10 GB; harvest 3,862 days, training 139 days; 8.3 TB of disk")
 
 
+def test_the_activity_of_all_features_is_bounded_and_that_is_said():
+    """An excerpt of 64 tokens: its place, a bit and a float a token."""
+    each, fixed = 65_536 * (8 + 8 + 4 * 64), 65_536 * (2 * 20 + 796) + 16 * 64 * (5 * 1024 + 8) + 2 * 8 + 16
+    fit = (2**29 - fixed) // each
+    text = next(line for line in lines(GPU).splitlines() if line.startswith("  activity"))
+    assert fit == 26
+    assert f"{(fixed + fit * each) / 1e6:.0f} MB at most" in text
+    assert f"9 strongest and 17 drawn excerpts of each feature; {SETTING}={fixed + 100 * each} keeps 36 and 64" in text
+    whole = lines(GPU, f"{SETTING}={fixed + 100 * each}")
+    assert "1.8 GB at most for each SAE, on the disk and in memory: 36 strongest and 64 drawn" in whole
+    assert "keeps" not in whole
+    assert "  activity" not in lines(GPU, "evaluate.features=null")
+
+
+SETTING = "evaluate.features.activity_bytes"
+
+
 def test_memory_of_the_papers_run_by_arithmetic():
     def memory(*overrides: str, machine: Machine = GPU) -> int:
         config = load(R1, list(overrides))

@@ -44,7 +44,7 @@ def text(contexts: int = 24, size: int = 18, tokens: int = 8) -> Text:
     """Contexts of two groups, 18 tokens of which the last two fill no window."""
     rng = np.random.default_rng(0)
     arrays = {"tokens": rng.integers(0, 50, (contexts, size)), "group": np.arange(contexts) % 3 // 2}
-    return Text(Activity(["a", "b"], arrays), contexts, tokens)
+    return Text(Activity(["a", "b"], arrays, tokens), contexts, tokens)
 
 
 def firing(found: Text, token: int, left_out: int = -1) -> Firing:

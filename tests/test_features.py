@@ -19,7 +19,7 @@ from evaluate.config import FeaturesConfig
 from evaluate.feature_pages import choose_features, nearest_features, read_scores, write_pages
 from evaluate.feature_views import Views, number, visible
 from evaluate.figures import read_figures
-from evaluate.unembedding import load_unembedding, promoted
+from evaluate.unembedding import load_unembedding, promoted, token_logits
 from harvest.config import ModelConfig
 from harvest.files import UserError
 from harvest.tokenizer import load_tokenizer
@@ -85,6 +85,8 @@ def test_promoted_tokens_are_what_the_model_s_own_end_makes_likelier(kind, tmp_p
         best = logits.topk(4, largest=largest)
         assert torch.equal(tokens.token_KN, best.indices)
         assert torch.allclose(tokens.logit_KN, best.values, atol=1e-4)
+    some = token_logits(load_unembedding(ModelConfig(name=str(tmp_path)), None, True), directions, [7, 3, 49])
+    assert torch.allclose(some, logits[:, [7, 3, 49]], atol=1e-4)
 
 
 def test_a_model_without_a_final_norm_is_named(tmp_path):
@@ -161,8 +163,7 @@ def test_every_page_is_there_linked_and_locked(finished):
 
 
 def test_hostile_tokens_stay_text(finished, tmp_path):
-    site = hostile.site(finished)
-    write_pages(tmp_path, site, hostile.CONFIG)
+    write_pages(tmp_path, *hostile.site(finished), hostile.CONFIG)
     for path in tmp_path.iterdir():
         html = path.read_text()
         assert html.count("<script>") == html.count("</script>") == 1
@@ -175,15 +176,15 @@ def test_hostile_tokens_stay_text(finished, tmp_path):
 
 
 def test_the_best_score_comes_first(finished, tmp_path):
-    site = hostile.site(finished)
+    site, weighed = hostile.site(finished)
     np.savez(tmp_path / "scores.npz", score=site.scored.score_F, word_means=np.ones((1, 128)), words=np.array(["wait"]))
     scored = read_scores(tmp_path / "scores.npz")
-    views = Views(site._replace(scored=scored), hostile.CONFIG).all()
+    views = Views(site._replace(scored=scored), hostile.CONFIG).all(weighed)
     assert [view["number"] for view in views] == np.argsort(-scored.score_F[:12]).tolist()
     assert views[0]["rank"] == (scored.score_F >= scored.score_F[:12].max()).sum()
     assert views[0]["words"] == [("wait", 1.0, 100.0)]
     assert read_scores(tmp_path / "none.npz") is None
-    unscored = Views(site._replace(scored=None), hostile.CONFIG).all()
+    unscored = Views(site._replace(scored=None), hostile.CONFIG).all(weighed)
     assert [view["density"] for view in unscored] == sorted((view["density"] for view in unscored), reverse=True)
 
 
