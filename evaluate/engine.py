@@ -51,15 +51,25 @@ class Completion(NamedTuple):
     changed: int  # of these, where an operation was done
 
 
+def end_tokens(causal: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer."""
+    own = causal.generation_config.eos_token_id
+    return {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+
+
 @dataclass
-class _Answer:
+class Answer:
+    """What is written so far; grows with each step until it ends, or is cancelled."""
+
     number: int
     request: Request
     reading: Reading
-    ids: list[int] = field(default_factory=list)  # written so far
+    ids: list[int] = field(default_factory=list)  # with the token that ends it
+    values: list[float] = field(default_factory=list)  # of the shaded feature at those of them that the model read
 
     @property
     def draw(self) -> Draw:
+        """The noise of its next token."""
         return Draw(self.request.seed, len(self.ids))
 
 
@@ -85,27 +95,37 @@ class Engine:
         *,
         slots: int,
         tags: Tags | None = None,
+        weights: PackedWeights | None = None,
+        shade: int | None = None,
     ) -> None:
-        """`tags` are needed for operations on thinking. `sampling.seed` is not read: each request has its own."""
+        """`tags` are needed for operations on thinking, `weights` are the model's where they are packed already.
+
+        The activation of feature `shade` is read at each written token, before operations: a token's when the model
+        reads it, to write the next. `sampling.seed` is not read: each request has its own.
+        """
         self.model, self.tokenizer, self.sampling, self.tags = model, tokenizer, sampling, tags
         self.lists = [effective(operations) for operations in interventions.lists]
         self.hook, self.operator = interventions.saved.hook, Operator(interventions)
         self.causal: Any = model.model
-        own = self.causal.generation_config.eos_token_id
-        self.ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-        self.waiting: deque[_Answer] = deque()
-        self.slots: list[_Answer | None] = [None] * slots
+        self.ends = end_tokens(self.causal, tokenizer)
+        self.waiting: deque[Answer] = deque()
+        self.slots: list[Answer | None] = [None] * slots
         self.cache = SlotCache(self.causal, slots, model.device) if fits(self.causal) else None
-        self.weights = PackedWeights(self.causal, model.device)
+        self.weights = weights or PackedWeights(self.causal, model.device)
+        self.shade, self.shaded_B1 = shade, torch.empty(slots, 1)
         self.prompt: _Prompt | None = None  # the last one read
         self.count = 0
 
     def add(self, request: Request) -> int:
         """Take a request, those with the same prompt and operations best one after another; its number."""
+        return self.take(request).number
+
+    def take(self, request: Request) -> Answer:
+        """The same; the answer to look at while it is written."""
         reading = Reading(self.lists[request.operations], len(request.ids), self.tags)
-        self.waiting.append(_Answer(self.count, request, reading))
+        self.waiting.append(Answer(self.count, request, reading))
         self.count += 1
-        return self.count - 1
+        return self.waiting[-1]
 
     def cancel(self, number: int) -> None:
         """Forget a request that has not ended."""
@@ -125,20 +145,38 @@ class Engine:
 
         Raises UserError where the model did not pass the hook at every position.
         """
+        ended = []
+        while self._is_next_a_prompt:
+            ended += self._begin()
+        return ended + self._go_on()
+
+    @torch.inference_mode()
+    def advance(self) -> list[tuple[int, Completion]]:
+        """The same in as small parts as there are: read one prompt, or else write a token of every slot."""
+        return self._begin() if self._is_next_a_prompt else self._go_on()
+
+    @property
+    def _is_next_a_prompt(self) -> bool:
+        return self.cache is not None and bool(self.waiting) and None in self.slots
+
+    def _begin(self) -> list[tuple[int, Completion]]:
+        """Read a prompt into a slot that is free, and write its first token."""
+        assert self.cache is not None
+        answer, slot = self.waiting.popleft(), self.slots.index(None)
+        prompt = self._read(answer)
+        if self._put(answer, chosen(prompt.logits_1V, self.sampling, [answer.draw])[0]):
+            return [self._completion(answer)]
+        self.slots[slot] = answer
+        self.cache.put(slot, prompt.cache, len(prompt.ids))
+        return []
+
+    def _go_on(self) -> list[tuple[int, Completion]]:
+        """Write a token of every slot."""
         if self.cache is None:
             return [self._write_alone(self.waiting.popleft())] if self.waiting else []
-        ended = []
-        for slot in range(len(self.slots)):
-            while self.waiting and self.slots[slot] is None:
-                answer = self.waiting.popleft()
-                prompt = self._read(answer)
-                if not self._put(answer, chosen(prompt.logits_1V, self.sampling, [answer.draw])[0]):
-                    self.slots[slot] = answer
-                    self.cache.put(slot, prompt.cache, len(prompt.ids))
-                else:
-                    ended.append(self._completion(answer))
         if not any(self.slots):
-            return ended
+            return []
+        ended = []
         tokens = chosen(self._decode(), self.sampling, [answer and answer.draw for answer in self.slots])
         for slot, token in enumerate(tokens):
             answer = self.slots[slot]
@@ -152,12 +190,12 @@ class Engine:
         self.slots[slot] = None
         self.cache.free(slot)
 
-    def _put(self, answer: _Answer, token: int) -> bool:
+    def _put(self, answer: Answer, token: int) -> bool:
         """Write a token; whether the answer ends."""
         answer.ids.append(token)
         return token in self.ends or len(answer.ids) == self.sampling.max_new_tokens
 
-    def _read(self, answer: _Answer) -> _Prompt:
+    def _read(self, answer: Answer) -> _Prompt:
         """Read a prompt alone, unless it was the last one read."""
         ids, operations = answer.request.ids, answer.request.operations
         if self.prompt is None or (self.prompt.ids, self.prompt.operations) != (ids, operations):
@@ -180,14 +218,27 @@ class Engine:
         with fixed_attention(self.model.device):
             logits_BV = self._pass([[token] for token in last], **self.cache.ready())
         self.cache.passed()
+        self._note(self.slots)
         return logits_BV
 
     def _pass(self, ids: list[list[int]], **keywords: Any) -> Tensor:
         ids_BS = torch.tensor(ids, device=self.model.device)
-        with self.weights(), self.model.changed(self.hook, self.operator):
+        with self.weights(), self.model.changed(self.hook, self._changed):
             return self.causal(ids_BS, **keywords).logits[:, -1]
 
-    def _write_alone(self, answer: _Answer) -> tuple[int, Completion]:
+    def _changed(self, acts_BSD: Tensor, ids_BS: Tensor) -> Tensor:
+        if self.shade is not None:
+            self.shaded_B1 = self.operator.sae.columns(acts_BSD[:, -1], [self.shade])
+        return self.operator(acts_BSD, ids_BS)
+
+    def _note(self, answers: Sequence[Answer | None]) -> None:
+        """Keep the shaded feature's activation at the last token of each answer in a pass."""
+        if self.shade is not None:
+            for answer, (value,) in zip(answers, self.shaded_B1.tolist(), strict=True):
+                if answer:
+                    answer.values.append(value)
+
+    def _write_alone(self, answer: Answer) -> tuple[int, Completion]:
         """A whole answer by transformers' `generate`, with whatever the model keeps of its text."""
 
         class Chosen(LogitsProcessor):
@@ -200,7 +251,10 @@ class Engine:
 
         def change(acts_BSD: Tensor, ids_BS: Tensor) -> Tensor:
             self.operator.expect([(answer.reading, ids_BS[0].tolist())])
-            return self.operator(acts_BSD, ids_BS)
+            new_BSD = self._changed(acts_BSD, ids_BS)
+            if answer.ids:
+                self._note([answer])
+            return new_BSD
 
         # The model's own defaults (temperature, penalties) would fill what is not set here.
         self.causal.generation_config = GenerationConfig(
@@ -221,7 +275,7 @@ class Engine:
             raise UserError(f"{type(self.causal).__name__} does not generate text: {first}") from None
         return self._completion(answer)
 
-    def _completion(self, answer: _Answer) -> tuple[int, Completion]:
+    def _completion(self, answer: Answer) -> tuple[int, Completion]:
         ended = answer.ids[-1] in self.ends
         ids = answer.ids[:-1] if ended else answer.ids
         expected, processed = answer.reading.prompt + len(answer.ids) - 1, answer.reading.processed

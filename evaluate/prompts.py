@@ -8,27 +8,27 @@ from harvest.chat_template import has_chat_template, render, writes_bos
 from harvest.files import UserError
 from harvest.templates import THINK, THINK_END, Refused
 
+Prompt = str | list[dict[str, Any]]  # a text, or a conversation: messages with role and content
+
 
 def prompt_ids(
-    tokenizer: Any, prompts: Sequence[str], chat: bool | None = None, bos: str | None = None
+    tokenizer: Any, prompts: Sequence[Prompt], chat: bool | None = None, bos: str | None = None
 ) -> list[list[int]]:
-    """Token ids of the prompts, as a user's turn where the tokenizer has a chat template and `chat` is not False.
+    """Token ids of the prompts, as a user's turn where the tokenizer has a chat template and `chat` is not False;
+    of conversations, with a turn of the model begun.
 
     They begin with a BOS exactly where the documents or contexts of the sample do (`bos`, as in `Contexts.bos`), and
     never with two. None: what the tokenizer or its chat template does by itself. Raises UserError for an empty prompt,
     and for `chat` True without a template.
     """
     for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
+        if not (prompt.strip() if isinstance(prompt, str) else prompt):
             raise UserError(f"prompt {number} of {len(prompts)} is empty; give it text or leave it out")
     templated = chat is not False and has_chat_template(tokenizer)
     if chat and not templated:
         raise UserError("--chat: this model's tokenizer has no chat template; use --no-chat")
     try:
-        texts = [
-            render(tokenizer, [{"role": "user", "content": p}], add_generation_prompt=True) if templated else p
-            for p in prompts
-        ]
+        texts = [render(tokenizer, _turns(p), add_generation_prompt=True) if templated else p for p in prompts]
     except Refused as refused:
         raise UserError(
             f"the model's chat template cannot write a prompt as a user's turn ({refused}); mend it, or use "
@@ -42,6 +42,10 @@ def prompt_ids(
         return [row if row[:1] == [first] else [first, *row] for row in ids]
     own = templated and writes_bos(tokenizer)
     return [row[1:] if own and row[:1] == [first] else row for row in ids]
+
+
+def _turns(prompt: Prompt) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
 
 def thinking_tags(tokenizer: Any, ids: Sequence[Sequence[int]], chat: bool | None = None) -> Tags:

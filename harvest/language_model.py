@@ -8,6 +8,7 @@ Shape suffixes: B sequences, S positions, D d_in.
 
 import difflib
 import re
+import threading
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ from harvest.products import widens, with_widened_products
 
 SAELENS_NAME = re.compile(r"blocks\.(\d+)\.hook_resid_post")
 LAYER_PATH = re.compile(r"[A-Za-z_.]+\.(?:layers|h|blocks)\.(\d+)")  # ends in a decoder layer's number
+
+# transformers sets torch's defaults for all threads while it makes a model: two at once end with weights missing.
+LOADING = threading.Lock()
 
 
 class HookPoint(NamedTuple):
@@ -53,7 +57,7 @@ def load_skeleton(model: ModelConfig, commit: str | None, offline: bool) -> Skel
     transformers.utils.logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(model.name, **where_it_is(model, commit, offline))
-        with torch.device("meta"):
+        with LOADING, torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # of any kind: the classes check their numbers in many ways, or lack a package
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -197,14 +201,15 @@ def load_weights(
     own = {"__init__": init, "__module__": kind.__module__, "can_generate": can_generate}
     without: Any = type(kind.__name__, (kind,), own)
     try:
-        loaded, about = without.from_pretrained(
-            model.name,
-            config=deepcopy(skeleton.model.config),
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            **where_it_is(model, commit, offline),
-        )
+        with LOADING:
+            loaded, about = without.from_pretrained(
+                model.name,
+                config=deepcopy(skeleton.model.config),
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **where_it_is(model, commit, offline),
+            )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"model.name: {model.name!r}: its weights cannot be loaded: {first}") from None

@@ -26,6 +26,7 @@ _BYTES = {chr(byte): byte for byte in _PLAIN} | {
 }
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 BATCH_CHARACTERS = 1_500_000  # read at once: 200 MB within `tokenizers`
+OTHERS_KEPT = 8  # tokenizers of other names, 20 MB each
 MARKERS_KEPT = 10_000  # texts between two contents whose protected tokens are remembered
 # A text is read in parts of PART characters from LONG_TEXT on; parts are joined where AGREEING tokens on each side do.
 LONG_TEXT, PART, OVERLAP, AGREEING = 500_000, 400_000, 8_000, 32
@@ -151,6 +152,8 @@ class SegmentTokenizer:
 
     def _renamed(self, variant: int, *, anywhere: bool = False) -> "RenamedTokens":
         if (variant, anywhere) not in self._others:
+            if len(self._others) == OTHERS_KEPT:  # texts may name ever new ones
+                self._others.pop(next(iter(self._others)))
             self._others[variant, anywhere] = rename_tokens(self.whole, self.protected, variant, anywhere=anywhere)
         return self._others[variant, anywhere]
 

@@ -226,6 +226,42 @@ def test_requests_can_be_cancelled_and_the_rest_is_as_it_was():
     assert numbers == [0, 1, 2, 3] and dict(ended) == {1: whole[1], 2: whole[2]}
 
 
+def test_small_steps_read_one_prompt_or_write_a_token_of_every_slot():
+    model, interventions = hooked()
+    asked = requests((5, 9, 7))
+    whole = by_number(model, interventions, asked, Sampling(3), slots=2)
+    writer = Engine(model, TOKENIZER, interventions, Sampling(3), slots=2)
+    answers_ = [writer.take(request) for request in asked]
+    written, ended = [], {}
+    while not writer.is_done:
+        ended |= dict(writer.advance())
+        written.append([len(answer.ids) for answer in answers_])
+    assert written == [[1, 0, 0], [1, 1, 0], [2, 2, 0], [3, 3, 0], [3, 3, 1], [3, 3, 2], [3, 3, 3]]
+    assert ended == whole and [answer.ids for answer in answers_] == [whole[n].token_ids for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "hook"),
+    [("llama", "model.layers.1"), ("falcon_h1", "model.layers.1"), ("openai-gpt", "transformer.h.1")],
+)
+def test_the_shaded_feature_is_read_at_each_token_before_operations(kind, hook):
+    """In slots, alone with a cache, and alone where everything is read again."""
+    model, interventions = hooked(kind, hook)
+    sae = interventions.saved.sae
+    cut = Interventions(interventions.saved, {}, ((), (Operation(4, "ablate", 0.0),)))
+    writer = Engine(model, TOKENIZER, cut, Sampling(8, 2.0), slots=3, shade=4)
+    asked = [request._replace(seed=(7, 0)) for request in requests((5, 9), lists=2)]
+    answers_ = [writer.take(request) for request in asked]
+    while not writer.is_done:
+        writer.step()
+    for request, answer in zip(asked, answers_, strict=True):
+        # What is done at the hook changes layers behind it alone.
+        acts_SD = model.activations(torch.tensor([[*request.ids, *answer.ids]]))[hook][0]
+        f_S = sae.encode(acts_SD)[len(request.ids) :, 4]
+        assert len(answer.values) == 7 == len(answer.ids) - 1 and f_S.max() > 0
+        assert torch.tensor(answer.values).allclose(f_S[:-1], atol=1e-5)
+
+
 def test_answers_end_at_the_tokens_that_end_a_text():
     model, interventions = hooked(eos_token_id=[0, 5, 9, 33])
     asked = requests([4, 6, 8] * 8)
