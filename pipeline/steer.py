@@ -58,7 +58,8 @@ class Request(NamedTuple):
     chat: Annotated[bool | None, Option(help="Use the model's chat template; default: if it has one.")] = None
     hook: Annotated[str | None, Option(help="Which SAE, where several hooks were trained.")] = None
     max_activation: Annotated[
-        float | None, Option(help="Instead of the largest one on held-out rows, in scaled units.")
+        list[float] | None,
+        Option(help="Instead of the largest one on held-out rows, in scaled units: one for all, or one a --feature."),
     ] = None
     json: Annotated[Path | None, Option(help="Also write completions and figures to this file.")] = None
 
@@ -93,10 +94,7 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     for operations in (operations for plan in plans for operations in (plan.operations, *plan.lists)):
         check_operations(operations, saved.sae.d_sae, "--feature")
     features = tuple(dict.fromkeys(operation.feature for plan in plans for operation in plan.operations))
-    if request.max_activation is None:
-        maxima = held_out_maxima(runs, saved, features)
-    else:
-        maxima = dict.fromkeys(features, request.max_activation)
+    maxima = _given_maxima(request) or held_out_maxima(runs, saved, features)
     device = resolve_device(settings.runtime.device)
     set_threads(settings.runtime.threads, device)
     dtype = resolve_dtype(settings.downstream.compute_dtype if settings.downstream else "auto", device)
@@ -159,6 +157,11 @@ def held_out_maxima(runs: Runs, saved: "SavedSae", features: Sequence[int]) -> d
     return dict(zip(features, max_activations(store, saved, runs.config.exclude, features), strict=True))
 
 
+def _given_maxima(request: Request) -> dict[int, float]:
+    features, given = [_asked(text).feature for text in request.feature], request.max_activation or []
+    return dict(zip(features, given * len(features) if len(given) == 1 else given, strict=False))
+
+
 def one_sae(sweep: Sequence[Runs], hook: str | None, command: str) -> Path:
     """The directory of the training run, of settings that are no sweep and have the hook, the first if None.
 
@@ -180,8 +183,11 @@ def _checked(sweep: Sequence[Runs], request: Request) -> Path:
     to = request.json
     if not request.prompt and not request.prompts and not request.measure:
         raise SettingsError("steer: no prompt: give --prompt TEXT, --prompts FILE, or --measure for the built-in ones")
-    if request.max_activation is not None and not 0 < request.max_activation < math.inf:
-        raise SettingsError(f"--max-activation: {request.max_activation}: a number above 0")
+    given = request.max_activation or ()
+    if not all(0 < each < math.inf for each in given):
+        raise SettingsError(f"--max-activation: {', '.join(map(str, given))}: a number above 0")
+    if len(given) > 1 and len(given) != len(request.feature):
+        raise SettingsError(f"--max-activation: {len(given)} of them; give one, or one for each --feature")
     if to:
         check_target("--json", to)
     check_text(request.prompt or ())

@@ -170,6 +170,14 @@ def test_steer_shows_completions_side_by_side_and_writes_figures(run_folder):
     assert "60 prompts" in ran.out
 
 
+def test_each_feature_has_its_own_largest_activation(run_folder):
+    rest = ("--prompt", "so", "--max-new-tokens", "1", "--measure", "--together", "--json", "out.json")
+    ran = pipeline("steer", "--feature", "5", "--feature", "3", "--max-activation=2", "--max-activation=0.1", *rest)
+    assert ran.status == 0, ran.out
+    together = json.loads(Path("out.json").read_text())["figures"][0]["together"]
+    assert [(each["feature"], each["max_activation"]) for each in together] == [(5, 2), (3, 0.1)]
+
+
 def test_several_features_are_operated_on_at_once(run_folder):
     one = ("--feature", "3:ablate", "--feature", "5:set:generated", "--feature", "7:scale:3")
     rest = ("--prompt", "so <think>let me</think>", "--max-new-tokens", "4", "--max-activation", "8", "--measure")
@@ -214,6 +222,8 @@ def test_several_features_are_operated_on_at_once(run_folder):
         (["--feature", "1"], "no prompt: give --prompt TEXT"),
         (["--feature", "1", "--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
         (["--feature", "1", "--prompt", "a", "--chat"], "no chat template"),
+        (["--feature", "1", "--prompt", "a", "--max-activation", "0"], "--max-activation: 0.0, 1.0: a number above 0"),
+        (["--feature", "1", "--prompt", "a", "--max-activation", "2"], "give one, or one for each --feature"),
         (["--feature", "1", "--prompt", "a", "--hook", "model.layers.0"], "these settings have model.layers.1"),
         (["--feature", "1", "--prompt", "a", "--json", "no/folder.json"], "there is no folder no"),
         (["--feature", "1", "--prompt", "a", "--json", "."], "--json: .: is a folder"),
