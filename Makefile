@@ -19,7 +19,7 @@ RUN = .venv/bin/python -m pipeline
 LAUNCH = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-node $(PROCS) -m pipeline,$(RUN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all harvest stream train eval explain benchmark status verify prune estimate dry-run export test test-browser chromium check check-gpu mutants
+.PHONY: help setup all harvest stream train eval explain benchmark explore status verify prune estimate dry-run export test test-browser chromium check check-gpu mutants
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -69,6 +69,9 @@ explain: setup ## let a language model say what features mean, and test it; ARGS
 benchmark: setup ## let the model answer problems with features operated on and without; PROCS=N shares the problems
 	@$(if $(filter-out 1,$(PROCS)),$(LAUNCH),$(RUN)) benchmark --config $(CONFIG) $(SET) $(ARGS)
 
+explore: setup ## type text and see features fire, look at any feature, steer the model; ARGS="--port 8000"
+	@$(RUN) explore --config $(CONFIG) $(SET) $(ARGS)
+
 status: setup ## which stage is complete, which would run, and why
 	@$(RUN) status --config $(CONFIG) $(SET) $(ARGS)
 
@@ -90,7 +93,7 @@ export: setup ## write the trained SAEs as SAELens folders with a model card
 test: setup .venv/.dev ## the tests
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
-test-browser: setup .venv/.dev chromium ## report and feature pages in headless Chromium
+test-browser: setup .venv/.dev chromium ## report, feature pages and explorer in headless Chromium
 	.venv/bin/python -m pytest -m browser tests/browser
 
 chromium:

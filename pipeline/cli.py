@@ -226,6 +226,25 @@ def generate(request: generating.Request, given: Given) -> None:
 
 
 @command()
+def explore(
+    given: Given,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port; default: the first free one from 7860 on.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but this machine's own asks for the token that is printed.")
+    ] = "127.0.0.1",
+    browse: Annotated[
+        bool | None, typer.Option("--open/--no-open", help="Open a browser; default: where there is a desktop.")
+    ] = None,
+) -> None:
+    """Type text and see features fire, look at any feature, steer the model: in a browser, and for programs."""
+    from pipeline.explore.serve import serve
+
+    serve(given.find(), given.config_file, given.overrides or [], host, port, browse)
+
+
+@command()
 def push(
     repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="Repository of the hub; made if absent.")],
     given: Given,
