@@ -1,50 +1,18 @@
 """Report, feature pages and the benchmark's page in Chromium, from disk, with the network off: `make test-browser`."""
 
-import json
 import shutil
 from pathlib import Path
 
 import hostile
 import pytest
 from conftest import only
+from driving import SHIFTS, Page, chromium_in
 
 from evaluate.benchmark_figures import benchmark_figures
 from evaluate.benchmark_page import write_page
 from evaluate.feature_pages import write_pages
 
 pytestmark = pytest.mark.browser
-TOOLS = ("chromium", "chromedriver")
-# Moves of what was painted already.
-SHIFTS = """
-const done = arguments[0];
-let count = 0;
-new PerformanceObserver(list => { count += list.getEntries().length; }).observe({type: "layout-shift", buffered: true});
-setTimeout(() => done(count), 20);
-"""
-# The least contrast of a text with what is behind it (WCAG 2.2, relative luminance), and the element.
-CONTRAST = """
-const channel = c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4;
-const light = ([r, g, b]) => 0.2126 * channel(r) + 0.7152 * channel(g) + 0.0722 * channel(b);
-const parse = text => text.match(/[\\d.]+/g).map(Number);
-const behind = element => {
-  const layers = [];
-  for (let e = element; e; e = e.parentElement) layers.push(parse(getComputedStyle(e).backgroundColor));
-  const over = (under, [r, g, b, a = 1]) => under.map((u, i) => u + ([r, g, b][i] - u) * a);
-  return layers.reverse().reduce(over, [255, 255, 255]);
-};
-const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-let least = [99, ""];
-for (let node = walker.nextNode(); node; node = walker.nextNode()) {
-  const element = node.parentElement;
-  if (!node.textContent.trim() || !element.getClientRects().length) continue;
-  const style = getComputedStyle(element);
-  const ink = parse(element.closest("svg") ? style.fill : style.color);
-  const [a, b] = [light(ink), light(behind(element))].sort((x, y) => y - x);
-  const ratio = (a + 0.05) / (b + 0.05);
-  if (ratio < least[0]) least = [ratio, `${element.outerHTML.slice(0, 80)}`];
-}
-return least;
-"""
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +21,7 @@ def run(finished, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("browser") / "evaluate"
     shutil.copytree(only(finished, "runs/evaluate/*"), folder)
     shutil.rmtree(folder / "features")
-    write_pages(folder / "features" / hostile.HOOK, hostile.site(finished), hostile.CONFIG)
+    write_pages(folder / "features" / hostile.HOOK, *hostile.site(finished), hostile.CONFIG)
     made = hostile.benchmark()
     section = benchmark_figures(made.conditions, made.marks(2), 0)
     write_page(folder / "benchmark.html", f"arithmetic {hostile.TOKENS[0]}", *made, section)
@@ -62,55 +30,21 @@ def run(finished, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def chromium(tmp_path_factory):
-    from selenium.webdriver import Chrome, ChromeOptions
-    from selenium.webdriver.chrome.service import Service
-
-    missing = [tool for tool in TOOLS if not shutil.which(tool)]
-    if missing:
-        pytest.fail(f"{' and '.join(missing)} not found: on Debian, apt-get install chromium chromium-driver")
-    options = ChromeOptions()
-    options.binary_location = str(shutil.which("chromium"))
-    profile = tmp_path_factory.mktemp("profile")
-    for flag in (
-        "headless=new",
-        "no-sandbox",  # its sandbox refuses root
-        "disable-dev-shm-usage",
-        "disable-gpu",
-        f"user-data-dir={profile}",
-        "proxy-server=127.0.0.1:9",  # nothing listens there: the network is off
-        "host-resolver-rules=MAP * ~NOTFOUND",
-        "disable-background-networking",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Chrome(options, Service(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
+    with chromium_in(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
-class Browser:
-    """One page open at a time, and what it asked for and complained of."""
+class Browser(Page):
+    """The pages of a run."""
 
     def __init__(self, driver, run: Path) -> None:
-        self.driver, self.folder = driver, run / "features" / hostile.HOOK
+        super().__init__(driver)
+        self.folder = run / "features" / hostile.HOOK
         self.report, self.index = run / "report.html", self.folder / "index.html"
         self.benchmark, self.problems = run / "benchmark.html", sorted((run / "problems").iterdir())
-        self.js = driver.execute_script
 
     def open(self, path: Path, width: int = 1200, theme: str = "light") -> None:
-        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        feature = {"name": "prefers-color-scheme", "value": theme}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-        self.driver.get(path.as_uri())
-
-    def find(self, css: str):
-        from selenium.webdriver.common.by import By
-
-        return self.driver.find_element(By.CSS_SELECTOR, css)
-
-    def press(self, *keys: str) -> None:
-        self.driver.switch_to.active_element.send_keys(*keys)
+        self.show(path.as_uri(), width, theme)
 
     def column(self, key: str) -> list[float]:
         """What the visible rows of the index hold of a column, from above."""
@@ -121,12 +55,9 @@ class Browser:
 @pytest.fixture
 def browser(chromium, run):
     """Fails a test whose pages write to the console or ask for anything but files."""
-    for kind in ("browser", "performance"):
-        chromium.get_log(kind)
-    yield Browser(chromium, run)
-    assert chromium.get_log("browser") == []
-    messages = [json.loads(entry["message"])["message"] for entry in chromium.get_log("performance")]
-    asked = {m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"}
+    yield (page := Browser(chromium, run))
+    assert page.complaints() == []
+    asked = page.asked()
     assert asked
     assert all(url.startswith(("file:", "data:")) for url in asked), asked
 
@@ -255,9 +186,7 @@ def test_nothing_is_wider_than_the_window(browser, width):
     pages = *sorted(browser.folder.glob("[0-9]*.html")), browser.benchmark, *browser.problems
     for page in (browser.report, browser.index, *pages):
         browser.open(page, width)
-        inner, whole = browser.js("const e = document.documentElement; return [e.clientWidth, e.scrollWidth]")
-        assert width - 20 < inner <= width  # a scroll bar, on a desktop
-        assert whole <= inner, page
+        browser.fits(width)
         assert browser.driver.execute_async_script(SHIFTS) == 0, page
 
 
@@ -279,8 +208,7 @@ def test_text_stands_out(browser, theme):
     for page in (browser.report, browser.index, *pages):
         browser.open(page, theme=theme)
         assert browser.js("return matchMedia('(prefers-color-scheme: dark)').matches") == (theme == "dark")
-        ratio, where = browser.js(CONTRAST)
-        assert ratio >= 4.5, where  # WCAG 2.2, AA
+        browser.stands_out()
 
 
 def problems(browser) -> list[list[str]]:
