@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +29,8 @@ from pipeline.explore.steering_command import Origin
 from pipeline.stages import find_runs
 
 HOOK = "model.layers.1"
+# httpx' functions, which would give a busy machine five seconds.
+http = SimpleNamespace(**{n: partial(getattr(httpx, n), timeout=60) for n in ("get", "post", "stream", "options")})
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 
 
@@ -78,7 +81,7 @@ def refused(answer: httpx.Response, *statuses: int) -> str:
 
 def post(url, path, body, **headers):
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return httpx.post(url + path, content=content, headers={"content-type": "application/json", **headers})
+    return http.post(url + path, content=content, headers={"content-type": "application/json", **headers})
 
 
 def status_of(answer: bytes) -> int:

@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from conftest import pipeline
-from explorer_server import HOOK, events, port_of, post, refused, serving, tiny_explorer
+from explorer_server import HOOK, events, http, port_of, post, refused, serving, tiny_explorer
 from safetensors.numpy import load as load_arrays
 
 from evaluate.activity import LEFT_OUT
@@ -55,7 +55,7 @@ def strongest(shelf) -> int:
 
 
 def test_it_says_what_can_be_looked_at(url, shelf):
-    assert httpx.get(f"{url}/api/saes").json() == {
+    assert http.get(f"{url}/api/saes").json() == {
         "saes": [
             {
                 "id": HOOK,
@@ -130,11 +130,11 @@ def test_a_text_of_nothing_is_a_sentence(url, text):
 
 def test_finding(url, shelf):
     asked = {"sae": HOOK, "token": "wait", "sort": "density", "order": "asc", "limit": 3, "offset": 1, "min_score": ""}
-    found = httpx.get(f"{url}/api/find", params=asked).json()
+    found = http.get(f"{url}/api/find", params=asked).json()
     expected = shelf.table.find(FindQuery(token="wait", sort="density", order="asc", limit=3, offset=1))
     assert found == {"total": expected.total, "features": expected.features}
     assert found["total"] > 4
-    assert httpx.get(f"{url}/api/find").json()["total"] == 128
+    assert http.get(f"{url}/api/find").json()["total"] == 128
 
 
 def test_finding_by_example(url, explorer, shelf):
@@ -157,7 +157,7 @@ def test_finding_by_example(url, explorer, shelf):
 
 def test_a_card(url, shelf):
     number = strongest(shelf)
-    found = httpx.get(f"{url}/api/feature/{HOOK}/{number}").json()
+    found = http.get(f"{url}/api/feature/{HOOK}/{number}").json()
     assert {name: found[name] for name in shelf.table.row(number)} == shelf.table.row(number)
     assert found["promoted"] == [each["text"] for each in shelf.view(number)["promoted"]]
     assert len(found["excerpts"]) == 3
@@ -177,16 +177,16 @@ def test_a_row_that_does_not_count_has_no_activation_on_a_card(shelf):
 
 
 def test_pages_of_any_feature(url):
-    page = httpx.get(f"{url}/feature/{HOOK}/127")
+    page = http.get(f"{url}/feature/{HOOK}/127")
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
     assert "127" in page.text
-    assert "128 features" in refused(httpx.get(f"{url}/feature/{HOOK}/128"), 404)
+    assert "128 features" in refused(http.get(f"{url}/feature/{HOOK}/128"), 404)
 
 
 def test_files_of_the_pages_are_asked_for_once(url):
-    found = httpx.get(f"{url}/static/explore.css")
+    found = http.get(f"{url}/static/explore.css")
     assert found.headers["content-type"].startswith("text/css")
-    again = httpx.get(f"{url}/static/explore.css", headers={"if-none-match": found.headers["etag"]})
+    again = http.get(f"{url}/static/explore.css", headers={"if-none-match": found.headers["etag"]})
     assert (again.status_code, again.content) == (304, b"")
 
 
@@ -273,7 +273,7 @@ def endless(closed: threading.Event, text: str = "a"):
 def test_a_client_that_hangs_up_ends_its_answer(url, monkeypatch):
     closed = threading.Event()
     monkeypatch.setattr("pipeline.explore.app.write", endless(closed))
-    with httpx.stream("POST", f"{url}/api/steer", json=LONG) as answer:
+    with http.stream("POST", f"{url}/api/steer", json=LONG) as answer:
         texts = answer.iter_text()  # forgetting it would hang up
         assert next(texts).startswith("data: ")
         assert not closed.is_set()
@@ -287,7 +287,7 @@ def test_and_so_for_programs(url, monkeypatch, stream):
     body = {"prompt": "wait", "max_tokens": 99, "stream": stream}
     with (
         contextlib.suppress(httpx.ReadTimeout),
-        httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=0.5) as answer,
+        http.stream("POST", f"{url}/v1/completions", json=body, timeout=0.5) as answer,
     ):
         next(answer.iter_text())
         assert stream
@@ -307,7 +307,7 @@ def test_a_client_that_takes_nothing_ends_its_answer_too(url, monkeypatch):
 
 def test_a_question_does_not_wait_for_an_answer(url, monkeypatch):
     monkeypatch.setattr("pipeline.explore.app.write", endless(threading.Event()))
-    with httpx.stream("POST", f"{url}/api/steer", json=LONG) as answer:
+    with http.stream("POST", f"{url}/api/steer", json=LONG) as answer:
         next(texts := answer.iter_text())
         assert post(url, "/api/features", {"text": "wait"}).status_code == 200
         assert next(texts)  # which is still being written
@@ -326,7 +326,7 @@ def test_too_many_are_told_to_come_again(url, explorer, monkeypatch):
 
 
 def test_the_description_names_every_endpoint_and_field(url):
-    found = httpx.get(f"{url}/openapi.json").json()
+    found = http.get(f"{url}/openapi.json").json()
     assert {(method, path) for method, path, *_ in OPERATIONS} == {
         (method, path) for path, methods in found["paths"].items() for method in methods
     }
@@ -338,7 +338,7 @@ def test_the_description_names_every_endpoint_and_field(url):
     assert described <= routes
     steer = found["components"]["schemas"]["SteerAsked"]["properties"]
     assert {"prompt", "messages", "operations", "seed", "shade"} <= steer.keys()
-    refs = {part.split('"')[0] for part in httpx.get(f"{url}/openapi.json").text.split("#/components/schemas/")[1:]}
+    refs = {part.split('"')[0] for part in http.get(f"{url}/openapi.json").text.split("#/components/schemas/")[1:]}
     assert refs <= found["components"]["schemas"].keys()
 
 

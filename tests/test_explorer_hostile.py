@@ -6,9 +6,8 @@ import time
 from urllib.parse import quote
 
 import explorer_server
-import httpx
 import pytest
-from explorer_server import post, refused, serving, stand_in
+from explorer_server import http, post, refused, serving, stand_in
 from hostile import TOKENS
 
 from pipeline.explore.requests import CHARACTERS, DEPTH
@@ -31,7 +30,7 @@ def test_no_sae_is_a_path(url, name):
     refused(post(url, "/api/steer", {"prompt": "a", "sae": name}), 404)
     refused(post(url, "/v1/completions", {"prompt": "a", "model": f"tiny-llama@{name or '..'}"}), 404)
     if name:
-        refused(httpx.get(f"{url}/api/find", params={"sae": name}), 404)
+        refused(http.get(f"{url}/api/find", params={"sae": name}), 404)
 
 
 BODIES = {
@@ -143,7 +142,7 @@ QUERIES = [
 
 @pytest.mark.parametrize("query", QUERIES, ids=str)
 def test_a_query_that_makes_no_sense_is_refused(url, query):
-    refused(httpx.get(f"{url}/api/find", params=query), 400)
+    refused(http.get(f"{url}/api/find", params=query), 400)
 
 
 OPENAI = [
@@ -197,8 +196,8 @@ def test_text_comes_back_as_text(url, text):
 def test_what_is_refused_is_quoted_in_json_alone(url):
     for answer in (
         post(url, "/api/features", {SCRIPT: 1, "text": "a"}),
-        httpx.get(f"{url}/api/find", params={"sort": SCRIPT}),
-        httpx.get(f"{url}/feature/{quote(SCRIPT, safe='')}/1"),
+        http.get(f"{url}/api/find", params={"sort": SCRIPT}),
+        http.get(f"{url}/feature/{quote(SCRIPT, safe='')}/1"),
     ):
         assert refused(answer, 400, 404)
         assert "html" not in answer.headers["content-type"]
@@ -207,7 +206,7 @@ def test_what_is_refused_is_quoted_in_json_alone(url):
 @pytest.mark.parametrize("number", range(12))
 def test_pages_escape_tokens_labels_sources_and_hooks(url, number):
     """Every token, label, sentence and source of these features is text that tries to break the page."""
-    page = httpx.get(f"{url}/feature/one/{number}")
+    page = http.get(f"{url}/feature/one/{number}")
     assert page.status_code == 200
     assert "window.broken" in page.text
     assert not re.search(r"<(script|img|b)[ >][^<]*(broken|x onerror)|<[^>]* on\w+=", page.text)
@@ -216,10 +215,10 @@ def test_pages_escape_tokens_labels_sources_and_hooks(url, number):
 
 
 def test_a_hook_is_text_wherever_it_is_said(url):
-    listed = httpx.get(f"{url}/api/saes")
+    listed = http.get(f"{url}/api/saes")
     assert listed.json()["saes"][0]["hook"] == HOOK
-    assert HOOK not in httpx.get(f"{url}/feature/one/1").text
-    assert HOOK not in httpx.get(url).text
+    assert HOOK not in http.get(f"{url}/feature/one/1").text
+    assert HOOK not in http.get(url).text
 
 
 def test_an_error_of_its_own_says_nothing_of_itself(finished, capfd, monkeypatch):

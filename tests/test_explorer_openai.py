@@ -4,11 +4,10 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-import httpx
 import numpy as np
 import pytest
 import torch
-from explorer_server import HOOK, StandInReader, StandInShelf, events, post, refused, serving, tiny_explorer
+from explorer_server import HOOK, StandInReader, StandInShelf, events, http, post, refused, serving, tiny_explorer
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
@@ -69,11 +68,11 @@ def complete(url, **body):
 
 
 def test_the_models(url):
-    (model,) = httpx.get(f"{url}/v1/models").json()["data"]
+    (model,) = http.get(f"{url}/v1/models").json()["data"]
     assert (model["id"], model["object"]) == (MODEL, "model")
     for name in (MODEL, f"{MODEL}+3:set:2:generated", f"{MODEL}@{HOOK}+3"):
-        assert httpx.get(f"{url}/v1/models/{name}").json()["id"] == name
-    assert "no such model; one of tiny-llama" in refused(httpx.get(f"{url}/v1/models/gpt-4o"), 404)
+        assert http.get(f"{url}/v1/models/{name}").json()["id"] == name
+    assert "no such model; one of tiny-llama" in refused(http.get(f"{url}/v1/models/gpt-4o"), 404)
 
 
 def test_a_completion_is_the_engine_s(url, reader, shelf):
@@ -378,9 +377,9 @@ def test_several_saes_have_names(finished):
     about = About("org/tiny-llama", chat=True, thinking=False, positions=128)
     explorer = Explorer(saes, about, StandInReader, Origin(Path(), (), Path(), []))
     with serving(make_app(explorer, Access())) as url:
-        names = [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
+        names = [model["id"] for model in http.get(f"{url}/v1/models").json()["data"]]
         assert names == ["tiny-llama", "tiny-llama@two"]
         for name in (*names, "org/tiny-llama@two+3:ablate"):
-            assert httpx.get(f"{url}/v1/models/{name}").json()["id"] == name
-        assert "one of tiny-llama, tiny-llama@two" in refused(httpx.get(f"{url}/v1/models/tiny-llama@three"), 404)
-        assert "12 features" in refused(httpx.get(f"{url}/v1/models/tiny-llama@two+12"), 400)
+            assert http.get(f"{url}/v1/models/{name}").json()["id"] == name
+        assert "one of tiny-llama, tiny-llama@two" in refused(http.get(f"{url}/v1/models/tiny-llama@three"), 404)
+        assert "12 features" in refused(http.get(f"{url}/v1/models/tiny-llama@two+12"), 400)

@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 import httpx
 import pytest
-from explorer_server import port_of, post, refused, said, serving, stand_in, status_of
+from explorer_server import http, port_of, post, refused, said, serving, stand_in, status_of
 
 from pipeline.explore import pages, safety
 from pipeline.explore.safety import Access
@@ -64,7 +64,7 @@ def test_another_host_is_refused(url, host):
 
 @pytest.mark.parametrize("name", ["localhost", "LocalHost", "127.0.0.1", "127.0.0.2", "[::1]", "localhost:1"])
 def test_own_names_are_answered(url, name):
-    assert httpx.get(f"{url}/api/saes", headers={"host": name}).status_code == 200
+    assert http.get(f"{url}/api/saes", headers={"host": name}).status_code == 200
 
 
 def test_two_hosts_or_none_are_refused(url):
@@ -93,15 +93,15 @@ ORIGINS = [
 def test_other_sites_may_not_ask(url, headers):
     """Neither for what is written nor for what is read: a GET's answer could be measured or embedded."""
     assert "may not ask" in refused(post(url, "/api/features", {"text": "a"}, **headers), 403)
-    assert "may not ask" in refused(httpx.get(f"{url}/api/saes", headers=headers), 403)
-    assert "may not ask" in refused(httpx.get(f"{url}/v1/models", headers=headers), 403)
+    assert "may not ask" in refused(http.get(f"{url}/api/saes", headers=headers), 403)
+    assert "may not ask" in refused(http.get(f"{url}/v1/models", headers=headers), 403)
 
 
 def test_a_link_of_another_site_leads_to_a_page_alone(url):
     followed = {"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
     for path, status in (("/", 200), ("/feature/one/3", 200), ("/static/explore.css", 403), ("/api/saes", 403)):
-        assert httpx.get(url + path, headers=followed).status_code == status, path
-    assert httpx.get(f"{url}/", headers=followed | {"sec-fetch-dest": "iframe"}).status_code == 403
+        assert http.get(url + path, headers=followed).status_code == status, path
+    assert http.get(f"{url}/", headers=followed | {"sec-fetch-dest": "iframe"}).status_code == 403
 
 
 def test_its_own_page_may_ask(url):
@@ -113,7 +113,7 @@ def test_its_own_page_may_ask(url):
 
 def test_no_answer_lets_other_sites_read_it(url):
     preflight = {"origin": "https://evil.example", "access-control-request-method": "POST"}
-    answer = httpx.options(f"{url}/api/features", headers=preflight)
+    answer = http.options(f"{url}/api/features", headers=preflight)
     refused(answer, 403)
     assert not [name for name in answer.headers if name.startswith("access-control-")]
 
@@ -162,7 +162,7 @@ def test_no_path_leads_to_a_file(url, path):
 def test_a_large_body_is_refused_whether_or_not_it_says_so(url):
     assert "1 MiB" in refused(post(url, "/api/features", b"a" * (safety.BODY_BYTES + 1)), 413)
     pieces = (b"a" * 65536 for _ in range(17))
-    chunked = httpx.post(f"{url}/api/features", content=pieces, headers={"content-type": "application/json"})
+    chunked = http.post(f"{url}/api/features", content=pieces, headers={"content-type": "application/json"})
     refused(chunked, 413)
     head = b"POST /api/features HTTP/1.1\r\nHost: localhost\r\nContent-Length: %b\r\n\r\n"
     for length in (b"99999999999999999999", b"9" * 5000, b"-1", b"1, 2"):
@@ -172,7 +172,7 @@ def test_a_large_body_is_refused_whether_or_not_it_says_so(url):
 def test_a_body_of_another_type_is_refused(url):
     """Those that a page of another site may send without asking first, and those that unpack to more."""
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a", ""):
-        refused(httpx.post(f"{url}/api/features", content=b'{"text": "a"}', headers={"content-type": kind}), 415)
+        refused(http.post(f"{url}/api/features", content=b'{"text": "a"}', headers={"content-type": kind}), 415)
     refused(post(url, "/api/features", b"\x1f\x8b" + b"a" * 100, **{"content-encoding": "gzip"}), 415)
 
 
@@ -184,7 +184,7 @@ def test_other_methods_are_refused(url, method):
 
 def test_a_get_of_what_is_posted_is_refused(url):
     for path in ("/api/features", "/api/steer", "/v1/completions", "/v1/chat/completions"):
-        refused(httpx.get(url + path), 405)
+        refused(http.get(url + path), 405)
 
 
 RAW = {
@@ -308,13 +308,13 @@ def test_who_takes_an_answer_slowly_gets_all_of_it(url, monkeypatch):
 
 def test_too_many_at_once_are_told_when_to_come_again(url, monkeypatch):
     monkeypatch.setattr(safety, "AT_ONCE", 0)
-    answer = httpx.get(f"{url}/api/saes")
+    answer = http.get(f"{url}/api/saes")
     refused(answer, 429)
     assert int(answer.headers["retry-after"]) > 0
 
 
 def test_every_answer_has_the_headers(url):
-    for answer in (httpx.get(url), httpx.get(f"{url}/nowhere"), httpx.get(f"{url}/api/saes"), post(url, "/v1/x", {})):
+    for answer in (http.get(url), http.get(f"{url}/nowhere"), http.get(f"{url}/api/saes"), post(url, "/v1/x", {})):
         assert {name: answer.headers[name] for name in safety.headers()} == safety.headers()
         assert "server" not in answer.headers
     policy = safety.headers()["content-security-policy"]
@@ -354,18 +354,18 @@ def test_without_the_token_nothing_is_answered(guarded, headers):
     "query", ["token=", "token=wrong", f"token={TOKEN}x", f"Token={TOKEN}", f"token=x&token={TOKEN[:-1]}"]
 )
 def test_a_wrong_token_of_an_address_is_refused(guarded, query):
-    answer = httpx.get(f"{guarded}/?{query}")
+    answer = http.get(f"{guarded}/?{query}")
     refused(answer, 401)
     assert "set-cookie" not in answer.headers
 
 
 def test_the_token_lets_in(guarded):
     bearer = {"authorization": f"Bearer {TOKEN}"}
-    assert httpx.get(f"{guarded}/api/saes", headers=bearer).status_code == 200
-    assert httpx.get(f"{guarded}/api/saes", headers=bearer | {"host": "box.example:7860"}).status_code == 200
-    assert httpx.get(f"{guarded}/api/saes", headers=bearer | {"host": "192.168.1.7:7860"}).status_code == 200
-    refused(httpx.get(f"{guarded}/api/saes", headers=bearer | {"host": "evil.example"}), 421)
-    refused(httpx.get(f"{guarded}/api/saes", headers=bearer | {"origin": "https://evil.example"}), 403)
+    assert http.get(f"{guarded}/api/saes", headers=bearer).status_code == 200
+    assert http.get(f"{guarded}/api/saes", headers=bearer | {"host": "box.example:7860"}).status_code == 200
+    assert http.get(f"{guarded}/api/saes", headers=bearer | {"host": "192.168.1.7:7860"}).status_code == 200
+    refused(http.get(f"{guarded}/api/saes", headers=bearer | {"host": "evil.example"}), 421)
+    refused(http.get(f"{guarded}/api/saes", headers=bearer | {"origin": "https://evil.example"}), 403)
 
 
 def test_the_token_of_an_address_becomes_a_cookie(guarded):
@@ -384,4 +384,4 @@ def test_the_token_of_an_address_becomes_a_cookie(guarded):
 
 
 def test_a_bearer_key_means_nothing_where_no_token_is_asked_for(url):
-    assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer sk-anything"}).status_code == 200
+    assert http.get(f"{url}/v1/models", headers={"authorization": "Bearer sk-anything"}).status_code == 200

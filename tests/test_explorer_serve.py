@@ -11,7 +11,7 @@ import httpx
 import numpy as np
 import pytest
 from conftest import ROOT, only, pipeline, start
-from explorer_server import HOOK, post, refused, serving, tiny_explorer
+from explorer_server import HOOK, http, post, refused, serving, tiny_explorer
 
 from harvest.files import UserError
 from pipeline.explore import serve
@@ -26,15 +26,15 @@ def test_a_run_that_is_deleted_while_it_is_looked_at(run_folder):
         assert post(url, "/api/features", {"text": "wait"}).status_code == 200
         shutil.rmtree(only(run_folder, "runs/evaluate/*"))
         for answer in (
-            httpx.get(f"{url}/feature/{HOOK}/1"),
-            httpx.get(f"{url}/api/find"),
+            http.get(f"{url}/feature/{HOOK}/1"),
+            http.get(f"{url}/api/find"),
             post(url, "/api/features", {"text": "wait"}),
             post(url, "/api/steer", {"prompt": "wait"}),
             post(url, "/v1/completions", {"prompt": "wait"}),
         ):
             assert "was deleted" in refused(answer, 410)
-        assert httpx.get(f"{url}/api/saes").json()["saes"] == []
-        assert httpx.get(url).status_code == 200
+        assert http.get(f"{url}/api/saes").json()["saes"] == []
+        assert http.get(url).status_code == 200
 
 
 def test_a_model_that_cannot_be_loaded_is_said_to_who_asks_it(run_folder):
@@ -46,8 +46,8 @@ def test_a_model_that_cannot_be_loaded_is_said_to_who_asks_it(run_folder):
     explorer.load = broken
     with serving(make_app(explorer, Access())) as url:
         assert "cannot be loaded" in refused(post(url, "/api/features", {"text": "wait"}), 400)
-        assert httpx.get(f"{url}/feature/{HOOK}/1").status_code == 200
-        (sae,) = httpx.get(f"{url}/api/saes").json()["saes"]
+        assert http.get(f"{url}/feature/{HOOK}/1").status_code == 200
+        (sae,) = http.get(f"{url}/api/saes").json()["saes"]
         assert not sae["text"] and "cannot be loaded" in sae["why_no_text"]
 
 
@@ -60,13 +60,13 @@ def test_ingested_rows_have_pages_but_read_no_text(tmp_path, monkeypatch):
     ran = pipeline("run", *settings, config=ingest)
     assert ran.status == 0, ran.out
     with serving(make_app(tiny_explorer(*settings, config=ingest), Access())) as url:
-        listed = httpx.get(f"{url}/api/saes").json()
+        listed = http.get(f"{url}/api/saes").json()
         (sae,) = listed["saes"]
         assert (sae["text"], sae["sources"], sae["model"], listed["chat"]) == (False, [], None, False)
         assert "ingested" in sae["why_no_text"]
-        assert httpx.get(f"{url}/feature/{sae['id']}/3").status_code == 200
-        assert httpx.get(f"{url}/api/find").json()["total"] == 32
-        assert httpx.get(f"{url}/api/feature/{sae['id']}/3").status_code == 200
+        assert http.get(f"{url}/feature/{sae['id']}/3").status_code == 200
+        assert http.get(f"{url}/api/find").json()["total"] == 32
+        assert http.get(f"{url}/api/feature/{sae['id']}/3").status_code == 200
         for path, body in (
             ("/api/features", {"text": "a"}),
             ("/api/steer", {"prompt": "a"}),
@@ -74,7 +74,7 @@ def test_ingested_rows_have_pages_but_read_no_text(tmp_path, monkeypatch):
         ):
             assert "ingested" in refused(post(url, path, body), 400)
         assert "ingested" in refused(post(url, "/v1/completions", {"prompt": "a"}), 404)
-        assert httpx.get(f"{url}/v1/models").json()["data"] == []
+        assert http.get(f"{url}/v1/models").json()["data"] == []
 
 
 def test_ctrl_c_ends_it_at_once_whatever_is_under_way(run_folder):
@@ -87,7 +87,7 @@ def test_ctrl_c_ends_it_at_once_whatever_is_under_way(run_folder):
             if post(url, "/api/features", {"text": "wait"}).status_code == 200:
                 break
         time.sleep(0.1)
-    with socket.create_connection(("127.0.0.1", port)), httpx.stream("POST", f"{url}/api/steer", json=LONG) as answer:
+    with socket.create_connection(("127.0.0.1", port)), http.stream("POST", f"{url}/api/steer", json=LONG) as answer:
         texts = answer.iter_text()  # forgetting it would hang up
         assert next(texts) and process.pid
         os.kill(process.pid, signal.SIGINT)

@@ -109,9 +109,10 @@ async def _next_token(explorer: Explorer, asked: Question, top: int) -> Answer:
     found = await _logprobs(explorer, asked, asked.ids, max(1, top))
     token = int(found.top_id_SK[-1, 0])
     scores = _scores(found, [*asked.ids, token])
-    if token in (await explorer.reader()).ends:
+    reader = await explorer.reader()
+    if token in reader.ends:
         return Answer("", "stop", [], scores)
-    return Answer(asked.shelf.text(token), "length", [token], scores)
+    return Answer(reader.tokenizer.decode([token], skip_special_tokens=False), "length", [token], scores)
 
 
 async def _logprobs(explorer: Explorer, asked: Question, ids: list[int], top: int) -> Logprobs:
