@@ -7,6 +7,7 @@ evaluation each part is timed alone, with torch's peak of memory. It runs twice:
 import gc
 import json
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -95,7 +96,7 @@ def settings(place: Place, model: Path) -> dict[str, Any]:
     }
 
 
-def write_text(place: Path, documents: int) -> None:
+def write_text(folder: Path, documents: int) -> None:
     """Both sources, of long documents."""
     rng = random.Random(0)
     chats = [
@@ -107,7 +108,7 @@ def write_text(place: Path, documents: int) -> None:
         }
         for i in range(documents)
     ]
-    tiny.write_jsonl(place / "chat.jsonl", chats)
+    tiny.write_jsonl(folder / "chat.jsonl", chats)
     reasoning = [
         {
             "problem": f"{i} {tiny.text(rng, 12)}",
@@ -116,7 +117,7 @@ def write_text(place: Path, documents: int) -> None:
         }
         for i in range(documents)
     ]
-    tiny.write_jsonl(place / "reasoning.jsonl", reasoning)
+    tiny.write_jsonl(folder / "reasoning.jsonl", reasoning)
 
 
 def timed(place: Place, name: str, work: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
@@ -135,17 +136,17 @@ def timed(place: Place, name: str, work: Callable[..., Any], *arguments: Any, **
 
 def evaluate_timed(place: Place, arguments: list[str]) -> None:
     """The evaluate stage in this process."""
-    owners = {name: (evaluation, *path.split(".")) for name, path in PARTS.items()}
     before = []
-    for name, (module, *path) in owners.items():
-        owner = getattr(module, path[0]) if path[1:] else module
-        before.append((owner, path[-1], getattr(owner, path[-1])))
-        setattr(owner, path[-1], partial(timed, place, name, getattr(owner, path[-1])))
+    for name, path in PARTS.items():
+        *inside, last = path.split(".")
+        owner = getattr(evaluation, inside[0]) if inside else evaluation
+        before.append((owner, last, getattr(owner, last)))
+        setattr(owner, last, partial(timed, place, name, getattr(owner, last)))
     try:
         app(arguments, standalone_mode=False)
     finally:
-        for owner, name, was in before:
-            setattr(owner, name, was)
+        for owner, last, was in before:
+            setattr(owner, last, was)
 
 
 def run(place: Place) -> None:
@@ -178,6 +179,4 @@ def run(place: Place) -> None:
         assert (made / "metrics.json").read_bytes() == first, "a second evaluation gave other figures"
         place.note(evaluated_twice="the same bytes")
     finally:
-        for path in sorted(model.glob("*")) if model.is_dir() else ():
-            path.unlink()
-        model.rmdir() if model.is_dir() else None
+        shutil.rmtree(model, ignore_errors=True)
