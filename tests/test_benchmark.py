@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from collections import Counter
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,16 @@ def run(*settings: str) -> str:
 
 def of(folder: Path) -> Path:
     return only(folder, "runs/benchmark/*")
+
+
+def two_workers(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> list[ForkProcess]:
+    """Processes of ranks 0 and 1."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    workers = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        workers.append(start("benchmark", *SETTINGS, cwd=cwd))
+    return workers
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -192,12 +203,8 @@ def test_two_workers_at_once_and_kills_give_the_same_bytes(folder, asked, finish
     again, noted = current_copy(finished, tmp_path / "again", monkeypatch), tmp_path / "noted.jsonl"
     monkeypatch.setattr(benchmark, "answers", answering(noted, 0.02))
     rng = random.Random(0)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     for attempt in range(4):
-        workers = []
-        for rank in ("0", "1"):
-            monkeypatch.setenv("RANK", rank)
-            workers.append(start("benchmark", *SETTINGS, cwd=again))
+        workers = two_workers(again, monkeypatch)
         if attempt < 3:
             seen = len(noted.read_text().splitlines()) if noted.exists() else 0
             while all(w.is_alive() for w in workers) and (
@@ -312,12 +319,8 @@ def test_the_engine_gives_the_same_bytes_by_one_two_and_killed_workers(folder, f
     conditions = read_figures(of(folder)).own(HOOK).lists["benchmark"]["conditions"]
     assert all(each["name"] in out for each in conditions)
     again = current_copy(finished, tmp_path / "again", monkeypatch)
-    monkeypatch.setenv("WORLD_SIZE", "2")
     for times in range(20):
-        workers = []
-        for rank in ("0", "1"):
-            monkeypatch.setenv("RANK", rank)
-            workers.append(start("benchmark", *SETTINGS, cwd=again))
+        workers = two_workers(again, monkeypatch)
         time.sleep(0.5 + 0.1 * times)  # later and later, so that it ends whatever the machine
         killed = workers[times % 2]
         killed.kill()

@@ -131,6 +131,7 @@ class Shelf:
         self._once: dict[str, Once[Any]] = {
             name: Once(make)
             for name, make in (
+                ("measured", self._load_measured),
                 ("saved", lambda: saved_sae(entry.runs, entry.runs.directory("train"), entry.hook)),
                 ("activity", self._load_activity),
                 ("views", self._load_views),
@@ -178,7 +179,7 @@ class Shelf:
         """What a list of SAEs says of it; weights and activity are not loaded for it."""
         self.check()
         entry, config = self.entry, self.entry.runs.config
-        said, lists = read_json(self._folder() / ABOUT), self._measured().lists
+        said, lists = read_json(self._folder() / ABOUT), self._open("measured").lists
         return {
             "id": entry.id,
             "title": entry.title,
@@ -230,7 +231,7 @@ class Shelf:
         runs, hook, activity = self.entry.runs, self.entry.hook, self.activity
         config = runs.config.evaluate.features
         assert config  # there is activity
-        injected = self._measured().lists.get("token_injection", {}).get("features", ())
+        injected = self._open("measured").lists.get("token_injection", {}).get("features", ())
         site = Site(
             hook,
             activity,
@@ -249,7 +250,7 @@ class Shelf:
         read = sources_read(self.entry.runs.config.evaluate.reason_score, sources)
         return FeatureTable(site, [sources[n] for n in read], self._logits, self.language.vocabulary())
 
-    def _measured(self) -> Measured:
+    def _load_measured(self) -> Measured:
         found = read_evaluation(self.entry.runs.of("evaluate")).own(self.entry.hook)
         assert found  # as `find_entries` saw
         return found

@@ -37,6 +37,7 @@ class About(NamedTuple):
     chat: bool  # whether it has a chat template
     thinking: bool  # whether it has tokens around what it thinks
     positions: int | None  # that it has at most
+    tokenizer: Any = None  # as `load_whole_tokenizer` gives it
 
 
 def about_model(runs: Runs) -> About | None:
@@ -53,7 +54,7 @@ def about_model(runs: Runs) -> About | None:
     # Of a folder the last part: where it lies is nobody's business.
     name = Path(model.name).resolve().name if Path(model.name).exists() else model.name
     thinks = {THINK, THINK_END} <= tokenizer.get_vocab().keys()
-    return About(name, has_chat_template(tokenizer), thinks, position_limit(config))
+    return About(name, has_chat_template(tokenizer), thinks, position_limit(config), tokenizer)
 
 
 class Explorer:

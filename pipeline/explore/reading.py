@@ -79,8 +79,9 @@ class Reader:
         self._saes: OrderedDict[Shelf, SavedSae] = OrderedDict()
 
     @classmethod
-    def load(cls, entries: Sequence[Entry]) -> "Reader":
-        """The model of these SAEs, computing in the precision that `pipeline steer` takes.
+    def load(cls, entries: Sequence[Entry], tokenizer: Any = None) -> "Reader":
+        """The model of these SAEs, computing in the precision that `pipeline steer` takes; `tokenizer` is its whole
+        one, where that is loaded already.
 
         Raises UserError where there is none, and as loading one does.
         """
@@ -93,7 +94,7 @@ class Reader:
         set_threads(settings.runtime.threads, device)
         dtype = resolve_dtype(settings.downstream.compute_dtype if settings.downstream else "auto", device)
         contexts = runs.directory("sample") / "contexts"
-        tokenizer = load_whole_tokenizer(*where)
+        tokenizer = tokenizer or load_whole_tokenizer(*where)
         hooks = list(dict.fromkeys(entry.hook for entry in entries))
         return cls(
             load_model(*where[:2], hooks, dtype, device, offline=where[2], with_head=True),

@@ -15,6 +15,7 @@ import sys
 import threading
 import webbrowser
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -55,7 +56,9 @@ def serve(
         from pipeline.explore.steering_command import Origin
 
         origin = Origin(config_file, overrides, sweep[0].root, sweep)
-        explorer = Explorer(open_shelves(entries), about_model(sweep[0]), lambda: Reader.load(entries), origin)
+        about = about_model(sweep[0])
+        load = partial(Reader.load, entries, about.tokenizer if about else None)
+        explorer = Explorer(open_shelves(entries), about, load, origin)
         access = access_of(host, sock)
         url = address(host, sock, access.token)
 
