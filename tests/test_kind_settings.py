@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from conftest import TINY, contents, pipeline
 
 from evaluate.charts import COLOURS, points
@@ -219,7 +220,8 @@ def test_an_estimate_times_every_kind(kind, monkeypatch):
             return stepped
 
     monkeypatch.setattr(measure, "Trainer", Watched)
-    seconds, part = measure._step(train, sizes, measure.torch.device("cpu"))
+    torch.manual_seed(2)  # of the rows: L0 hangs on them, from 17 to 26
+    seconds, part = measure._step(train, sizes, torch.device("cpu"))
     assert seconds and part == 4000
     assert l0[0] == pytest.approx(20, rel=0.3)
 
