@@ -36,7 +36,7 @@ def run(place: Place) -> None:
     x_BD = torch.randn(s.batch, s.d_in, device=place.device)
     for kind in [kind for kind in KINDS if kind != "standard"]:
         sae = new_sae(kind, s.d_in, s.d_sae, place.device)
-        if sae.kind != "jumprelu":
+        if hasattr(sae, "k"):
             sae = replace(sae, k=L0S[0] if place.on_gpu else 20)
         for name, kernel in kernels(sae).items():
             precision = torch.float32 if kernel is AUTOGRAD else dtype  # of the operands; autocast makes its own
