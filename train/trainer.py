@@ -17,6 +17,7 @@ from harvest.files import UserError
 from train.adam import Adam, Update
 from train.config import TrainConfig
 from train.kernel_choice import KernelChoice
+from train.kinds import check_class
 from train.parallel import SINGLE, FeatureRanks
 from train.sae import Dead, Sae
 from train.selection import TIE_BITS
@@ -61,10 +62,11 @@ class Trainer:
     ) -> None:
         """`rows` is one epoch. `sae` is whole; `self.sae`, and what hangs on it, are this rank's features of it.
 
-        Raises UserError for several ranks of a kind that trains in one process, and for a batch that is too large for
-        its kind.
+        Raises UserError for several ranks of a kind that trains in one process, for a batch that is too large for its
+        kind, and for what `check_class` finds.
         """
         self.kernels = kernels(sae)
+        check_class(sae, self.kernels)
         self.kernel = KernelChoice(config, sae.d_sae, self.kernels)
         if ranks.size > 1 and self.kernels[self.kernel.name] is AUTOGRAD:
             way_out = "train.kernel=sparse" if "sparse" in self.kernels else "train.sae.kind=standard"
