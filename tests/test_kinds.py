@@ -1,5 +1,5 @@
-"""Kinds of SAE: what every kind must answer, TopK from training to export, and one that is written here as
-CONTRIBUTING.md tells a newcomer to."""
+"""Kinds of SAE: what every kind must answer, TopK from training to export, and the one that
+CONTRIBUTING.md prints."""
 
 import json
 import re
@@ -7,13 +7,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import sae_lens
 import torch
-from conftest import contents, only, pipeline
+from conftest import ROOT, contents, only, pipeline
 from torch import Tensor
 
 from evaluate.operations import Operation, operated
@@ -38,27 +38,14 @@ HOOK = "model.layers.1"
 K = 2
 
 
-@dataclass(frozen=True, eq=False)
-class Plain(Sae):
-    """f = ReLU(z), loss ‖x − x̂‖² + l1_coefficient Σ_i f_i"""
-
-    kind = "plain"
-    saelens = "standard"
-    elementwise = True
-
-    l1_coefficient: float = 0.0
-
-    def activations(self, z_BF: Tensor) -> Tensor:
-        return torch.relu(z_BF)
-
-    def penalties(self, f_BF: Tensor) -> dict[str, Tensor]:
-        return {"l1": f_BF.sum(1).mean()}
-
-    @property
-    def coefficients(self) -> dict[str, float]:
-        return {"l1": self.l1_coefficient}
+def printed() -> type[Sae]:
+    """The class that CONTRIBUTING.md prints, run as it stands there."""
+    names: dict[str, Any] = {"__name__": __name__}
+    exec((ROOT / "CONTRIBUTING.md").read_text().split("```python\n")[1].split("```")[0], names)
+    return names["Plain"]
 
 
+Plain = printed()
 SETTINGS = {
     "topk": ("train.sae.kind=topk", f"train.sae.k={K}", "train.sae.l1_coefficient=null"),
     "plain": ("train.sae.kind=plain", "train.sae.l1_coefficient=0.3"),

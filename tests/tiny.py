@@ -85,3 +85,7 @@ def make_assets(folder: Path) -> None:
     tiny.save_pretrained(assets / "tiny-llama")
     write_jsonl(assets / "tiny-chat.jsonl", conversations(120))
     write_jsonl(assets / "tiny-reasoning.jsonl", solutions(120))
+
+
+if __name__ == "__main__":
+    make_assets(Path())
