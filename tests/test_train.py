@@ -247,6 +247,9 @@ def test_exclusions_that_leave_nothing(run_folder):
 
 def test_saved_saes_are_checked(run_folder):
     folder = only(run_folder, "runs/train/*/model.layers.1")
+    assert "tensor(" not in repr(load_sae(folder).sae)
+    with pytest.raises(UserError, match=r"/sae.json: not there; an SAE's folder is runs/train/<fingerprint>/<hook>"):
+        load_sae(folder.parent)
     about = read_json(folder / "sae.json")
     (folder / "sae.json").write_text(json.dumps(about | {"d_in": 31, "crc32c": 1}))
     with pytest.raises(UserError, match=r"sae.json: does not match its own checksum"):

@@ -155,6 +155,8 @@ def load_sae(folder: Path) -> SavedSae:
     Raises UserError for files that are missing, damaged, those of another run than the one in whose directory they
     lie, or of shapes that do not fit each other.
     """
+    if not (folder / ABOUT).exists():
+        raise UserError(f"{folder / ABOUT}: not there; an SAE's folder is runs/train/<fingerprint>/<hook>, or best/ in it")
     about = read_json(folder / ABOUT)
     _check_run(folder / ABOUT, about)
     path, kind = folder / WEIGHTS, str(about.get("architecture", "standard"))

@@ -11,7 +11,7 @@ entries.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -67,7 +67,7 @@ class Sae:
     rates: ClassVar[dict[str, float]] = {}  # what multiplies the lr of a parameter
     decoder_norm: ClassVar[float] = DECODER_NORM  # of the first decoder rows
 
-    parameters: dict[str, Tensor]  # in the order of `dims`
+    parameters: dict[str, Tensor] = field(repr=False)  # in the order of `dims`
     scale: float = 1.0
     first_feature: int = 0  # of all, where these are a rank's
 
