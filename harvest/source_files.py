@@ -57,7 +57,8 @@ def find_files(source: Source, setting: str) -> LocalFiles:
     for name in ("subset", "revision"):
         if (value := getattr(source, name)) is not None:
             raise UserError(
-                f"{setting}.{name}: {value!r}: is for data sets of the hub, and path is local; leave it out"
+                f"{setting}.{name}: {value!r}: is for data sets of the hub, and path is local; leave it out, "
+                f"or set {setting}.{name}=null"
             )
     root = Path(source.path).expanduser()
     found = LocalFiles([root] if kind_of(root) else [], []) if root.is_file() else _below(root)
