@@ -156,7 +156,9 @@ def load_sae(folder: Path) -> SavedSae:
     lie, or of shapes that do not fit each other.
     """
     if not (folder / ABOUT).exists():
-        raise UserError(f"{folder / ABOUT}: not there; an SAE's folder is runs/train/<fingerprint>/<hook>, or best/ in it")
+        raise UserError(
+            f"{folder / ABOUT}: not there; an SAE's folder is runs/train/<fingerprint>/<hook>, or best/ in it"
+        )
     about = read_json(folder / ABOUT)
     _check_run(folder / ABOUT, about)
     path, kind = folder / WEIGHTS, str(about.get("architecture", "standard"))
