@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import ceil, floor, log10
 from typing import Any, NamedTuple
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 460, 220
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 36
@@ -45,11 +45,11 @@ class Bar(NamedTuple):
 
 def _tag(name: str, content: Any = "", **attributes: Any) -> Markup:
     """An element; numbers are rounded to a tenth, and everything is escaped."""
-    written = [
-        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), f"{v:.1f}" if isinstance(v, float) else v)
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{f"{v:.1f}" if isinstance(v, float) else escape(v)}"'
         for key, v in attributes.items()
-    ]
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), Markup("").join(written), content)
+    )
+    return Markup(f"<{name}{written}>{escape(content)}</{name}>")
 
 
 def _svg(title: str, box: tuple[float, float, float, float], parts: Sequence[Markup], **attributes: Any) -> Markup:

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from functools import cache
 from importlib.metadata import version
 from multiprocessing.context import ForkProcess
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import typer.testing
+from jinja2 import Environment
 from packaging.version import Version
 from typer.testing import CliRunner
 
@@ -86,6 +89,30 @@ def widths_found_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(settings_check, "_shapes", found)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_read_once():
+    """Typer makes the tree of commands from their functions at each call."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.testing, "_get_command", cache(typer.testing._get_command))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def templates_compiled_once():
+    """A command makes its pages in a process of its own; here hundreds of them are made in one."""
+    compile_source, known = Environment.compile, {}
+
+    def compiled(self, source, *place, **options):
+        key = (source, *place, *options.items(), self.autoescape, *sorted(self.filters))
+        if key not in known:
+            known[key] = compile_source(self, source, *place, **options)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Environment, "compile", compiled)
         yield
 
 

@@ -63,13 +63,15 @@ def naive(folder: Path, spellings: dict[str, list[str]], window: tuple[int, int]
                         mask[c, max(0, start - window[0]) : start + len(ids) + window[1]] = True
         masks.append(mask & counted)
     inside = np.logical_or.reduce(masks)
-    outside = counted & ~inside
-    plus = [acts[inside, i].mean() for i in range(acts.shape[2])]
-    minus = [acts[outside, i].mean() for i in range(acts.shape[2])]
+
+    def means(mask: np.ndarray) -> np.ndarray:
+        return mask.ravel() @ acts.reshape(mask.size, -1) / mask.sum()
+
+    plus, minus, of_words = means(inside), means(counted & ~inside), [means(mask) for mask in masks]
     gains, losses = [], []
     for i in range(acts.shape[2]):
-        means = [acts[mask, i].mean() for mask in masks]
-        p = [mean / sum(means) if sum(means) else 0 for mean in means]
+        total = sum(mean[i] for mean in of_words)
+        p = [mean[i] / total if total else 0 for mean in of_words]
         entropy = -sum(q * math.log(q) for q in p if q) / math.log(len(masks))
         gains.append(plus[i] / sum(plus) * entropy**0.7)
         losses.append(minus[i] / sum(minus))
@@ -82,7 +84,7 @@ def four(word: str) -> list[str]:
 
 def evaluated(*settings: str, config: Path = TINY) -> dict[str, np.ndarray]:
     """The arrays of ReasonScore of an evaluation in the current folder."""
-    parts = ("downstream", "features", "steering", "diff")
+    parts = ("downstream", "features", "token_injection", "steering", "ablation", "diff")
     settings = (*settings, *(f"evaluate.{part}=null" for part in parts), "evaluate.reason_score.sources=[reasoning]")
     ran = pipeline("evaluate", *settings, config=config)
     assert ran.status == 0, ran.out
