@@ -174,7 +174,29 @@ class Run:
             },
             "summary": summary,
         }
+        if self.stage in MADE_ANEW:
+            manifest["weights"] = self._weights()
         write_sealed(self.path / MANIFEST, manifest)
+
+    def _weights(self) -> dict[str, int] | None:
+        """crc32c of each file of weights that it reads; None where no complete training run can be read."""
+        run: Run = self
+        try:
+            while run.stage != "train":
+                run = run.upstreams[0]
+            files = run.manifest["files"]
+            return {n: entry["crc32c"] for n, entry in files.items() if n.endswith(".safetensors")} or None
+        except (UserError, LookupError, AttributeError, TypeError):  # pruned, unfinished, or of an earlier version
+            return None
+
+    @property
+    def is_of_other_weights(self) -> bool:
+        """Whether what it was made from was trained anew since, by other code or numerics, with other weights.
+
+        Raises UserError as `manifest` does.
+        """
+        made_from = self.manifest.get("weights")
+        return made_from is not None and self._weights() not in (None, made_from)
 
     def _results(self) -> list[Path]:
         passed = {folder for pattern in PASSED_OVER.get(self.stage, ()) for folder in self.path.glob(pattern)}

@@ -14,6 +14,7 @@ from conftest import PYTHONPATH, TINY, contents, only, pipeline
 
 from harvest import stage_directory
 from harvest.files import file_crc32c, read_json
+from train.standard import Standard
 
 HOOK = "model.layers.1"
 NOT_LISTED = ("manifest.json", "begun.json", "progress.json")  # and what begins with a dot
@@ -124,6 +125,21 @@ def test_a_result_of_hours_is_named_with_the_way_out(run_folder, stage, name, da
     assert way_out in ran.out
     ran = pipeline("verify")
     assert ran.status == 1 and name.removeprefix("store/").removesuffix("/0") in ran.out
+
+
+def test_an_evaluation_of_other_weights_is_made_anew(run_folder, monkeypatch):
+    """Code is in no fingerprint: weights that it trains anew may differ, under the same name."""
+    first = contents(of("evaluate"), "metrics.json")
+    assert pipeline("train", "--force", "--yes").status == 0
+    assert [state(stage).split()[0] for stage in ("train", "evaluate")] == ["complete", "complete"]  # the same weights
+
+    monkeypatch.setattr(Standard, "decoder_norm", 0.3)  # of the rows at the start
+    assert pipeline("train", "--force", "--yes").status == 0
+    assert "would start over: " in state("evaluate") and "has other weights now" in state("evaluate")
+    ran = pipeline("run")
+    assert ran.status == 0 and "evaluate  is made anew: " in ran.out
+    assert state("evaluate").split()[0] == "complete"
+    assert contents(of("evaluate"), "metrics.json") != first
 
 
 def test_a_byte_of_the_contexts_is_found_by_verify(run_folder):
