@@ -92,6 +92,12 @@ def widths_found_once():
         yield
 
 
+@pytest.fixture(autouse=True)
+def settings_are_new(monkeypatch):
+    """A process checks settings once; those of an earlier test are not this one's."""
+    monkeypatch.setattr("pipeline.settings_check._checked", set())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def commands_read_once():
     """Typer makes the tree of commands from their functions at each call."""
