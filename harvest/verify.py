@@ -4,7 +4,7 @@ import hashlib
 import random
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -81,13 +81,14 @@ def _bad_shards(store: ActivationStore, shards: list[Shard], memory: Path | None
             return f"{shard.split} shard {shard.number}: {error}"
         return None
 
-    first, bad = _remembered(memory, shards)
+    first, lines = _remembered(memory, shards)
+    bad = {shard: line for shard, line in lines.items() if look(shard)}  # it may have been restored since
     number, written = first, time.monotonic()
     with Progress("verify", len(shards), "shards", first) as progress, ThreadPoolExecutor(store.files.readers) as pool:
         try:
             for number, found in enumerate(pool.map(look, shards[first:]), first + 1):
                 if found:
-                    bad.append(found)
+                    bad[shards[number - 1]] = found
                     store.forget(*shards[number - 1])
                 progress.advance(1)
                 if memory and time.monotonic() - written > MEMORY_SECONDS:
@@ -101,23 +102,25 @@ def _bad_shards(store: ActivationStore, shards: list[Shard], memory: Path | None
             pool.shutdown(wait=False, cancel_futures=True)  # or Ctrl-C would wait for thousands
     if memory:
         memory.unlink(missing_ok=True)
-    return bad
+    return list(bad.values())
 
 
-def _remember(memory: Path, shards: list[Shard], number: int, bad: list[str]) -> None:
+def _remember(memory: Path, shards: list[Shard], number: int, bad: Mapping[Shard, str]) -> None:
     """Note that so many shards were read, and what was bad: its record is gone."""
-    write_sealed(memory, {"last": list(shards[number - 1]), "read": number, "bad": bad})
+    lines = [[*shard, line] for shard, line in bad.items()]
+    write_sealed(memory, {"last": list(shards[number - 1]), "read": number, "bad": lines})
 
 
-def _remembered(memory: Path | None, shards: list[Shard]) -> tuple[int, list[str]]:
+def _remembered(memory: Path | None, shards: list[Shard]) -> tuple[int, dict[Shard, str]]:
     """How many of the shards an interrupted call has read, and what it found; what is damaged is read again."""
     if memory is None or not memory.exists():
-        return 0, []
+        return 0, {}
     try:
         found = read_json(memory, sealed=True)
-        number, bad = shards.index(Shard(*found["last"])) + 1, list(found["bad"])
+        number = shards.index(Shard(*found["last"])) + 1
+        bad = {Shard(split, shard): line for split, shard, line in found["bad"]}
     except (UserError, KeyError, TypeError, ValueError):
-        return 0, []
+        return 0, {}
     when = datetime.fromtimestamp(memory.stat().st_mtime).isoformat(" ", "minutes")
     print(f"verify: {number:,} shards were read by {when}; it goes on behind them ({memory}; delete it to read all)")
     return number, bad

@@ -18,7 +18,7 @@ BAD = {
 }
 
 
-def test_what_is_bad_is_named_and_just_that_is_made_anew(run_folder):
+def test_what_is_bad_is_named_and_just_that_is_restored(run_folder):
     store = only(run_folder, "runs/harvest/*/store")
     before = contents(store)
     digest = pipeline("verify", "--digest").out
@@ -179,8 +179,11 @@ def flip(file: Path) -> None:
     file.write_bytes(data)
 
 
-def test_an_interrupted_verification_goes_on_where_it_was(run_folder, monkeypatch):
+@pytest.mark.parametrize("restored", [False, True])
+def test_an_interrupted_verification_goes_on_where_it_was(run_folder, monkeypatch, tmp_path, restored):
+    """And looks once more at what was bad, which may have been restored meanwhile."""
     store = only(run_folder, "runs/harvest/*/store")
+    shutil.copytree(store, tmp_path / "backup")
     flip(store / "train/model.layers.1/acts/c/1/0")
     whole, looked = ActivationStore.verify_shard, []
 
@@ -196,10 +199,13 @@ def test_an_interrupted_verification_goes_on_where_it_was(run_folder, monkeypatc
     assert looked[:5] == [("train", n) for n in range(5)]
     monkeypatch.setattr(ActivationStore, "verify_shard", lambda *place: looked.append(place[1:]) or whole(*place))
     looked.clear()
+    if restored:
+        shutil.copytree(tmp_path / "backup", store, dirs_exist_ok=True)
     ran = pipeline("verify")
-    assert looked == [("train", 4), ("train", 5), ("holdout", 0), ("holdout", 1)]
+    assert looked == [("train", 1), ("train", 4), ("train", 5), ("holdout", 0), ("holdout", 1)]
     assert "4 shards were read by" in ran.out
-    assert ran.status == 1 and "train shard 1: " in ran.out and "1 bad shards are marked" in ran.out
+    assert ran.status == (0 if restored else 1)
+    assert ("train shard 1: " in ran.out) is ("1 bad shards are marked" in ran.out) is not restored
     assert not list(run_folder.glob("runs/harvest/*/verify.json"))
     assert pipeline("harvest").status == 0 and pipeline("verify").status == 0
 
