@@ -26,7 +26,7 @@ help: ## list the targets
 	@echo 'CONFIG=file chooses the settings, SET="section.key=value ..." changes some of them'
 	@echo 'ARGS=--option passes an option of the command on (.venv/bin/python -m pipeline COMMAND --help)'
 	@echo 'PROCS=N on a CPU is what GPUS=N is with GPUs'
-	@echo 'without a target: .venv/bin/python -m pipeline ingest, steer, compare, diff-stages, push, path (COMMAND --help)'
+	@echo 'without a target: .venv/bin/python -m pipeline ingest, steer, generate, compare, diff-stages, push, path (COMMAND --help)'
 
 setup: .venv/.dependencies assets/.complete ## virtual environment, dependencies, embedded model and text
 
