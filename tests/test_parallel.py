@@ -4,7 +4,6 @@
 first two of them together, then all; `Outcome` is what each brings back.
 """
 
-import multiprocessing
 import os
 import socket
 import time
@@ -29,7 +28,7 @@ from train.trainer import Trainer, Validation
 D_IN, D_SAE, BATCH, SAVED_AT = 32, 100, 64, 5
 K = 40  # more than a rank of three has features
 OTHERS = [kind for kind in KINDS if kind != "standard"]
-STEPS = {"dense": 200, "sparse": 200, "auto": 40, **dict.fromkeys(OTHERS, 24)}  # of each case: a kernel or a kind
+STEPS = {"dense": 40, "sparse": 40, "auto": 40, **dict.fromkeys(OTHERS, 16)}  # of each case: a kernel or a kind
 SETTINGS = {kind: {"k": 5, "aux_coefficient": 0.5, "aux_k": 4, "dead_after": 4 * BATCH} for kind in OTHERS}
 SETTINGS["matryoshka"]["prefixes"] = (1, 20, 40, D_SAE)
 SETTINGS["jumprelu"] = {"l0_coefficient": 0.1, "target_l0": 5.0}
@@ -183,10 +182,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder = tmp_path_factory.mktemp("ranks")
-    # The server imports torch once, and each process is a fork of it.
-    multiprocessing.set_forkserver_preload(["torch"])
     processes = torch.multiprocessing.start_processes(
-        rank_work, (folder, {2: free_port(), 3: free_port()}), nprocs=3, join=False, start_method="forkserver"
+        rank_work, (folder, {2: free_port(), 3: free_port()}), nprocs=3, join=False, start_method="fork"
     )
     deadline = time.monotonic() + SECONDS
     while not processes.join(timeout=1):  # raises when one fails, and ends the others
