@@ -4,13 +4,12 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import torch
-from conftest import PYTHONPATH, TINY, contents, only, pipeline
+from conftest import contents, only, pipeline, start
 
 from harvest.activation_store import ActivationStore
 from harvest.files import is_abandoned, is_locked, read_json, write_sealed
@@ -87,17 +86,17 @@ def test_another_number_of_workers_finishes_what_some_began(finished, sampled, a
     assert stored(sampled) == stored(finished)
 
 
-def test_two_processes_given_the_same_shards(finished, sampled):
+def test_two_processes_given_the_same_shards(finished, sampled, as_worker):
     """Worker 1 of 2, a process of its own, beside one that makes everything."""
-    command = [sys.executable, "-m", "pipeline", "harvest", "--config", str(TINY)]
-    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "RANK": "1", "WORLD_SIZE": "2"}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as other:
-        directory = sampled / pipeline("path", "harvest").out.strip()
-        while not is_locked(directory, "harvest-worker-1") and other.poll() is None:
-            time.sleep(0.02)
-        ran = pipeline("harvest")
-        output = other.communicate(timeout=120)[0]
-    assert (ran.status, other.returncode) == (0, 0), (ran.out, output)
+    as_worker(1, 2)
+    other = start("harvest", cwd=sampled)
+    as_worker()
+    directory = sampled / pipeline("path", "harvest").out.strip()
+    while not is_locked(directory, "harvest-worker-1") and other.is_alive():
+        time.sleep(0.02)
+    ran = pipeline("harvest")
+    other.join(120)
+    assert (ran.status, other.exitcode) == (0, 0), ran.out
     assert stored(sampled) == stored(finished)
 
 
