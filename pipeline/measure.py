@@ -50,9 +50,9 @@ def measure(config: PipelineConfig, s: Sizes, root: Path) -> Machine:
     memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _free_memory()
     write, read = measure_disk(root)
     forward = FORWARD_PART[config.harvest.compile] * _product_rate(s.geometry.d_in, dtype, device) / s.flop_per_token
-    step, part = _step(config.train, s, device) if config.train else (None, 0)
-    note = "by the rate of a matrix product"
+    step, note = None, "by the rate of a matrix product"
     if config.train:
+        step, part = _step(config.train, s, device)
         note += f"; measured on {part:,} features at an L0 of 0.5%"
     return Machine(device_name(device), device.type == "cuda", dtype.itemsize, memory, write, read, forward, step, note)
 

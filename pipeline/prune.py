@@ -155,8 +155,6 @@ def _delete(path: Path) -> None:
     if path.is_symlink() or _running(path):
         raise UserError(f"{path}: a process has begun to work in it, or it is a link now; left alone")
     aside = path.with_name(f"{TRASH}{path.name}")
-    if aside.is_dir() and not aside.is_symlink():
-        shutil.rmtree(aside)
     path.rename(aside)
     shutil.rmtree(aside)
 

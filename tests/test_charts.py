@@ -41,6 +41,16 @@ def test_lines_rise_with_their_values_and_grow_to_the_right():
     assert lines("t", {"a": []}) == ""
 
 
+@pytest.mark.parametrize(("end", "heights"), [(0.4, ["26", "40"]), (0.6, ["162", "176"])])
+def test_names_of_lines_are_away_from_where_the_last_one_ends(end, heights):
+    """At the top, which is 12, or above the axis at 184, each on a line of its own and as its line is coloured."""
+    svg = lines("t", {"a": [(0, 0.0), (20, 1.0)], "b": [(0, 1.0), (20, end)]}, clip=False)
+    colours = re.findall('<polyline fill="none" stroke="(.*?)"', svg)
+    named = re.findall(r'<text x="444" y="(\d+)" fill="(.*?)" text-anchor="end">(.)<', svg)
+    assert named == list(zip(heights, colours, "ab", strict=True))
+    assert len(set(colours)) == 2
+
+
 def test_points_are_where_their_figures_say():
     svg = points("t", {"a": [(30, 0.8), (10, 0.6)], "b": [(20, 0.7)]}, "L0")
     (x0, y0), (x1, y1), (x2, y2) = attributes(svg, "circle", "cx", "cy")

@@ -29,6 +29,7 @@ def test_sizes_of_the_papers_run():
     assert s.layers == 20
     assert s.parameters == 20 * 218_112_000 + 128_256 * 4096
     assert s.flop_per_token == pytest.approx(20 * 2 * 218_103_808 + 20 * 2 * 1024 * 4096)
+    assert s.context == 4 * 1024 * (6 * 4096 + 3 * 14_336)  # the gate, up and down projections are the widest
     assert (s.geometry.train_shards, s.geometry.holdout_shards, s.steps) == (15_258, 16, 200_000)
     assert s.store / 1e12 == pytest.approx(8.21, abs=0.01)
     assert s.checkpoint / 1e9 == pytest.approx(6.4, abs=0.05)

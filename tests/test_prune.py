@@ -41,8 +41,12 @@ def test_it_lists_sizes_and_users_and_deletes_nothing_unasked(run_folder, two_tr
 
 def test_yes_deletes_what_the_settings_do_not_use_and_no_more(run_folder, two_trains):
     before = names(run_folder)
+    half = two_trains.with_name(f".trash-{two_trains.name}")  # of a run of this name that an earlier prune began on
+    half.mkdir()
+    (half / "weights").write_bytes(b"w" * 5000)
     assert pipeline("prune", "--yes").status == 0
     assert before - names(run_folder) == {f"runs/train/{two_trains.name}"}
+    assert not half.exists()
     assert "nothing to delete" in pipeline("prune", "--yes").out
     assert pipeline("status").out.count(" complete ") == 4
 

@@ -151,6 +151,28 @@ def test_text_that_is_no_utf8_spoils_its_row_alone(here, kind):
     assert texts(f"a.{kind}") == ["good", "not UTF-8 text", "fine"]
 
 
+def test_a_row_has_the_number_that_its_file_gives_it(here):
+    """Of a line from 1; of a row from 0, on through the batches of a file."""
+    datasets.Dataset.from_list(ROWS * 900).to_parquet("a.parquet", batch_size=700)
+    saved("plain", 7)  # files of 4 rows and 3
+    with pa.OSFile("a.arrow", "wb") as file, pa.ipc.new_file(file, pa.schema([("text", pa.string())])) as out:
+        for count in (2, 3):
+            out.write_table(pa.table({"text": ["a"] * count}))
+    Path("a.jsonl").write_bytes(b"\n" + LINES.replace(b"\n", b"\n\n"))
+    Path("a.json").write_text(json.dumps(ROWS, indent=2))  # a row takes three lines
+    first, second = (f"plain/data-0000{number}-of-00002.arrow" for number in range(2))
+    for path, places in {
+        "a.parquet": {n: f"a.parquet, row {n}" for n in (0, 1, 699, 700, 1699, 1700, 2699)},
+        "a.arrow": {n: f"a.arrow, row {n}" for n in range(5)},
+        "plain": {0: f"{first}, row 0", 3: f"{first}, row 3", 4: f"{second}, row 0", 6: f"{second}, row 2"},
+        "a.jsonl": {0: "a.jsonl, line 2", 1: "a.jsonl, line 4", 2: "a.jsonl, line 6"},
+        "a.json": {0: "a.json, line 2", 1: "a.json, line 5", 2: "a.json, line 8"},
+    }.items():
+        rows = opened(path).rows
+        assert len(rows) == max(places) + 1
+        assert {number: rows.place(number) for number in places} == places
+
+
 # Rows that cannot be read.
 
 SETTINGS = "sample.sources=[{{name: t, path: {}, rows: text, share: 1{}}}]"

@@ -36,6 +36,7 @@ def hub(monkeypatch):
 
     def fail(error: BaseException) -> None:
         def raising(*_arguments, **_more):
+            datasets.logging.get_logger("datasets.load").error("the same")
             raise error
 
         monkeypatch.setattr(datasets, "load_dataset", raising)
@@ -60,10 +61,13 @@ def hub(monkeypatch):
         ),
     ],
 )
-def test_a_data_set_that_cannot_be_had_names_the_way_out(hub, error, message):
+def test_a_data_set_that_cannot_be_had_names_the_way_out(hub, caplog, error, message):
+    """Once: `datasets` logs what it raises."""
+    datasets.logging.set_verbosity_warning()
     hub(error)
     with pytest.raises(UserError, match=rf"sample\.sources \(chat\)\.path: 'lmsys/lmsys-chat-1m': {message}"):
         open_source(LMSYS, COMMIT, offline=False)
+    assert not caplog.records
 
 
 def test_offline_asks_the_cache_alone():

@@ -85,8 +85,8 @@ def test_hooks_and_a_sweep_with_rows_left_out(folder):
         assert pipeline(stage, *SHORT, SWEEP).status == 0
     expected = weights(folder)
     assert len(expected) == 4
-    shutil.rmtree(folder / "runs/train")
-    shutil.rmtree(folder / "runs/harvest")
+    for stage in ("sample", "harvest", "train"):
+        shutil.rmtree(folder / "runs" / stage)
     streamed(*SHORT, SWEEP)
     assert weights(folder) == expected
 
