@@ -110,6 +110,29 @@ def test_an_oracle_is_believed_and_another_s_explanation_is_not(folder):
     assert f'{label.lower().replace(" ", "·")}"' in index  # as the search asks for it
 
 
+@pytest.mark.parametrize(
+    ("features", "falsify", "more"),
+    [(1, "{texts: 9, contexts: 3}", "; up to 5 calls more for counterexamples"), (2, "null", "")],
+)
+def test_calls_and_tokens_are_said_before_the_first(folder, features, falsify, more):
+    """Each explanation is tried on its own feature and, of several, on another's; four characters are a token."""
+    lengths = []
+
+    def answer(messages) -> str:
+        lengths.append(sum(len(each["content"]) for each in messages))
+        letter = "xy"[len(lengths) % 2]
+        return json.dumps({"label": letter * 40, "sentence": letter * 120})  # as long as explanations are taken to be
+
+    with serving(answer) as server:
+        chosen = [f"--feature={number}" for number in range(1, 1 + features)]
+        out = explain(server, *chosen, "--parallel", "1", f"explain.falsify={falsify}")
+    asked = lengths[: len(lengths) - (5 if more else 0)]
+    assert (
+        f"explain: {features} features, {len(asked)} calls to oracle at {server.url}: about {sum(asked) // 4:,} tokens "
+        f"to read and {60 * len(asked):,} to write{more}\n"
+    ) in out
+
+
 def test_tests_hold_what_they_say(folder):
     """Contexts of the explaining half are in no test, and silent texts hold no token of the feature."""
     with serving(oracle) as server:

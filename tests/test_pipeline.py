@@ -11,12 +11,25 @@ import pytest
 from conftest import PYTHONPATH, TINY, contents, only, pipeline
 from safetensors.torch import load_file, save_file
 
+from harvest.config import ModelConfig
 from harvest.files import locked, read_json, write_sealed
+from harvest.hub import where_it_is
 from train.config import exactly
 
 
-def test_everything_twice_gives_the_same_bytes(finished, fresh_folder):
-    assert pipeline("run").status == 0
+def test_everything_twice_gives_the_same_bytes(finished, fresh_folder, monkeypatch):
+    """Offline too, which reaches all that asks for a model or a tokenizer."""
+    asked = []
+
+    def asking(model: ModelConfig, commit: str | None, offline: bool) -> dict:
+        asked.append(offline)
+        return where_it_is(model, commit, offline)
+
+    for module in ("language_model", "tokenizer"):
+        monkeypatch.setattr(f"harvest.{module}.where_it_is", asking)
+    stages = ("sample", "harvest", "train", "evaluate")
+    assert pipeline("run", *(f"{stage}.runtime.offline=true" for stage in stages)).status == 0
+    assert len(asked) > len(stages) and all(asked)
     for pattern in ("sample/*/contexts", "harvest/*/store"):
         assert contents(only(fresh_folder, f"runs/{pattern}")) == contents(only(finished, f"runs/{pattern}"))
     names = ("runs/train/*/*/sae_weights.safetensors", "runs/train/*/*/best/sae.json", "runs/evaluate/*/metrics.json")

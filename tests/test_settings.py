@@ -9,6 +9,7 @@ from conftest import ROOT, pipeline
 
 from harvest import device
 from harvest.files import UserError
+from pipeline import settings_check
 from pipeline.config import load
 from pipeline.settings_text import Loaded, SettingsError, given_twice, override, read
 
@@ -59,6 +60,23 @@ def test_a_stage_says_it_and_the_last_one_counts(fresh_folder):
     assert ran.status == 0, ran.out
     assert "warning: command line: sample.seed: set twice; the last one counts" in ran.out
     assert pipeline("path", "sample", "sample.seed=4").out.strip() in ran.out
+
+
+@pytest.mark.parametrize("offline", ["sample", "harvest", None])
+def test_offline_of_either_stage_is_offline_before_the_first(fresh_folder, monkeypatch, offline):
+    asked = []
+
+    def asking(_model, _commit, offline):
+        asked.append(offline)
+        raise UserError("enough")
+
+    for reader in ("language_model.load_skeleton", "tokenizer.load_whole_tokenizer"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"harvest.{reader}", asking)
+            patch.setattr(settings_check, "_checked", set())
+            ran = pipeline("sample", *([f"{offline}.runtime.offline=true"] if offline else []))
+            assert ran.status == 1 and "enough" in ran.out
+    assert asked == [offline is not None] * 2
 
 
 def test_text_that_looks_like_a_number_is_taken_as_written(tmp_path):
