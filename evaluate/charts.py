@@ -113,7 +113,7 @@ def lines(title: str, series: Series, x_label: str = "step", clip: bool = True) 
     ordered = sorted(ys)
     # The first steps reach far beyond the rest; the top hundredth may leave the frame.
     top = ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))] if clip else ordered[-1]
-    frame = _Frame((min(xs), max(xs)), (min(0.0, ordered[0]) if ordered[0] > -1 else ordered[0], top), x_label)
+    frame = _Frame((min(xs), max(xs)), (min(0.0, ordered[0]), top), x_label)
     rises = ys[-1] > (frame.y[0] + frame.y[1]) / 2
     legend = HEIGHT - BOTTOM - 14 * len(series) - 8 if rises else TOP  # away from where the lines end
     for i, (name, values) in enumerate(series.items()):

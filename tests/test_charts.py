@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from evaluate.charts import Bar, Spot, Trail, bars, cells, forest, lines, points, ticks, trails
+from evaluate.charts import COLOURS, Bar, Spot, Trail, bars, cells, figure, forest, lines, points, ticks, trails
 
 
 def attributes(svg: str, tag: str, *names: str) -> list[tuple[float, ...]]:
@@ -28,6 +28,7 @@ def test_bars_rise_from_the_axis_to_their_count():
     axis = top[2]
     assert [t + h for t, h in zip(top, height, strict=True)] == pytest.approx([axis] * 4, abs=0.2)
     assert top[1] < top[3] < top[0] < axis  # up is less in SVG
+    assert attributes(bars("t", [0, 0], [0, 1, 2], "x"), "rect", "y", "height") == [(184, 0), (184, 0)]
 
 
 def test_lines_rise_with_their_values_and_grow_to_the_right():
@@ -39,6 +40,17 @@ def test_lines_rise_with_their_values_and_grow_to_the_right():
     labels = {text: float(y) for y, text in re.findall(r'<text x="50" y="([\d.]+)" text-anchor="end">([\d.]+)<', svg)}
     assert labels["0"] == pytest.approx(y0 + 4) and labels["1"] == pytest.approx(y1 + 4)
     assert lines("t", {"a": []}) == ""
+    assert path(lines("t", {"a": [(0, 0.0), (1, 0.0)]})) == [(56, 98), (448, 98)]  # in the middle
+    assert path(lines("t", {"a": [(0, -2.0), (1, -1.0)]}, clip=False)) == [(56, 184), (448, 12)]
+
+
+def test_the_top_hundredth_of_a_line_may_leave_the_frame():
+    """Its top is at 12, and 0 at 184."""
+    falling = [(0, 1000.0), *((i, 100.0 - i) for i in range(1, 100))]
+    clipped, whole = (path(lines("t", {"a": falling}, clip=clip)) for clip in (True, False))
+    heights = [12, *(184 - 172 * (100 - i) / 99 for i in range(1, 100))]
+    assert [y for _, y in clipped] == pytest.approx(heights, abs=0.06)
+    assert [y for _, y in whole] == pytest.approx([184 - 0.172 * y for _, y in falling], abs=0.06)
 
 
 @pytest.mark.parametrize(("end", "heights"), [(0.4, ["26", "40"]), (0.6, ["162", "176"])])
@@ -56,17 +68,36 @@ def test_points_are_where_their_figures_say():
     (x0, y0), (x1, y1), (x2, y2) = attributes(svg, "circle", "cx", "cy")
     assert x0 < x2 < x1 and y1 < y2 < y0
     assert path(svg) == [(x0, y0), (x1, y1)]
+    assert re.findall(r'<text x="56" y="(\d+)" fill="(.*?)">(.)<', svg) == [
+        ("232", COLOURS[0], "a"),
+        ("246", COLOURS[1], "b"),
+    ]
+    assert 'viewBox="0 0 460 252"' in svg
+    assert re.findall('<circle .*?fill="(.*?)"', svg) == [COLOURS[0], COLOURS[0], COLOURS[1]]
 
 
 def test_cells_have_the_second_rate_upwards_and_shade_by_count():
     svg = cells("t", [(0, 0, 1), (3, 1, 100), (1, 3, 10)], 4, -6.0, ("a", "b"))
     assert attributes(svg, "rect", "x", "y", "fill-opacity") == [(62, 300, 0.15), (362, 200, 1), (162, 0, 0.57)]
+    across = dict(re.findall(r'<text x="([\d.]+)" y="416" text-anchor="middle">(.*?)<', svg))
+    up = dict(re.findall(r'<text x="56" y="([\d.]+)" text-anchor="end">(.*?)<', svg))
+    named = ["10⁻⁶", "10⁻⁵", "10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "1"]  # the first column and row are of 0
+    assert across == dict(zip(["162.0", "212.0", "262.0", "312.0", "362.0", "412.0", "456.0"], named, strict=True))
+    assert up == dict(zip(["304.0", "254.0", "204.0", "154.0", "104.0", "54.0", "10.0"], named, strict=True))
 
 
 def test_ticks_are_round():
     assert ticks(0, 720) == [0, 200, 400, 600]
     assert ticks(0, 0) == [0]
     assert [round(t, 3) for t in ticks(0.1, 0.62)] == [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.1 + 0.2, "0.3"), (999, "999"), (-1500, "-1,500"), (999_999, "999,999"), (2_500_000, "2.5M"), (-1e6, "-1M")],
+)
+def test_figures_of_ticks(value, text):
+    assert figure(value) == text
 
 
 def test_trails_are_where_their_figures_say_with_their_intervals():
@@ -92,6 +123,16 @@ def test_trails_are_where_their_figures_say_with_their_intervals():
     groups = re.findall(r"<g([^>]*)>(.*?)</g>", svg)
     assert [re.findall('class="(..)"', each) for each, _ in groups] == [[], ["c1"], ["c1"]]
     assert ['fill="none" stroke="currentColor" stroke-width' in inner for _, inner in groups] == [False, False, True]
+    named = re.findall(r'<text x="56" y="(\d+)" fill="currentColor">(.*?)<', svg)
+    assert named == [("314", "none"), ("330", "feature"), ("346", "control")]
+    assert [c for c in attributes(svg, "circle", "cx", "cy") if c[0] < 50] == [(46, 310), (46, 326), (46, 342)]
+    assert 'viewBox="0 0 460 354"' in svg
+
+
+def test_axes_of_trails_end_at_0():
+    spots = [Spot(0, 0, None, None, ""), Spot(100, 50, None, None, "")]
+    svg = trails("t", [Trail("a", 0, False, spots)], ("tokens", "pass@1, %"))
+    assert path(svg) == [(56, 264), pytest.approx((56 + 392 / 1.06, 264 - 252 / 1.06), abs=0.06)]
 
 
 def test_a_forest_has_a_line_for_each_value_beside_0():
@@ -107,3 +148,13 @@ def test_a_forest_has_a_line_for_each_value_beside_0():
     lines_of = attributes(svg, "line", "x1", "x2", "y1")[-2:]
     assert lines_of[0] == pytest.approx((x0 - 4 * scale, x0 + 4 * scale, y0), abs=0.2)
     assert lines_of[1] == pytest.approx((x1, x1, y1), abs=0.2)
+
+
+@pytest.mark.parametrize(("length", "end"), [(3, "34.7"), (37, "269.3"), (38, "270")])
+def test_a_forest_makes_room_for_its_names_and_cuts_long_ones(length, end):
+    """6.9 pixels a letter, and 256 at most; names end 10 before the frame."""
+    svg = forest("t", [Bar("n" * length, 0, False, 5, None)], "points")
+    shown = "n" * length if length < 38 else f"{'n' * 36}…"
+    assert re.findall(r'<text x="([\d.]+)" y="26.0" text-anchor="end" fill="currentColor">(.*?)<', svg) == [
+        (end, shown)
+    ]
