@@ -32,8 +32,10 @@ def test_sizes_of_the_papers_run():
     assert s.context == 4 * 1024 * (6 * 4096 + 3 * 14_336)  # the gate, up and down projections are the widest
     assert (s.geometry.train_shards, s.geometry.holdout_shards, s.steps) == (15_258, 16, 200_000)
     assert s.store / 1e12 == pytest.approx(8.21, abs=0.01)
-    assert s.checkpoint / 1e9 == pytest.approx(6.4, abs=0.05)
+    assert s.contexts == 8 * (15_258 + 16) * 65_536
     assert s.sae == 4 * (2 * 4096 * 65_536 + 4096 + 65_536)
+    assert s.checkpoint == 3 * s.sae + 8 * 65_536
+    assert s.trained(3) == 3 * ((config.train.runtime.keep_last + 1) * s.checkpoint + 2 * s.sae)
 
 
 def test_where_a_gpu_is_no_other_is_spoken_of():
@@ -123,6 +125,62 @@ def test_the_harvests_memory_is_near_what_was_measured():
     assert more.fixed - memory.fixed == 2 * 65_536 * (2 * 4096 + 4)
     assert memory.largest(64, memory.fixed + 33 * memory.context) == 32
     assert memory.largest(64, memory.fixed) == 0
+
+
+def test_a_step_of_nested_prefixes_keeps_rows_of_each():
+    def memory(*overrides: str) -> int:
+        settings = ("train.sae.k=64", "train.sae.l1_coefficient=null", "train.kernel=sparse", *overrides)
+        config = load(R1, list(settings))
+        return training_memory(config.train, sizes(config, find_architecture(config.model, offline=True)), GPU)
+
+    rows = 4 * 4096 * 4096  # of a batch, in float32
+    plain, aux = "train.sae.kind=batchtopk", "train.sae.aux_coefficient=0.1"
+    nested = ("train.sae.kind=matryoshka", "train.sae.prefixes=[1024,4096,16384,65536]")
+    active, other, look = 28 * 2 * 64 * 4096, 14 * 4096 * 4096, 16 * 4096 * 4096 + 2 * 4096 * 65_536
+    # Of few prefixes, a look at held-out rows takes more than a step.
+    assert other + max(active, 5 * rows) < look < other + 16 * rows
+    assert memory(*nested, aux) - memory(plain, aux) == other + 16 * rows - look
+
+
+def test_what_nearly_fits_does_not():
+    """A tenth is left for fragments and the libraries."""
+    config = load(R1, [])
+    s = sizes(config, find_architecture(config.model, offline=True))
+    training, harvest = training_memory(config.train, s, GPU), harvest_memory(s, GPU)
+    for free, says in ((training / 0.95, True), (training / 0.85, False)):
+        assert ("warning: training does not fit into" in lines(GPU._replace(memory=int(free)))) == says
+    for free, says, largest in ((harvest.of(16) / 0.95, True, 8), (harvest.of(16) / 0.85, False, 16)):
+        text = lines(GPU._replace(memory=int(free)))
+        assert ("warning: harvest.batch_contexts=16 does not fit into" in text) == says
+        assert f"batch_contexts   16 set; the largest that fits: {largest}\n" in text
+
+
+def test_hours_are_of_what_is_slowest():
+    """Two hooks, and a checkpoint at each fourth of the steps."""
+    config = load(R1, ["harvest.hooks=[model.layers.3,model.layers.19]", "train.runtime.checkpoint_every=50_000"])
+    s = sizes(config, find_architecture(config.model, offline=True))
+    machine = GPU._replace(read=1e9, write=2e9)
+    batch, row = 4096 * 2 * 4096 / 1e9, s.shard / 65_536  # seconds to read one, bytes of both hooks
+    assert 0.016 < batch < 5 * 0.016
+    for saes, step in ((1, batch), (5, 5 * 0.016)):
+        expected = 2 * (200_000 * step + 4 * saes * s.checkpoint / 2e9)
+        assert estimate.train_seconds(config, s, machine, saes) == pytest.approx(expected)
+    unknown = machine._replace(read=None, write=None)
+    assert estimate.train_seconds(config, s, unknown, 1) == pytest.approx(2 * 200_000 * 0.016)
+    assert estimate.train_seconds(config, s, machine._replace(step=None), 1) is None
+    assert row / 2e9 < 1 / 50_000 < row / 5e8
+    assert estimate.harvest_seconds(s, machine, 1_000_000) == pytest.approx(20)
+    assert estimate.harvest_seconds(s, machine._replace(write=5e8), 1_000_000) == pytest.approx(row / 500)
+    assert estimate.harvest_seconds(s, unknown, 1_000_000) == pytest.approx(20)
+    assert estimate.harvest_seconds(s, machine._replace(forward=None), 1) is None
+
+
+def test_a_sweep_reads_as_fast_as_its_step_is_slow():
+    text = lines(GPU, "train.sweep.l1_coefficient=[3,5,8]")
+    assert "harvest writes   410 MB/s; the disk here: 1 TB/s" in text  # 50,000 rows of 8,196 bytes
+    assert "training reads   699 MB/s; the disk here: 1 TB/s" in text  # a batch of 33.6 MB in 48 ms
+    assert "forward 50,000 tokens/s, a training step 16 ms; measured" in text
+    assert "200,000 steps of 4,096 rows = 0.82 epochs; 1 hook(s) x 3 SAE(s) of up to 65,536 features: " in text
 
 
 def test_pinned_pools_are_three_and_rounded_up():
