@@ -74,8 +74,13 @@ def test_the_fastest_of_a_few_calls(monkeypatch, seconds, calls, fastest):
 
 @pytest.mark.parametrize(
     ("limit", "used", "free"),
-    [(None, None, 4_096_000), ("max", "5", 4_096_000), ("3000000", "1000000", 2_000_000), ("9000000", "1", 4_096_000)]
-    + [("3000000", "3000001", 0)],
+    [
+        (None, None, 4_096_000),
+        ("max", "5", 4_096_000),
+        ("3000000", "1000000", 2_000_000),
+        ("9000000", "1", 4_096_000),
+        ("3000000", "3000001", 0),
+    ],
 )
 def test_free_memory_is_the_hosts_or_what_the_group_may_take(tmp_path, monkeypatch, limit, used, free):
     files = {"proc/meminfo": "MemTotal: 9000 kB\nMemFree: 1000 kB\nMemAvailable:    4000 kB\n"}

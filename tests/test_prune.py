@@ -1,11 +1,14 @@
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
 from conftest import contents, only, pipeline
 
 from harvest.files import UserError, locked
-from pipeline.prune import choose, find, prune
+from harvest.progress import size_text
+from pipeline.prune import Found, choose, find, prune
 
 
 @pytest.fixture
@@ -20,17 +23,30 @@ def two_trains(run_folder) -> Path:
     return second
 
 
+def size(*folders: Path) -> str:
+    """What the files of some folders take on the disk."""
+    inside = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return size_text(sum(path.lstat().st_blocks * 512 for path in inside))
+
+
+def deleted(out: str) -> list[str]:
+    """The stages of what was deleted, in that order."""
+    return [line.split("/")[1] for line in out.splitlines() if line.startswith("deleted")]
+
+
 def names(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.glob("runs/*/*")}
 
 
 def test_it_lists_sizes_and_users_and_deletes_nothing_unasked(run_folder, two_trains):
     before = contents(run_folder / "runs", "*/**/*")
+    os.utime(two_trains / "manifest.json", (time.time() - 3 * 86400,) * 2)
     ran = pipeline("prune")
     assert ran.status == 0
     assert "nothing was deleted; --yes deletes 1 run (" in ran.out
     lines = {line.split()[1]: line for line in ran.out.splitlines() if line.startswith(("keep", "delete"))}
-    assert lines[f"runs/train/{two_trains.name}"].startswith("delete")
+    unused = f"runs/train/{two_trains.name}"
+    assert lines[unused].split() == ["delete", unused, *size(two_trains).split(), "3d", "complete", "-"]
     harvest = only(run_folder, "runs/harvest/*")
     train = next(path for path in run_folder.glob("runs/train/*") if path != two_trains)
     assert lines[f"runs/harvest/{harvest.name}"].startswith("keep")
@@ -44,6 +60,8 @@ def test_yes_deletes_what_the_settings_do_not_use_and_no_more(run_folder, two_tr
     half = two_trains.with_name(f".trash-{two_trains.name}")  # of a run of this name that an earlier prune began on
     half.mkdir()
     (half / "weights").write_bytes(b"w" * 5000)
+    asked = pipeline("prune").out.splitlines()[-1]
+    assert asked == f"nothing was deleted; --yes deletes 1 run and 1 leftover ({size(two_trains, half)})"
     assert pipeline("prune", "--yes").status == 0
     assert before - names(run_folder) == {f"runs/train/{two_trains.name}"}
     assert not half.exists()
@@ -56,14 +74,29 @@ def test_what_a_running_process_needs_stays(run_folder, two_trains):
     with locked(two_trains, "train"):
         ran = pipeline("prune", "--yes", "sample.seed=7")
         assert ran.status == 0
+        assert deleted(ran.out) == ["evaluate", "train"]  # an interruption leaves none without what it was made from
         kept = {path.parent.name for path in run_folder.glob("runs/*/*")}
         assert kept == {"sample", "harvest", "train"}
         assert two_trains.exists()
         ran = pipeline("prune", "--yes", str(two_trains))
         assert ran.status == 1
         assert "a process is working in it" in ran.out
-    assert pipeline("prune", "--yes", "sample.seed=7").status == 0
+    ran = pipeline("prune", "--yes", "sample.seed=7")
+    assert ran.status == 0
+    assert deleted(ran.out) == ["train", "harvest", "sample"]
     assert not names(run_folder)
+
+
+def test_what_was_paid_for_stays_with_what_it_was_made_on():
+    def run(stage: str, name: str, *before: Found, state: str = "complete") -> Found:
+        return Found(stage, Path("runs") / stage / name, 0, 0.0, state, tuple(each.path for each in before))
+
+    kept, other = run("evaluate", "1"), run("evaluate", "2")
+    explained = [run("explain", "3", kept), run("explain", "4", other), run("benchmark", "5", kept)]
+    trained = run("train", "6")
+    running = run("evaluate", "7", trained, state="running")
+    found = [kept, other, *explained, trained, running, run("train", "8")]
+    assert {run.path.name for run in choose(found, [], [kept.path])} == {"2", "4", "8"}
 
 
 def test_a_named_run_goes_only_with_its_users(run_folder):
