@@ -51,7 +51,7 @@ class RowCounts:
 
     def stops(self, *, all_read: bool) -> bool:
         """Whether more rows are dropped than used; of a part of them, in random order, when that is beyond doubt."""
-        surely = 0 if all_read else SURE * math.sqrt(max(self.read, ENOUGH_ROWS) * STOP_SHARE * (1 - STOP_SHARE))
+        surely = 0 if all_read else SURE * math.sqrt(self.read * STOP_SHARE * (1 - STOP_SHARE))
         return self.dropped_rows - STOP_SHARE * self.read > surely and (all_read or self.read >= ENOUGH_ROWS)
 
     def why(self, place: Callable[[int], str], reasons: Reasons | None = None) -> str:

@@ -227,4 +227,4 @@ def _rate(value: float | None) -> str:
 
 
 def _number(value: float | None, unit: str) -> str:
-    return "unknown" if value is None else f"{value:,.3g} {unit}" if value < 1000 else f"{value:,.0f} {unit}"
+    return "unknown" if value is None else f"{value:.3g} {unit}" if value < 100 else f"{value:,.0f} {unit}"

@@ -140,6 +140,11 @@ def test_a_step_of_nested_prefixes_keeps_rows_of_each():
     # Of few prefixes, a look at held-out rows takes more than a step.
     assert other + max(active, 5 * rows) < look < other + 16 * rows
     assert memory(*nested, aux) - memory(plain, aux) == other + 16 * rows - look
+    # Nor does that of few features, unless dead ones are revived, for which there are three more of the two.
+    narrow = (plain, "train.sae.d_sae=16384")
+    look = 16 * 4096 * 4096 + 2 * 4096 * 16_384
+    assert other + 2 * rows < look < other + 5 * rows
+    assert memory(*narrow, aux) - memory(*narrow, "train.sae.aux_coefficient=0") == other + 5 * rows - look
 
 
 def test_what_nearly_fits_does_not():
@@ -181,6 +186,13 @@ def test_a_sweep_reads_as_fast_as_its_step_is_slow():
     assert "training reads   699 MB/s; the disk here: 1 TB/s" in text  # a batch of 33.6 MB in 48 ms
     assert "forward 50,000 tokens/s, a training step 16 ms; measured" in text
     assert "200,000 steps of 4,096 rows = 0.82 epochs; 1 hook(s) x 3 SAE(s) of up to 65,536 features: " in text
+
+
+@pytest.mark.parametrize(
+    ("step", "says"), [(0.0142, "14.2"), (0.0999, "99.9"), (0.5, "500"), (0.9997, "1,000"), (12.3456, "12,346")]
+)
+def test_rates_have_three_digits_or_all(step, says):
+    assert f"a training step {says} ms; measured" in lines(GPU._replace(step=step))
 
 
 def test_pinned_pools_are_three_and_rounded_up():
@@ -253,6 +265,15 @@ def test_a_benchmark_is_counted_and_timed_by_what_a_step_reads(monkeypatch):
     assert other.startswith("40h00m at most, with 250 tokens/s")  # 36M tokens, 16 at a time, 32 layers of 2 ms
     assert other.endswith("24 GB of 80 GB")
     assert not [name for name in dict(benchmark_cost.benchmark_lines(config.benchmark, shape, GPU)) if "H100" in name]
+    # Of many slots, the keys and values take longer to read than the kernels to launch.
+    many = load(R1, [*given, "benchmark.slots=512"]).benchmark
+    step = (weights + 512 * 2150 * cache) * 2 / (0.6 * 3.35e12)
+    assert step > 32 * 2e-3
+    rows = dict(benchmark_cost.benchmark_lines(many, shape, CPU))
+    other = next(text for name, text in rows.items() if "H100" in name)
+    assert f" at most, with {512 / step:,.0f} tokens/s; weights, keys and values of 512 answers take " in other
+    room = f"{(weights + 512 * 4150 * cache) * 2 / 1e9:.0f} GB of 80 GB"
+    assert other.endswith(f"{room}: lower benchmark.slots or benchmark.max_new_tokens")
 
 
 @pytest.mark.parametrize(
