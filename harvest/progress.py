@@ -33,7 +33,7 @@ def size_text(size: float) -> str:
     """Bytes for people, in powers of ten: 8.2 TB, 537 MB."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if size >= scale:
-            return f"{size / scale:.0f} {unit}" if size >= 100 * scale else f"{size / scale:.2g} {unit}"
+            return f"{size / scale:.0f} {unit}" if size >= 99.5 * scale else f"{size / scale:.2g} {unit}"
     return f"{size / 1e3:.0f} kB"
 
 
