@@ -7,10 +7,11 @@ import pytest
 from conftest import Ran, only, unlisted
 from typer.testing import CliRunner
 
-from evaluate.compare import FIGURES, Evaluated, compare, frontier_lines
+from evaluate.compare import FIGURES, Evaluated, columns, compare, frontier_lines
 from evaluate.figures import Evaluation, Measured, figures_of, read_figures
 from harvest.files import read_json, write_sealed
 from pipeline.cli import app
+from pipeline.compare import _short
 
 SWEEP = ("train.sweep.l1_coefficient=[0.5,2]", "train.epochs=0.5", "evaluate.features=null")
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.yaml")
@@ -23,9 +24,11 @@ def run(command: str, *arguments: str) -> Ran:
     return Ran(result.exit_code, result.output)
 
 
-def evaluated(name: str, l0: float | None, **settings) -> Evaluated:
+def evaluated(name: str, l0: float | None, label: str = "", **settings) -> Evaluated:
     figures = [] if l0 is None else figures_of("fidelity", {"l0": l0, "explained_variance": 0.7}, "outliers_excluded")
-    sae = Measured("", "h", {}, (*figures, *figures_of("features", {"dead_fraction": 0.1})), {})
+    sae = Measured(
+        "", "h", {"label": label} if label else {}, (*figures, *figures_of("features", {"dead_fraction": 0.1})), {}
+    )
     return Evaluated(name, Evaluation(name, {}, "last", [], (sae,), {}), settings)
 
 
@@ -35,6 +38,44 @@ def test_rows_are_sorted_and_name_what_differs():
     assert [row["run"] for row in rows] == ["c", "a", "b"]
     assert [row["settings"] for row in rows] == [{"λ": 8}, {"λ": 5}, {"λ": 7}]
     assert rows[0]["figures"]["ce_loss_score"] is None
+    assert frontier_lines(rows, "ce_loss_score") == {}
+    assert frontier_lines(rows, "explained_variance") == {"h": [(20, 0.7), (30, 0.7)]}
+
+
+def test_an_sae_of_others_has_no_settings_of_training():
+    """What it does not have makes no column either."""
+    λ, seed, splits = "train.sae.l1_coefficient", "sample.seed", "harvest.splits"
+    theirs = evaluated("c", 5, "theirs", **{seed: 0, splits: ["holdout"]})
+    ours = [evaluated(f"{n}", 10 * n, **{λ: 2.0, seed: n, splits: ["train", "holdout"]}) for n in (1, 2)]
+    rows = compare([*ours, theirs])
+    assert [(row["sae"], row["settings"]) for row in rows] == [("theirs", {seed: 0}), ("", {seed: 1}), ("", {seed: 2})]
+    other = evaluated("d", 30, **{λ: 4.0, seed: 0, splits: ["train", "holdout"]})
+    assert [row["settings"] for row in compare([ours[0], other, theirs])] == [
+        {seed: 0},
+        {λ: 2.0, seed: 1},
+        {λ: 4.0, seed: 0},
+    ]
+
+
+def test_what_another_kind_does_not_have_is_no_difference():
+    kind, λ, k = (f"train.sae.{name}" for name in ("kind", "l1_coefficient", "k"))
+    two = [
+        evaluated("a", 10, **{kind: "standard", λ: 5.0, k: None}),
+        evaluated("b", 20, **{kind: "topk", λ: None, k: 8}),
+    ]
+    rows = compare(two)
+    assert [row["settings"] for row in rows] == [{kind: "standard"}, {kind: "topk"}]
+    assert columns(rows) == []  # the table's column `kind` says it
+    more = compare([*two, evaluated("c", 30, **{kind: "topk", λ: None, k: 16})])
+    assert [row["settings"] for row in more] == [
+        {kind: kind_, k: k_} for kind_, k_ in (("standard", None), ("topk", 8), ("topk", 16))
+    ]
+
+
+def test_long_names_are_cut_in_the_terminal():
+    assert _short("a\n b") == "a b"
+    assert _short("n" * 40) == "n" * 40
+    assert _short("n" * 41) == "n" * 37 + "..."
 
 
 def test_a_line_joins_what_differs_in_one_setting():
