@@ -264,22 +264,6 @@ def test_a_good_endpoint_passes_though_its_first_calls_fail():
         assert server.probes == 10 and not server.answered
 
 
-@pytest.mark.parametrize(
-    ("status", "says"),
-    [
-        (402, "wants to be paid first (HTTP 402: as the test says)"),
-        (405, "does not speak the OpenAI protocol (HTTP 405: as the test says); most addresses end in /v1"),
-        (429, "takes no calls now (HTTP 429: as the test says); start again later"),
-        (503, "cannot answer (HTTP 503: as the test says); look at what the server logs"),
-    ],
-)
-def test_each_refusal_has_its_way_out(status, says):
-    with serving(echo) as server:
-        server.status = status
-        assert refused(endpoint(server, tries=2)) == f"explain.runtime.base_url: {server.url}: {says}"
-        assert len(server.requests) == (2 if status in (429, 503) else 1)
-
-
 def test_nobody_there_is_said_at_once():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: refused

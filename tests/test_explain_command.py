@@ -53,6 +53,19 @@ def test_an_endpoint_that_does_not_answer_is_said_before_any_work(folder):  # no
     assert not list(Path("runs/explain").glob("*"))
 
 
+def test_each_refusal_of_an_endpoint_has_its_way_out(folder):  # noqa: F811
+    ways = {
+        402: "wants to be paid first (HTTP 402: as the test says)",
+        405: "does not speak the OpenAI protocol (HTTP 405: as the test says); most addresses end in /v1",
+        429: "takes no calls now (HTTP 429: as the test says); start again later",
+        503: "cannot answer (HTTP 503: as the test says); look at what the server logs",
+    }
+    with serving(oracle) as server:
+        for server.status, says in ways.items():
+            said = refused(options(server, "explain.runtime.tries=1"))
+            assert f"explain.runtime.base_url: {server.url}: {says}" in said
+
+
 def test_a_model_is_needed(folder):  # noqa: F811
     assert "explain: no model to ask: give --model NAME" in refused(["explain"])
     assert "explain.model: this setting is required" in refused(["explain", "--base-url", "http://localhost/v1"])

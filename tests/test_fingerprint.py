@@ -1,14 +1,17 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 from pydantic import Field
 
 from harvest.config import Settings
+from harvest.files import UserError
 from pipeline.config import load
 from pipeline.fingerprint import STAGES, Inputs, find_inputs, hashed_settings
 from pipeline.stages import fingerprints
+from pipeline.watch import Watch
 
 SMOLLM2 = ROOT / "configs" / "smollm2.yaml"
 INPUTS = Inputs("sha256:tokenizer", "sha256:model", ("sha256:chat", "sha256:reasoning"))
@@ -92,3 +95,19 @@ def test_local_inputs_are_known_by_content(fresh_folder):
     changed = find_inputs(config, Path("runs"))
     assert changed.sources[0] != before.sources[0]
     assert changed.model == before.model
+
+
+def test_a_folder_in_the_place_of_the_hubs_model_is_a_change(fresh_folder):
+    """And the other way round; files of the hub are known by their commit."""
+    config = load(TINY, ["model.name=own/model", f"model.revision={'0' * 40}"])
+    at_hub = find_inputs(config, Path("runs"))
+    assert at_hub.model == f"hub:own/model@{'0' * 40}"
+    Watch(config, at_hub, Path("runs"), "harvest").check()
+    shutil.copytree("assets/tiny-llama", "own/model")
+    local = at_hub._replace(model=find_inputs(load(TINY, []), Path("runs")).model)
+    Watch(config, local, Path("runs"), "harvest").check()
+    with pytest.raises(UserError, match="files that it reads have changed"):
+        Watch(config, at_hub, Path("runs"), "harvest").check()
+    shutil.rmtree("own/model")
+    with pytest.raises(UserError, match="files that it reads have changed"):
+        Watch(config, local, Path("runs"), "harvest").check()

@@ -16,11 +16,10 @@ from conftest import TINY, contents, only, pipeline
 
 from harvest import ingest
 from harvest import run as harvesting
-from harvest.files import Stamp, UserError, file_stamp, read_json, write_sealed
+from harvest.files import Stamp, file_stamp, read_json, write_sealed
 from pipeline import content, fingerprint, stages
 from pipeline.config import load
 from pipeline.fingerprint import find_inputs
-from pipeline.watch import Watch
 
 MODEL = Path("assets/tiny-llama")
 QUICK = [f"evaluate.{name}=null" for name in ("downstream", "reason_score", "features", "diff", "steering")]
@@ -146,22 +145,6 @@ def test_an_evaluation_does_not_count_when_its_files_change_meanwhile(run_folder
     ran = pipeline("evaluate", "evaluate.batch_rows=64", *QUICK)
     assert ran.status == 1 and f"the newest is {MODEL / name}" in ran.out
     assert len(list(Path("runs/evaluate").glob("*/manifest.json"))) == 1
-
-
-def test_a_folder_in_the_place_of_the_hubs_model_is_a_change(fresh_folder):
-    """And the other way round; files of the hub are known by their commit."""
-    config = load(TINY, ["model.name=own/model", f"model.revision={'0' * 40}"])
-    at_hub = find_inputs(config, Path("runs"))
-    assert at_hub.model == f"hub:own/model@{'0' * 40}"
-    Watch(config, at_hub, Path("runs"), "harvest").check()
-    shutil.copytree(MODEL, "own/model")
-    local = at_hub._replace(model=find_inputs(load(TINY, []), Path("runs")).model)
-    Watch(config, local, Path("runs"), "harvest").check()
-    with pytest.raises(UserError, match="files that it reads have changed"):
-        Watch(config, at_hub, Path("runs"), "harvest").check()
-    shutil.rmtree("own/model")
-    with pytest.raises(UserError, match="files that it reads have changed"):
-        Watch(config, local, Path("runs"), "harvest").check()
 
 
 def test_given_activations_that_change_while_they_are_read(tmp_path, monkeypatch):
