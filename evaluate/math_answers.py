@@ -97,7 +97,7 @@ class MathReader:
         pipe = subprocess.PIPE
         self._owner = os.getpid()
         self._process = process = subprocess.Popen(
-            command, cwd=folder, stdin=pipe, stdout=pipe, stderr=pipe, text=True, encoding="utf-8"
+            command, cwd=folder, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8"
         )
         if _pipe(process.stdout).readline().strip() != READY:
             said = process.communicate()[1].strip().splitlines()
