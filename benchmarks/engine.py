@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluate import engine, sampler
 from evaluate.operations import Interventions, Operation
+from evaluate.packed_weights import PackedWeights
 from harvest.config import ModelConfig
 from harvest.hooked_model import hooked
 from harvest.language_model import load_model
@@ -53,6 +54,9 @@ class Work:
         device = torch.device("cpu")
         self.model = load_model(MODEL, None, [HOOK], getattr(torch, dtype), device, offline=True, with_head=True)
         self.causal: Any = self.model.model
+        before = time.perf_counter()
+        self.weights = PackedWeights(self.causal, device)
+        self.packing_s = time.perf_counter() - before
         self.tokenizer = load_whole_tokenizer(MODEL, None, offline=True)
         self.saved = SavedSae(Standard.initial(576, 4608), HOOK, InputStatistics(1.0, 1.0, None), {})
         self.step_D = (40.0 * self.saved.sae.direction([7])[0]).to(getattr(torch, dtype))
@@ -63,7 +67,15 @@ class Work:
         asked = [engine.Request(ids, 0, (number,)) for number, ids in enumerate(self.prompts)]
         with ending_at(self.lengths):
             found = dict(
-                engine.answers(self.model, self.tokenizer, interventions, asked, sampler.Sampling(96), slots=self.slots)
+                engine.answers(
+                    self.model,
+                    self.tokenizer,
+                    interventions,
+                    asked,
+                    sampler.Sampling(96),
+                    slots=self.slots,
+                    weights=self.weights,
+                )
             )
         return [found[number].token_ids for number in range(len(asked))]
 
@@ -165,7 +177,8 @@ def main() -> None:
         each["tokens_per_cpu_s"] = tokens / each["cpu_s"]
         if options.check:
             each["as_alone"] = sum(a == b for a, b in zip(wrote[name], alone, strict=True))
-    print(json.dumps(vars(options) | {"machine": platform.processor(), "tokens": tokens, "ways": best}, indent=1))
+    about = {"machine": platform.processor(), "tokens": tokens, "packing_s": work.packing_s, "ways": best}
+    print(json.dumps(vars(options) | about, indent=1))
 
 
 if __name__ == "__main__":

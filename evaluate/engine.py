@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache, DynamicCache
 
+from evaluate.layer_step import same_step
 from evaluate.operations import Interventions, Operator, Reading, Tags, effective
 from evaluate.packed_weights import PackedWeights
 from evaluate.prompts import check_lengths, position_limit, thinking_tags
@@ -112,6 +113,7 @@ class Engine:
         self.slots: list[Answer | None] = [None] * slots
         self.cache = SlotCache(self.causal, slots, model.device) if fits(self.causal) else None
         self.weights = weights or PackedWeights(self.causal, model.device)
+        self.layer_step = same_step(model, self.hook, self.weights, slots) if self.cache is not None else None
         self.shade, self.shaded_B1 = shade, torch.empty(slots, 1)
         self.prompt: _Prompt | None = None  # the last one read
         self.count = 0
@@ -211,12 +213,19 @@ class Engine:
     def _decode(self) -> Tensor:
         """Logits (B, V) behind the last token of every slot."""
         assert self.cache is not None
+        used = [self.slots[slot] for slot in self.cache.close_gaps()]
+        self.slots = [*used, *[None] * (len(self.slots) - len(used))]
         last = [answer.ids[-1] if answer else 0 for answer in self.slots]
         self.operator.expect(
             [(answer.reading, [token]) if answer else None for answer, token in zip(self.slots, last, strict=True)]
         )
+        ids, ready = [[token] for token in last], self.cache.ready()
         with fixed_attention(self.model.device):
-            logits_BV = self._pass([[token] for token in last], **self.cache.ready())
+            if self.layer_step:
+                ids_B1 = torch.tensor(ids, device=self.model.device)
+                logits_BV = self.layer_step(ids_B1, self.cache, ready, self._changed)
+            else:
+                logits_BV = self._pass(ids, **ready)
         self.cache.passed()
         self._note(self.slots)
         return logits_BV
@@ -298,19 +307,21 @@ def answers(
     *,
     slots: int = 32,
     chat: bool | None = None,
+    weights: PackedWeights | None = None,
 ) -> Iterator[tuple[int, Completion]]:
     """Numbers of the requests and their completions, in the order in which they end.
 
     Requests with the same prompt and operations share its reading if they come one after another. `chat` is that of
-    `prompt_ids`. Raises UserError for prompts too long for the model, for operations on thinking where that is not
-    known, where the model did not pass the hook at every position, and out of memory.
+    `prompt_ids`, `weights` are the model's where they are packed already. Raises UserError for prompts too long for the
+    model, for operations on thinking where that is not known, where the model did not pass the hook at every position,
+    and out of memory.
     """
     causal: Any = model.model
     ids = [request.ids for request in requests]
     check_lengths(ids, sampling.max_new_tokens, position_limit(causal.config))
     thinks = any(operation.where == "thinking" for operations in interventions.lists for operation in operations)
     tags = thinking_tags(tokenizer, ids, chat) if thinks else None
-    engine = Engine(model, tokenizer, interventions, sampling, slots=slots, tags=tags)
+    engine = Engine(model, tokenizer, interventions, sampling, slots=slots, tags=tags, weights=weights)
     for request in requests:
         engine.add(request)
     while not engine.is_done:

@@ -92,6 +92,16 @@ class SlotCache(Cache):
         """Leave a slot to others."""
         self.length_B[slot] = 0
 
+    def close_gaps(self) -> list[int]:
+        """Move slots together, so that those in use are the first: which slot each of these was."""
+        used = [slot for slot, length in enumerate(self.length_B) if length]
+        for to, slot in enumerate(used):
+            if to != slot:
+                for layer in self.layers:
+                    layer.keys[to], layer.values[to] = layer.keys[slot], layer.values[slot]
+                self.length_B[to], self.length_B[slot] = self.length_B[slot], 0
+        return used
+
     def ready(self) -> dict[str, Any]:
         """Make room for a token of each slot; arguments of the model's pass over these tokens."""
         self._fit()
@@ -120,9 +130,13 @@ class SlotCache(Cache):
                 setattr(layer, name, torch.cat([old_BHKD[:, :, :kept], more_BHKD], 2))
 
     def _masks(self) -> Tensor | dict[str, Tensor]:
-        """What is added to the scores (B, 1, 1, K), for each type of layer where the model has several."""
+        """What is added to the scores (B, 1, 1, K), for each type of layer where the model has several.
+
+        On a CPU free slots behind the last in use are left out.
+        """
         column_K = torch.arange(self.layers[0].keys.shape[2], device=self.device)
-        position_B1 = self.position_B.unsqueeze(1)
+        used = max(slot for slot, length in enumerate(self.length_B) if length) + 1
+        position_B1 = self.position_B[: used if self.device.type == "cpu" else None].unsqueeze(1)
         masks = {"full_attention": column_K <= position_B1}
         if self.window is not None:
             masks["sliding_attention"] = masks["full_attention"] & (column_K > position_B1 - self.window)
@@ -158,17 +172,19 @@ def by_blocks(
 ) -> tuple[Tensor, None]:
     """Attention of one token of each slot, (B, 1, heads, D), in the form that transformers calls it in.
 
-    `query` is (B, heads, 1, D), key and value (B, H, K, D), the mask (B, 1, 1, K) is added to the scores.
+    `query` is (B, heads, 1, D), key and value (B, H, K, D), the mask (B, 1, 1, K) is added to the scores. Slots behind
+    those of the mask are given zeros.
     """
-    (slots, heads, _, width), (kept, columns) = query.shape, key.shape[1:3]
+    (slots, heads, _, width), (kept, columns), used = query.shape, key.shape[1:3], len(attention_mask)
     blocks, each = columns // BLOCK, heads // kept
-    scaled = query.float() * (width**-0.5 if scaling is None else scaling)
-    asked = scaled.reshape(slots * kept, 1, each, width).expand(-1, blocks, -1, -1).flatten(0, 1)
-    scores = torch.bmm(asked, key.reshape(-1, BLOCK, width).transpose(1, 2)).view(slots, kept, blocks, each, BLOCK)
-    scores = scores + attention_mask.view(slots, 1, blocks, 1, BLOCK)
-    weights = (scores - scores.amax((2, 4), keepdim=True)).exp()
-    found = torch.bmm(weights.view(-1, each, BLOCK), value.reshape(-1, BLOCK, value.shape[3]))
+    scaled = query[:used].float() * (width**-0.5 if scaling is None else scaling)
+    asked = scaled.reshape(used * kept, 1, each, width).expand(-1, blocks, -1, -1).flatten(0, 1)
+    scores = torch.bmm(asked, key[:used].reshape(-1, BLOCK, width).transpose(1, 2))
+    scores = scores.view(used, kept, blocks, each, BLOCK).add_(attention_mask.view(used, 1, blocks, 1, BLOCK))
+    weights = scores.sub_(scores.amax((2, 4), keepdim=True)).exp_()
+    found = torch.bmm(weights.view(-1, each, BLOCK), value[:used].reshape(-1, BLOCK, value.shape[3]))
     # A cumulative sum adds in order, so that the zeros of masked blocks at its end change nothing.
     total = weights.sum(4, keepdim=True).cumsum(2)[:, :, -1]
-    found = found.view(slots, kept, blocks, each, -1).cumsum(2)[:, :, -1] / total
-    return found.reshape(slots, 1, heads, -1).to(query.dtype), None
+    found = found.view(used, kept, blocks, each, -1).cumsum(2)[:, :, -1] / total
+    found = found.reshape(used, 1, heads, -1).to(query.dtype)
+    return found if used == slots else torch.cat([found, found.new_zeros(slots - used, *found.shape[1:])]), None

@@ -15,7 +15,6 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from evaluate import engine
 from evaluate.engine import Completion, Engine, Request, answers
 from evaluate.operations import Interventions, Operation, effective
-from evaluate.packed_weights import PackedWeights
 from evaluate.prompts import check_lengths
 from evaluate.sampler import Draw, Sampling, chosen, gumbel
 from evaluate.slot_cache import BLOCK, SlotCache, fits
@@ -287,7 +286,7 @@ def test_samples_share_the_reading_of_their_prompt(monkeypatch):
     prompt = requests((9,))[0].ids
     asked = [Request(prompt, list_, (0, sample)) for list_ in (0, 1) for sample in range(3)]
     found = by_number(model, interventions, asked, Sampling(5, 1.0), slots=6)
-    assert [width for width in passes if width > 1] == [9, 9]
+    assert passes.count(9) == 2
     assert len({tuple(found[n].token_ids) for n in range(3)}) == 3
     assert {(c.processed, c.changed) for c in found.values()} == {(13, 0), (13, 13)}
     for number, request in enumerate(asked):
@@ -305,23 +304,6 @@ def test_a_long_prompt_and_a_layer_that_is_passed_by_are_errors(monkeypatch):
     monkeypatch.setattr(type(layer), "__call__", skip)
     with pytest.raises(UserError, match=r"layers\.1: the model read 11 tokens of a sequence, and 4 passed the hook"):
         by_number(model, interventions, requests((4,)), Sampling(8), slots=2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_weights_give_the_products_of_the_plain_ones(dtype):
-    generator = torch.Generator().manual_seed(0)
-    layers = torch.nn.Sequential(torch.nn.Linear(48, 80), torch.nn.Linear(80, 24, bias=False)).requires_grad_(False)
-    layers.to(dtype)
-    plain = layers[0].forward
-    weights = PackedWeights(layers, torch.device("cpu"))
-    assert len(weights.forwards) == 2
-    for rows in (1, 7, 130):
-        x = torch.randn(rows, 1, 48, generator=generator).to(dtype)
-        with weights():
-            assert layers[0].forward != plain
-            found = layers(x)
-        assert torch.equal(found, layers(x)) if dtype == torch.bfloat16 else torch.allclose(found, layers(x), atol=1e-5)
-    assert layers[0].forward == plain
 
 
 def test_out_of_memory_names_what_can_be_lowered(monkeypatch):
