@@ -184,7 +184,8 @@ def test_other_methods_are_refused(url, method):
 
 def test_a_get_of_what_is_posted_is_refused(url):
     for path in ("/api/features", "/api/steer", "/v1/completions", "/v1/chat/completions"):
-        refused(http.get(url + path), 405)
+        assert refused(http.get(url + path), 405) == "not with this method"
+    assert refused(http.get(f"{url}/api"), 404) == "there is nothing at this address"
 
 
 RAW = {
