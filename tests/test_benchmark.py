@@ -283,6 +283,7 @@ def test_other_numerics_stop_unless_allowed_and_keep_what_was_answered(folder, a
     stop_after(2)
     path = of(folder) / "begun.json"
     begun = read_json(path)
+    assert begun["numerics"]["threads"] == 1  # as the settings have it
     with pytest.MonkeyPatch.context() as patch:
         own = benchmark.numerics
         patch.setattr(benchmark, "numerics", lambda *a, **more: own(*a, **more) | {"device": "Another"})
