@@ -37,6 +37,7 @@ def test_lines_rise_with_their_values_and_grow_to_the_right():
     assert x0 < x1 < x2 and x1 == pytest.approx((x0 + x2) / 2, abs=0.1)
     assert y1 < y2 < y0 and y2 == pytest.approx((y0 + y1) / 2, abs=0.1)
     assert path(svg, 1) == [(x0, y1), (x2, y0)]
+    assert 'class="label" x="252" y="216"' in svg  # of the axis, in the middle of the frame and above its lower edge
     labels = {text: float(y) for y, text in re.findall(r'<text x="50" y="([\d.]+)" text-anchor="end">([\d.]+)<', svg)}
     assert labels["0"] == pytest.approx(y0 + 4) and labels["1"] == pytest.approx(y1 + 4)
     assert lines("t", {"a": []}) == ""

@@ -12,7 +12,7 @@ from made_rows import batches, measured
 
 from evaluate.downstream import NAMES, downstream
 from evaluate.fidelity import density_figures
-from evaluate.figures import EVERY, KEPT, read_figures
+from evaluate.figures import EVERY, KEPT, read_figures, text
 from evaluate.groups import by_source
 from evaluate.intervals import with_intervals
 from harvest.config import ModelConfig
@@ -334,3 +334,14 @@ def test_a_batch_of_one_text_says_nothing_of_other_texts(finished, monkeypatch, 
     handle.remove()
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert found["all"]["ce_zero_ablated_all_rows"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "expected"),
+    [
+        *((None, "l0", "–"), (1234.0, "rows", "1,234"), (33.62, "l0", "33.6"), (999.9, "mse", "999.9")),
+        *((1000.0, "mse", "1,000"), (1234.5, "l0", "1,234"), (0.73432, "explained_variance", "0.734")),
+    ],
+)
+def test_figures_of_tables(value, name, expected):
+    assert text(value, name) == expected

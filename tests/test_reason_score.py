@@ -148,6 +148,7 @@ def test_rows_of_the_store_and_of_the_model_give_one_score(run_folder):
     store, model = found["store"], found["model"]
     assert model["words"] == store["words"]
     assert model["rows_outside"] == store["rows_outside"] > 0
+    assert [row["rank"] for row in store["top"]] == [*range(1, len(store["top"]) + 1)]
     best = {row["feature"]: row["score"] for row in model["top"]}
     for row in store["top"]:
         assert best[row["feature"]] == pytest.approx(row["score"], rel=0.01, abs=1e-5)  # bfloat16 rows, other batches

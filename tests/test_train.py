@@ -269,6 +269,7 @@ def test_several_hooks_train_an_sae_each(run_folder):
     """The layer-wise SAE; each is the one that its hook alone gives."""
     ran = pipeline("run", "harvest.hooks=[model.layers.1,model.layers.0]")
     assert ran.status == 0, ran.out
+    assert all(f"\ntrain model.layers.{layer}: " in ran.out for layer in (0, 1))  # whose progress it is
     both = next(p for p in run_folder.glob("runs/train/*") if (p / "model.layers.0").exists())
     single = next(p for p in run_folder.glob("runs/train/*") if not (p / "model.layers.0").exists())
     weights = "model.layers.1/sae_weights.safetensors"
