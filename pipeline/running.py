@@ -96,10 +96,11 @@ def damage(run: Run) -> str:
 
     Raises UserError for a manifest that is damaged or belongs to another run.
     """
-    changed = run.changed() if run.stage in MADE_ANEW else run.missing()
-    if not changed and run.is_of_other_weights:
+    if changed := run.changed() if run.stage in MADE_ANEW else run.missing():
+        return run.said(changed)
+    if run.stage in MADE_ANEW and run.is_of_other_weights:
         return f"{run.path}: its SAE was trained anew since, and has other weights now"
-    return run.said(changed) if changed else ""
+    return ""
 
 
 def watched(watch: Watch, begin: Begin) -> Begin:
