@@ -1,9 +1,10 @@
-"""A token of every slot by a model of Llama's form, in few calls: Llama, Mistral, Qwen2, Qwen3 and what else passes.
+"""A token of every slot by a model of Llama's form, in few calls: Llama, Mistral, Qwen2, Qwen3 and Gemma.
 
 A step reads all weights for a few rows, so on a CPU a fifth of it was calls around the products. Here are the same
 products and sums without these; what reads the same is one product, and queries and keys are turned at once. Whether
-it gives the bits of the model's own step is tried with a made text; a model whose step gives others, or is of another
-form, keeps its own.
+it gives the bits of the model's own step is tried with a made text; a model whose step gives others keeps its own. So
+does every other family: a short text does not show what depends on large values or on far positions (OLMo clips
+queries and keys, Ministral scales them behind its first 16,384 tokens).
 
 Shape suffixes: B slots, S tokens, N heads of queries, keys and values, W width of a head, D d_in, V vocabulary.
 """
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -25,6 +26,7 @@ from harvest.products import widens
 
 Change = Callable[[Tensor, Tensor], Tensor]
 
+FAMILIES = {"gemma", "llama", "mistral", "qwen2", "qwen3"}  # transformers' model types
 TRIED = 6  # tokens of the made text
 
 
@@ -40,11 +42,9 @@ class LayerStep:
     """The pass of a token of each slot through a model's layers, with a hook behind one of them."""
 
     def __init__(self, model: HookedModel, hook: str, weights: PackedWeights) -> None:
-        """Raises AttributeError, ValueError or TypeError for a model of another form."""
+        """Raises ValueError if the hook is not a layer of the model."""
         causal: Any = model.model
         text = causal.model
-        _check(causal, "model lm_head")
-        _check(text, "embed_tokens layers norm rotary_emb")
         self.hooked = list(text.layers).index(model.modules[hook])
         self.embed, self.rotary, self.norm = text.embed_tokens.forward, text.rotary_emb.forward, text.norm.forward
         self.rows = text.embed_tokens.num_embeddings
@@ -80,21 +80,12 @@ class LayerStep:
         return self.head(self.norm(x_B1D))[:, -1]
 
 
-def _check(module: nn.Module, names: str) -> None:
-    if {name for name, _ in module.named_children()} != set(names.split()):
-        raise ValueError(f"{type(module).__name__} is of another form")
-
-
 def _layer(layer: Any, weights: PackedWeights) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
-    _check(layer, "input_layernorm self_attn post_attention_layernorm mlp")
-    _check(mlp, "gate_proj up_proj down_proj act_fn")
-    turned = hasattr(attention, "q_norm")
-    _check(attention, "q_proj k_proj v_proj o_proj" + " q_norm k_norm" * turned)
     return _Layer(
         attention,
         (layer.input_layernorm.forward, layer.post_attention_layernorm.forward),
-        (attention.q_norm.forward, attention.k_norm.forward) if turned else None,
+        (attention.q_norm.forward, attention.k_norm.forward) if hasattr(attention, "q_norm") else None,
         (
             weights.product([attention.q_proj, attention.k_proj, attention.v_proj]),
             weights.product([attention.o_proj]),
@@ -106,7 +97,7 @@ def _layer(layer: Any, weights: PackedWeights) -> _Layer:
 
 
 def same_step(model: HookedModel, hook: str, weights: PackedWeights, slots: int) -> LayerStep | None:
-    """The step of a model, if it is of Llama's form and gives the bits of the model's own behind a made text.
+    """The step of a model, if its family is known and it gives the bits of the model's own behind a made text.
 
     It is tried once for each hook and number of slots, and kept beside the weights.
     """
@@ -118,7 +109,7 @@ def same_step(model: HookedModel, hook: str, weights: PackedWeights, slots: int)
 @torch.inference_mode()
 def _tried(model: HookedModel, hook: str, weights: PackedWeights, slots: int) -> LayerStep | None:
     causal: Any = model.model
-    if widens(model.device, causal.dtype):
+    if causal.config.model_type not in FAMILIES or widens(model.device, causal.dtype):
         return None
     try:
         step = LayerStep(model, hook, weights)
@@ -141,7 +132,7 @@ def _tried(model: HookedModel, hook: str, weights: PackedWeights, slots: int) ->
                 else:
                     logits_BV = step(ids_B1, cache, ready, _negated)
             found.append([logits_BV, *(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))])
-    except Exception as error:  # of any kind: models of other forms
+    except Exception as error:  # of any kind: a hook elsewhere, a family's form in another transformers
         if is_out_of_memory(error):
             raise
         return None

@@ -21,6 +21,7 @@ from evaluate.sampler import Sampling
         ("qwen3", "model.layers.1", True),  # norms of queries and keys
         ("llama", "model.layers.1.mlp", False),  # a hook inside a layer
         ("gemma", "model.layers.1", True),  # scales its embeddings
+        ("olmo", "model.layers.1", False),  # clips queries and keys where they are large, as no made text shows
         ("gpt2", "transformer.h.1", False),
     ],
 )
