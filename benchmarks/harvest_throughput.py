@@ -204,9 +204,8 @@ def arms(options: argparse.Namespace, device: torch.device) -> tuple[list[Arm], 
     if not options.peers:
         return out, vocabulary
     if options.shape:
-        torch.set_default_device(device)
-        causal: Any = AutoModelForCausalLM.from_config(R1_LLAMA_8B, dtype=dtype)
-        torch.set_default_device("cpu")
+        with device:
+            causal: Any = AutoModelForCausalLM.from_config(R1_LLAMA_8B, dtype=dtype)
     else:
         causal = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)
     causal = causal.to(device).eval().requires_grad_(False)
@@ -225,10 +224,9 @@ def truncated(options: argparse.Namespace, hook: str, dtype: torch.dtype, device
     if not options.shape:
         return load_model(ModelConfig(name=options.model), None, [hook], dtype, device, offline=True)
     torch.manual_seed(0)
-    torch.set_default_device(device)
     sliced = LlamaConfig(**R1_LLAMA_8B.to_dict() | {"num_hidden_layers": options.layer + 1})
-    body: Any = AutoModel.from_config(sliced, dtype=dtype).eval().requires_grad_(False)
-    torch.set_default_device("cpu")
+    with device:
+        body: Any = AutoModel.from_config(sliced, dtype=dtype).eval().requires_grad_(False)
     return HookedModel(body, {hook: body.layers[options.layer]}, device, body.layers)
 
 

@@ -36,9 +36,8 @@ def made(place: Place, layers: int, dtype: torch.dtype) -> tuple[HookedModel, In
     narrow = {} if place.on_gpu else {**NARROW, "head_dim": 16, "vocab_size": 4096}
     config = LlamaConfig(**R1_LLAMA_8B.to_dict() | narrow | {"num_hidden_layers": layers})
     torch.manual_seed(0)
-    torch.set_default_device(place.device)
-    causal: Any = LlamaForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
-    torch.set_default_device("cpu")
+    with place.device:
+        causal: Any = LlamaForCausalLM._from_config(config, dtype=dtype).eval().requires_grad_(False)
     causal.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None)
     sae = Standard.initial(config.hidden_size, 16, scale=0.5).to(place.device)
     saved = SavedSae(sae, HOOK, InputStatistics(0.5, 1.0, None), {})

@@ -46,9 +46,8 @@ def make_model(place: Place, folder: Path) -> None:
     if not place.on_gpu:
         narrow = {**NARROW, "head_dim": 16, "vocab_size": 4096, "num_hidden_layers": 3}
     torch.manual_seed(0)
-    torch.set_default_device(place.device)
-    made = LlamaForCausalLM._from_config(LlamaConfig(**R1_LLAMA_8B.to_dict() | narrow), dtype=torch.bfloat16)
-    torch.set_default_device("cpu")
+    with place.device:
+        made = LlamaForCausalLM._from_config(LlamaConfig(**R1_LLAMA_8B.to_dict() | narrow), dtype=torch.bfloat16)
     made.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None)
     made.save_pretrained(folder)
     tiny.tokenizer().save_pretrained(folder)
