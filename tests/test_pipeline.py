@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,9 @@ def test_bfloat16_goes_through_every_stage(fresh_folder):
     assert ran.status == 0, ran.out
     manifest = json.loads(only(fresh_folder, "runs/harvest/*/manifest.json").read_text())
     assert manifest["numerics"]["compute_dtype"] == "bfloat16"
+    counted = re.findall(r"^(\w+)[^:\n]*: ([\d,]+)/([\d,]+) \w+  ", ran.out, re.MULTILINE)
+    assert {"sample", "harvest", "train", "held", "downstream", "steering", "ablation"} <= {name for name, *_ in counted}
+    assert all(done == total for _, done, total in counted), counted
 
 
 def test_nothing_runs_when_all_is_complete(run_folder):
@@ -196,6 +200,7 @@ def test_other_numerics_stop_a_resume_unless_allowed(run_folder):
     (train / "manifest.json").unlink()
     (train / "model.layers.1" / "sae.json").unlink()
     begun = read_json(train / "begun.json")
+    assert begun["numerics"]["threads"] == 1  # on a CPU: sums depend on their number
     begun["numerics"]["torch"] = "2.0.0"
     write_sealed(train / "begun.json", begun)
     ran = pipeline("train")

@@ -116,6 +116,14 @@ def test_chance_explains_nothing_though_most_tokens_are_rare():
     assert np.isnan(found.outside).all()
 
 
+def test_the_size_of_activations_does_not_matter():
+    rng = np.random.default_rng(0)
+    token = rng.integers(0, 50, 500)
+    f_BF = torch.from_numpy(np.maximum(rng.normal(size=(500, 3)) + token[:, None] % 3 - 1, 0))
+    large, small = made(f_BF, token), made(f_BF * 2**-14, token)
+    assert (small.eta_squared == large.eta_squared).all() and (small.explained == large.explained).all()
+
+
 def test_pairs_that_are_dropped_for_memory_make_a_lower_bound(monkeypatch, capsys):
     rng = np.random.default_rng(0)
     token = rng.integers(0, 50, 2000)
