@@ -20,14 +20,17 @@ def shard_bytes(geometry: Geometry) -> int:
     return sum(-(-size // BLOCK) * BLOCK for size in files)
 
 
-def check_room(directory: Path, shards: int, geometry: Geometry) -> None:
-    """Raise UserError when so many shards that are still to be written do not fit on the folder's disk."""
+def check_room(directory: Path, shards: int, geometry: Geometry, less: str = "lower sample.train_tokens") -> None:
+    """Raise UserError when so many shards that are still to be written do not fit on the folder's disk.
+
+    `less` is what makes them fewer.
+    """
     needed, free = shards * shard_bytes(geometry), shutil.disk_usage(directory).free
     if needed > free:
         raise UserError(
             f"{directory}: {shards:,} shards are still to be written, {size_text(needed)}, and the disk has "
             f"{size_text(free)} free. Make room (`make prune` lists old runs), choose another disk with --runs, "
-            "or lower sample.train_tokens"
+            f"or {less}"
         )
 
 

@@ -83,7 +83,7 @@ def run(config: IngestConfig, directory: Path, begin: Callable[[dict[str, Any]],
     store.files.sweep(alone=True)
     every = [(name, shard) for name in ("holdout", "train") for shard in range(shards[name])]
     done = {(name, shard) for name in SPLITS for shard in store.complete_shards(name)}
-    check_room(directory, len(every) - len(done), geometry)
+    check_room(directory, len(every) - len(done), geometry, "name fewer files in ingest.path")
     total, start = len(every) * config.shard_rows, len(done) * config.shard_rows
     with (
         Progress("ingest", total, "rows", start=start, path=directory / "progress.json") as progress,

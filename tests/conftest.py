@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import typer.testing
+from httpx._transports import default
 from jinja2 import Environment
 from packaging.version import Version
 from typer.testing import CliRunner
@@ -27,6 +28,9 @@ import tiny
 
 from harvest.files import read_json, write_sealed
 
+MEMORY = Path("/dev/shm")
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > 4 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))  # files on a disk take a tenth of the tests' time
 os.fsync = lambda _file: None  # tests kill processes, never the machine; a tenth of their time would go here
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +107,14 @@ def commands_read_once():
     """Typer makes the tree of commands from their functions at each call."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.testing, "_get_command", cache(typer.testing._get_command))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def certificates_read_once():
+    """httpx reads those of all authorities for each request of a test, though none is encrypted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(default, "create_ssl_context", cache(default.create_ssl_context))
         yield
 
 

@@ -109,6 +109,9 @@ def test_memory_of_the_papers_run_by_arithmetic():
     topk = ("train.sae.kind=topk", "train.sae.k=64", "train.sae.l1_coefficient=null", "train.sae.aux_coefficient=0.1")
     assert memory(*topk) == kept + 2 * B * F + 16 * B * D  # a look's pre-activations take more than that
     assert memory(*topk, "train.kernel=dense") == kept + 13 * B * F
+    # With many there are twice as many candidates, and sorting them takes more than a look.
+    many = memory(*topk, "train.sae.k=20000"), memory(*topk, "train.sae.k=20010")
+    assert many[1] - many[0] == 44 * 2 * 10 * B
 
 
 def test_the_harvests_memory_is_near_what_was_measured():

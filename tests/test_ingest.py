@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -265,6 +266,15 @@ def test_what_is_left_out_is_said_and_an_interrupted_ingest_ends_with_the_same_b
     (harvest / "store/train/activations/acts/c/2/0").write_bytes(b"half a sh")
     assert run("ingest", "ingest.path=x.npy").status == 0
     assert contents(harvest / "store") == before
+
+
+def test_rows_that_do_not_fit_on_the_disk_are_refused_before_any_is_written(monkeypatch):
+    np.save("x.npy", acts().flatten(0, 1)[:600].numpy())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**9, 0, 20_000))
+    ran = run("ingest", "ingest.path=x.npy")
+    assert ran.status == 1 and not list(Path().glob("runs/harvest/*/store/*/shards/*"))
+    assert "shards are still to be written, " in ran.out and "20 kB free" in ran.out
+    assert "fewer files in ingest.path" in ran.out
 
 
 def hostile_pt(path: str, value: object) -> None:

@@ -46,7 +46,9 @@ def test_bfloat16_goes_through_every_stage(fresh_folder):
     manifest = json.loads(only(fresh_folder, "runs/harvest/*/manifest.json").read_text())
     assert manifest["numerics"]["compute_dtype"] == "bfloat16"
     counted = re.findall(r"^(\w+)[^:\n]*: ([\d,]+)/([\d,]+) \w+  ", ran.out, re.MULTILINE)
-    assert {"sample", "harvest", "train", "held", "downstream", "steering", "ablation"} <= {name for name, *_ in counted}
+    assert {"sample", "harvest", "train", "held", "downstream", "steering", "ablation"} <= {
+        name for name, *_ in counted
+    }
     assert all(done == total for _, done, total in counted), counted
 
 

@@ -142,7 +142,10 @@ def test_planted_features_get_the_verdicts_that_they_were_planted_for(subject):
     assert list(by_strategy) == list(STRATEGIES)
     assert all(by_strategy[name]["d"] == 0 and by_strategy[name]["p"] == 1 for name in STRATEGIES[:3])
     assert by_strategy["context"]["d"] > 2 and after["p"] == pytest.approx(4 * by_strategy["context"]["p"])
-    assert abs(place["d"]) < 0.8 and place["reasoning"]["mean"] > 0
+    for line in (detector, after, place):
+        best = next(each for each in line["strategies"] if each["strategy"] == line["best"])
+        assert line["share"] == best["mean"] / line["reasoning"]["mean"]
+    assert never["share"] is None and abs(place["d"]) < 0.8 and place["reasoning"]["mean"] > 0
     assert never == never | {"best": None, "d": None, "p": None, "strategies": [], "example": [], "tokens": []}
     control = [line for line in by_feature.values() if line["group"] == "control"]
     assert {line["feature"] for line in control} < {4, 5, 6, 7} and len(control) == 3  # one for each that fires

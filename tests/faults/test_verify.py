@@ -223,6 +223,10 @@ def test_a_sample_reads_so_many_shards(run_folder, monkeypatch):
     monkeypatch.setattr(ActivationStore, "verify_shard", lambda *place: looked.append(place[1:]) or whole(*place))
     ran = pipeline("verify", "--sample", "3")
     assert ran.status == 0 and len(set(looked)) == len(looked) == 3
-    assert "verify: 3/3 shards" in ran.out and "3 of 8 shards, drawn at random" in ran.out and "every byte that was read" in ran.out
+    assert (
+        "verify: 3/3 shards" in ran.out
+        and "3 of 8 shards, drawn at random" in ran.out
+        and "every byte that was read" in ran.out
+    )
     looked.clear()
     assert pipeline("verify", "--sample", "100").status == 0 and len(looked) == 8
