@@ -2,8 +2,8 @@
 
     x' = x − f_i · direction_i       where feature i fires, but for the rows that training leaves out
 
-The text runs through the model once. For each feature, only the contexts in which it fires run again, and of the model
-only the layers behind the hook; in the other contexts the change is exactly 0.
+The text runs through the model once. For each feature, only the batches in which it fires run again, and of the model
+only the layers behind the hook; in contexts in which it does not fire the change is exactly 0.
 
 Shape suffixes: B contexts of a batch, S positions, T = S − 1 of them that have a next token, C contexts, D d_in,
 K features, N rows, R resamplings.
@@ -88,14 +88,14 @@ def ablate(
         of_each = []
         for k, feature in enumerate(features):
             fires_BS = fires_NK[:, k].view(ids_BS.shape)
-            some_B = fires_BS.any(1)
             change_BT = torch.zeros_like(clean_BT)
-            if some_B.any():
-                here, places_1N = x_BSD[some_B].flatten(0, 1), fires_BS[some_B].flatten().unsqueeze(0)
-                without_ND = operated(saved.sae, here, [Operation(feature, "ablate", 0.0)], {}, places_1N)
-                with model.replaced(saved.hook, without_ND.view(-1, *x_BSD.shape[1:])):
-                    logits = model.model(ids_BS[some_B], use_cache=False).logits
-                change_BT[some_B] = losses(logits, ids_BS[some_B]) - clean_BT[some_B]
+            if fires_BS.any():
+                # All contexts of the batch, as another shape would change the last bits of losses.
+                places_1N = fires_BS.flatten().unsqueeze(0)
+                without_ND = operated(saved.sae, x_ND, [Operation(feature, "ablate", 0.0)], {}, places_1N)
+                with model.replaced(saved.hook, without_ND.view(x_BSD.shape)):
+                    change_BT = losses(model.model(ids_BS, use_cache=False).logits, ids_BS) - clean_BT
+                change_BT[~fires_BS.any(1)] = 0
             of_each.append((change_BT.mean(1), (change_BT * fires_BS[:, :-1]).sum(1), fires_BS[:, :-1].sum(1)))
             if progress:
                 progress.advance(tokens_BS.size)

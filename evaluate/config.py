@@ -8,7 +8,7 @@ from evaluate.spellings import check_words
 from harvest.config import ComputeDtype, Device, ModelConfig, Seed, Settings, check_different
 from train.published_config import PublishedFiles
 
-EVALUATE_VERSION = 10
+EVALUATE_VERSION = 11
 LARGEST_STRENGTH = 1e6
 Op = Literal["add", "set", "ablate", "scale"]
 Where = Literal["all", "prompt", "generated", "thinking"]
