@@ -150,8 +150,11 @@ def held_out_maxima(runs: Runs, saved: "SavedSae", features: Sequence[int]) -> d
     """
     from evaluate.steering import max_activations
     from harvest.activation_store import ActivationStore
+    from harvest.device import resolve_device
     from harvest.store_files import files_of
 
+    device = resolve_device(runs.config.evaluate.runtime.device)
+    saved = saved._replace(sae=saved.sae.to(device))
     store = ActivationStore.open(files_of(runs.directory("harvest")))
     store.check_complete(("holdout",))
     return dict(zip(features, max_activations(store, saved, runs.config.exclude, features), strict=True))
