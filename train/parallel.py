@@ -157,7 +157,13 @@ class FeatureRanks:
                     shape[axis] = len(places)
                     part = torch.empty(shape, dtype=mine.dtype, device=mine.device)
                     dist.recv(part, rank)
-                out[name].narrow(axis, places.start, len(places)).copy_(part)
+                here = out[name].narrow(axis, places.start, len(places))
+                if not here.is_contiguous():  # torch would copy a part of rows through memory that is not pinned
+                    key = f"{name} of rank {rank}"
+                    if key not in host:
+                        host[key] = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
+                    part = host[key].copy_(part)
+                here.copy_(part)
         return out
 
 
