@@ -15,6 +15,7 @@ Shape suffixes: B slots or texts, S tokens, D d_in, V vocabulary.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -321,17 +322,24 @@ def answers(
     check_lengths(ids, sampling.max_new_tokens, position_limit(causal.config))
     thinks = any(operation.where == "thinking" for operations in interventions.lists for operation in operations)
     tags = thinking_tags(tokenizer, ids, chat) if thinks else None
-    engine = Engine(model, tokenizer, interventions, sampling, slots=slots, tags=tags, weights=weights)
+    with _memory_for(slots, sampling):
+        engine = Engine(model, tokenizer, interventions, sampling, slots=slots, tags=tags, weights=weights)
     for request in requests:
         engine.add(request)
     while not engine.is_done:
-        try:
+        with _memory_for(slots, sampling):
             ended = engine.step()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"out of memory while {slots} answers are written at once; lower their number (benchmark.slots), or "
-                f"max_new_tokens ({sampling.max_new_tokens:,})"
-            ) from None
         yield from ended
+
+
+@contextmanager
+def _memory_for(slots: int, sampling: Sampling) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory while {slots} answers are written at once; lower their number (benchmark.slots), or "
+            f"max_new_tokens ({sampling.max_new_tokens:,})"
+        ) from None

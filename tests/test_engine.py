@@ -313,6 +313,9 @@ def test_out_of_memory_names_what_can_be_lowered(monkeypatch):
         UserError, match=r"out of memory while 3 answers are written .* \(benchmark\.slots\), or max_new"
     ):
         by_number(model, interventions, requests((4,)), Sampling(8), slots=3)
+    monkeypatch.setattr("evaluate.engine.same_step", lambda *_: torch.empty(1 << 60))
+    with pytest.raises(UserError, match="out of memory while 5 answers are written"):
+        by_number(model, interventions, requests((4,)), Sampling(8), slots=5)
 
 
 def test_noise_is_that_of_a_draw_from_the_softmax():
