@@ -66,10 +66,18 @@ def compare_bits(place: Place, dtype: torch.dtype) -> int:
                 compared += before_V is not row_V
         return chosen(logits_NV, sampling, draws)
 
+    writer = Engine(model, TOKENIZER, interventions, Sampling(24, 1.0, 0.9), slots=7)
+    assert writer.layer_step, f"{dtype}: the step by layers gives other bits than the model's own"
     engine.chosen = keep
     try:
         for some in (asked, asked[::-1], asked[2:3], [asked[3]] * 7):
             list(engine.answers(model, TOKENIZER, interventions, some, Sampling(24, 1.0, 0.9), slots=7))
+        numbers = [writer.add(request) for request in asked]
+        writer.step()
+        for number in numbers[:2]:
+            writer.cancel(number)  # the others move to the first slots
+        while not writer.is_done:
+            writer.step()
     finally:
         engine.chosen = chosen
     return compared
