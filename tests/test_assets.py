@@ -37,7 +37,7 @@ def test_conversations_get_the_schema_of_lmsys(tmp_path):
 
     two = {"messages": [say("a", "hi", "there"), say("b", "yes"), say("a", " ")]}
     alone = {"messages": [say("a", "hello?")]}
-    (tmp_path / "dataset.json").write_text(json.dumps({"one": two, "other": alone}))
+    (tmp_path / "dataset.json").write_text(json.dumps({"other": alone, "one": two}))
     assets.write_chat(tmp_path / "dataset.json", tmp_path)
     found = rows(tmp_path / "train.jsonl")
     assert len(found) == 1

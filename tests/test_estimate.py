@@ -264,6 +264,8 @@ def test_a_benchmark_is_counted_and_timed_by_what_a_step_reads(monkeypatch):
     assert benchmark_cost.step_of(shape)[:2] == (weights, cache)
     assert f"{36e6 / 16 * step / 86400:,.0f} days at most, with {16 / step:,.0f} tokens/s" in rows[CPU.name]
     assert f"{(weights + 16 * 4150 * cache) * 4 / 1e9:.0f} GB of 10 GB: lower benchmark.slots" in rows[CPU.name]
+    half = config.benchmark.model_copy(update={"compute_dtype": "bfloat16"})
+    assert f"with {32 / step:,.0f} tokens/s" in dict(benchmark_cost.benchmark_lines(half, shape, CPU))[CPU.name]
     other = next(text for name, text in rows.items() if "H100" in name)
     assert other.startswith("40h00m at most, with 250 tokens/s")  # 36M tokens, 16 at a time, 32 layers of 2 ms
     assert other.endswith("24 GB of 80 GB")

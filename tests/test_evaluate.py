@@ -35,6 +35,12 @@ def identity(d: int, norm_limit: float | None = None) -> SavedSae:
     return SavedSae(sae, HOOK, InputStatistics(2.0, 1.0, norm_limit), {})
 
 
+def test_rows_without_an_error_are_rows():
+    saved = SavedSae(Standard.initial(8, 20), HOOK, InputStatistics(1.0, 1.0, None), {})
+    figures = measured(saved, batches(torch.zeros(6, 8).bfloat16(), np.arange(6) % 2), {}).figures
+    assert figures[KEPT]["all"]["rows"] == 6 and figures[KEPT]["all"]["mse"] == 0
+
+
 def test_figures_are_what_they_are_defined_as():
     """Rows of unlike sources whose means are far from zero, in batches of unlike length, one of them an outlier."""
     generator = torch.Generator().manual_seed(0)

@@ -274,7 +274,10 @@ def test_one_reader_serves_several_saes_and_stops_at_the_hook_of_each(two_hooks,
         for hook in ("model.layers.1", "model.layers.0"):
             saved = load_sae(each.directory("train") / hook)
             shelves.append(standing_in(saved, Entry(hook, hook, each, hook)))
-    reader, ran = Reader.load([shelf.entry for shelf in shelves]), []
+    threads, ran = [], []
+    monkeypatch.setattr(reading, "set_threads", lambda *asked: threads.append(asked))
+    reader = Reader.load([shelf.entry for shelf in shelves])
+    assert threads == [(1, torch.device("cpu"))]  # as evaluate.runtime has it
     monkeypatch.setattr(reading, "ON_DEVICE", 2)
     handle = reader.causal.model.layers[1].register_forward_hook(lambda *_: ran.append(1))
     for shelf in shelves + shelves:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from harvest.config import Settings
 from harvest.files import UserError
-from pipeline.config import load
+from pipeline.config import PipelineConfig, load
 from pipeline.fingerprint import STAGES, Inputs, find_inputs, hashed_settings
 from pipeline.stages import fingerprints
 from pipeline.watch import Watch
@@ -16,6 +16,7 @@ from pipeline.watch import Watch
 SMOLLM2 = ROOT / "configs" / "smollm2.yaml"
 INPUTS = Inputs("sha256:tokenizer", "sha256:model", ("sha256:chat", "sha256:reasoning"))
 GOLDEN = Path(__file__).parent / "golden_fingerprints.json"
+GOLDEN_SETTINGS = Path(__file__).parent / "golden_settings.json"
 
 
 def of(*overrides: str, inputs: Inputs = INPUTS, file: Path = SMOLLM2) -> dict[str, str]:
@@ -34,6 +35,21 @@ def test_shipped_settings_keep_their_fingerprints():
     found = {name: of(file=ROOT / "configs" / f"{name}.yaml") for name in ("smollm2", "r1-llama-8b", "tiny")}
     found["defaults"] = {s: hashed_settings(getattr(load(SMOLLM2, []), s)) for s in STAGES}
     assert json.loads(json.dumps(found)) == json.loads(GOLDEN.read_text())
+
+
+def accepted() -> dict[str, dict[str, object]]:
+    """What each setting takes, and its default: its schema but for the words."""
+    sections = PipelineConfig.model_json_schema()["$defs"].items()
+    return {
+        f"{section}.{name}": {k: v for k, v in field.items() if k not in ("title", "description")}
+        for section, schema in sections
+        for name, field in sorted(schema["properties"].items())
+    }
+
+
+def test_what_settings_take_is_as_it_was():
+    """Fails when a default, a bound or a choice changed: change the file on purpose."""
+    assert accepted() == json.loads(GOLDEN_SETTINGS.read_text())
 
 
 @pytest.mark.parametrize(

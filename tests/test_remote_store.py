@@ -196,6 +196,7 @@ def test_what_the_object_store_refuses(server, monkeypatch):
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", who)
         found = error()
         assert "access denied (403" in found and "AWS_SECRET_ACCESS_KEY" in found
+        assert "may read, write, list and delete there" in found
         assert found.startswith(f"{URL}/zarr.json: ")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert f"{URL}/zarr.json: the object store does not answer" in error()
