@@ -9,8 +9,8 @@ made again when a source changes). Each mutant is written into a copy of the tre
 until one fails, in a fork of a process that has imported all that is not ours: torch and transformers are paid for
 once. A line executed only at import has the tests of the lines that use its name. A test over its time limit has
 failed, if it is so a second time: the machine may have been busy. One that fails without a mutant counts for nothing.
-A mutant that no test touches survives. Prints the survivors and writes .mutants/result.json; the exit status is 0 if
-at least --least of the mutants are killed.
+A mutant that no test touches survives, and so does one whose tests pass for --budget seconds. Prints the survivors and
+writes .mutants/result.json; the exit status is 0 if at least --least of the mutants are killed.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -216,6 +217,12 @@ def tests_of(mutant: Mutant, found: dict[str, Any], uses: dict[str, set[tuple[st
     return out
 
 
+def within(tests: dict[str, float], budget: float) -> dict[str, float]:
+    """The first of the tests that together take so many seconds."""
+    ends = itertools.accumulate(tests.values())
+    return {test: taken for (test, taken), end in zip(tests.items(), ends, strict=True) if end <= budget}
+
+
 def named_lines(sources: dict[str, bytes]) -> dict[str, set[tuple[str, str]]]:
     """Places, as file and line, at which each name is used."""
     uses = defaultdict(set)
@@ -301,6 +308,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--files", nargs="*", default=["*"], help="only in files that match, as 'train/*.py'")
     parser.add_argument("--tests", nargs="*", default=["tests"], help="only these tests, as tests/test_step.py")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds of tests of a mutant")
     parser.add_argument("--least", type=float, default=0.9, help="killed share from which the exit status is 0")
     arguments = parser.parse_args()
 
@@ -322,7 +330,8 @@ def main() -> int:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
         uses = named_lines(sources)
-        results = run(trees, sources, [(mutant, tests_of(mutant, found, uses)) for mutant in sample])
+        todo = [(mutant, within(tests_of(mutant, found, uses), arguments.budget)) for mutant in sample]
+        results = run(trees, sources, todo)
         killers = {r["killed_by"] for r in results} & {*found["seconds"]}
         os.waitpid(forked(trees[0], lambda: run_tests(trees[0], {test: found["seconds"][test] for test in killers})), 0)
         unsound = (trees[0] / "said").read_text().splitlines()

@@ -26,6 +26,7 @@ def mutated(source: str) -> list[str]:
         ("a and not (b or c)", ["(a or not (b or c))", "a and (b or c)", "a and not ((b and c))"]),
         ("x = min(True, y)", ["x = max(True, y)", "x = min(False, y)"]),
         ("f(a, b)", ["pass", "f(b, a)"]),
+        ("x = zip(a, b + 1, strict=True)", ["x = zip(a, (b - 1), strict=True)", "x = zip(a, b + 2, strict=True)"]),
         ("while a:\n    break", ["while a:\n    continue"]),
         ("def f(a: int = 0) -> 1:\n    return a", ["def f(a: int = 1) -> 1:\n    return a", None]),
         ("if a:\n    raise Error(f'{b + 1}', 2)", ["if a:\n    pass"]),

@@ -95,5 +95,7 @@ def test_intervals_cover_the_truth(problems, least):
         low_T, high_T = np.quantile(mean_RT, quantiles, axis=0)
         return ((low_T <= truth) & (truth <= high_T)).mean()
 
+    lower = stats.norm.cdf(stats.t.ppf(0.025, problems - 1) * np.sqrt(problems / (problems - 1)))
+    assert levels(problems) == pytest.approx((lower, 1 - lower))
     assert least <= coverage(levels(problems)) <= 0.965
     assert coverage((0.025, 0.975)) < coverage(levels(problems))

@@ -15,8 +15,9 @@ from test_published import HOOK, NAME, D, F, edit_cfg, write_theirs
 from test_published_stage import PATH, SETTINGS
 
 from evaluate.figures import read_figures
-from train import saelens_releases
+from train import published, saelens_releases
 from train.checkpoint import load_sae
+from train.published_config import PublishedFiles
 
 
 @pytest.fixture
@@ -106,6 +107,14 @@ def asked(theirs_folder, monkeypatch) -> set[tuple[str, str, bool]]:
 
     monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", download)
     return found
+
+
+def test_what_is_said_of_an_sae_is_read_without_its_weights(theirs_folder, monkeypatch):
+    files, wanted = published._files, []
+    monkeypatch.setattr(published, "_files", lambda *place: wanted.append(place[-1]) or files(*place))
+    found = published.read_config("published", PublishedFiles(path="theirs"), None, True)
+    assert found and found.fields["d_sae"] == F
+    assert wanted == [("cfg.json",)]
 
 
 def test_a_release_in_saelens_own_form(asked):

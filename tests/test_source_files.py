@@ -18,7 +18,7 @@ from conftest import TINY, pipeline
 
 from harvest.config import Source
 from harvest.files import UserError
-from harvest.rows import Damaged
+from harvest.rows import FIRST_ROWS, Damaged
 from harvest.sources import OpenedSource, open_source
 from pipeline.config import load
 from pipeline.fingerprint import find_inputs
@@ -124,6 +124,13 @@ def test_columns_that_are_not_needed_stop_nothing(here, form):
     assert texts(name) == STRANGE_TEXTS
     Path("dates.jsonl").write_text('{"text": "2024-05-06"}\n' * 2)
     assert texts("dates.jsonl") == ["2024-05-06"] * 2
+
+
+def test_a_column_that_begins_late_is_there_if_it_is_asked_for(here):
+    lines = ['{"text": "a"}'] * FIRST_ROWS + ['{"text": "b", "late": 1}']
+    Path("a.jsonl").write_text("\n".join(lines))
+    assert opened("a.jsonl").rows.columns(("late", "never")) == {"text", "late"}
+    assert opened("a.jsonl").rows.columns() == {"text"}
 
 
 def test_parquet_and_arrow_with_columns_that_are_not_needed(here):

@@ -3,6 +3,8 @@ import torch
 
 from train.adam import Adam, Update
 from train.config import SaeConfig, TrainConfig
+from train.dataloader import Reading
+from train.metrics import _Mark, _timings
 from train.standard import Standard
 from train.trainer import Trainer
 
@@ -161,3 +163,14 @@ def test_a_copy_on_the_host_is_written_over_by_the_next():
     assert all(torch.equal(second[name], tensor) for name, tensor in training.tensors().items())
     assert not torch.equal(second["W_enc"], before["W_enc"])
     assert training.weights(host)["W_dec"] is first["W_dec"]
+
+
+def test_speed_and_stalls_since_the_line_before():
+    before, now = _Mark(10.0, 3, Reading(2_000_000, 0.5, 0.1)), _Mark(14.0, 10, Reading(34_345_678, 1.5055, 0.98765))
+    assert _timings(before, now, 64) == {
+        "tokens_per_second": 112,  # 7 steps of 64 in 4 s
+        "gigabytes_read_per_second": 0.008,
+        "stall_ms_per_step": 143.64,
+        "stall_fraction": 0.251,
+        "pool_fill": 0.988,
+    }
