@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import time
+from types import SimpleNamespace
 
 import httpx
 import numpy as np
@@ -19,6 +20,17 @@ from pipeline.explore.app import make_app
 from pipeline.explore.safety import Access
 
 LONG = {"prompt": "wait", "max_new_tokens": 100, "temperature": 1, "seed": 1}
+
+
+@pytest.mark.parametrize(("hard", "asked"), [(-1, serve.FILES), (4096, 4096), (1 << 20, serve.FILES)])
+def test_it_asks_for_as_many_open_files_as_it_may_have(monkeypatch, hard, asked):
+    found, has = [], iter([(1024, hard), (serve.FILES, hard)])
+    monkeypatch.setattr(serve.resource, "getrlimit", lambda _which: next(has))
+    monkeypatch.setattr(serve.resource, "setrlimit", lambda _which, limits: found.append(limits))
+    monkeypatch.setattr(serve, "Server", lambda *_: SimpleNamespace(run=lambda sockets: None))
+    for _ in range(2):
+        serve.run(None, None, lambda: None)
+    assert found == [(asked, hard)]
 
 
 def test_a_run_that_is_deleted_while_it_is_looked_at(run_folder):

@@ -369,6 +369,10 @@ def test_files_that_do_not_fit_together():
     assert "whole numbers are needed" in error("dump", "ingest.token_ids=tokens.npy")
     save("safetensors", acts(), "x", context=torch.zeros(3, dtype=torch.int64))
     assert "'context' is of shape (3,); (40, 16) expected" in error("x.safetensors")
+    Path("mixed").mkdir()
+    save("safetensors", acts(), "mixed/a", token_id=torch.zeros(40, 16, dtype=torch.int64))
+    save("safetensors", acts(), "mixed/b")
+    assert "mixed/b.safetensors: holds the columns none, the first file ('token_id',)" in error("mixed")
     np.save("y.npy", acts().numpy())
     assert "which says itself what a context is" in error("y.npy", "ingest.context_size=16")
 
