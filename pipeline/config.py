@@ -48,11 +48,9 @@ class PipelineConfig(Settings):
             raise ValueError("evaluate.features: null: explain reads what it writes; leave evaluate.features as it is")
         if self.ingest:
             section, chunk_rows, context_size = "ingest", self.ingest.chunk_rows, self.ingest.context_size
-        elif self.sample and self.harvest:
+        else:
             section, chunk_rows, context_size = "harvest", self.harvest.chunk_rows, self.sample.context_size
             self._check_text(self.sample, self.harvest)
-        else:
-            return self
         if self.train and self.train.pool_rows < chunk_rows:
             raise ValueError(
                 f"train.pool_rows: {self.train.pool_rows}: must hold at least one chunk of "

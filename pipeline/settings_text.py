@@ -150,10 +150,7 @@ def given_twice(overrides: Sequence[str]) -> Iterator[str]:
         if replaced:
             first = "" if replaced[0] == name else f", with {replaced[0]}"
             yield f"{COMMAND_LINE}: {name}: set twice{first}; the last one counts"
-        try:
-            override(loaded, text)
-        except SettingsError:  # of one that reaches into what the file has
-            loaded.places[name] = COMMAND_LINE
+        override(loaded, text)
 
 
 def _put(values: dict[str, Any], name: str, value: Any, text: str) -> None:

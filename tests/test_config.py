@@ -9,6 +9,7 @@ from pipeline.config import PipelineConfig, load
 from pipeline.settings_text import SettingsError
 
 SMOLLM2 = ROOT / "configs" / "smollm2.yaml"
+INGEST = SMOLLM2.with_name("ingest.yaml")
 
 
 def error(*overrides: str, file: Path = SMOLLM2) -> str:
@@ -71,10 +72,22 @@ def test_a_mistyped_setting_names_file_line_and_a_near_one(tmp_path):
         ("evaluate.reason_score.words=[wait,", "a value with spaces takes quotes within SET"),  # what make passes on
         ("sample.template=vicuna", "input should be 'model', 'chatml', 'deepseek-r1' or 'deepseek-r1-paper'"),
         ("model.name.x=1", "there is no model.name.x to set"),
+        ("sample.sources.1.pth=x", "sample.sources.1.pth: unknown setting; did you mean 'path'?"),
     ],
 )
 def test_what_is_wrong_is_named(override, expected):
     assert expected in error(override)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("explain.model=m", "explain: ingested activations have no text to explain; take this section out"),
+        ("benchmark.task=gsm8k", "benchmark: ingested activations have no model to answer; take this section out"),
+    ],
+)
+def test_what_needs_a_model_is_refused_beside_activations(override, expected):
+    assert expected in error(override, file=INGEST)
 
 
 def test_plain_text_needs_no_template():
@@ -104,11 +117,16 @@ def test_overrides_reach_into_lists_and_sections_that_are_absent():
         ("model: {name: a}\nmodel: {name: b}", ":2: model: set twice"),
         ("\x00", "not valid YAML"),
         ("model: {name: a}", "sample: this setting is required"),
+        ("model: {name: caf\udce9}", "x.yaml: not UTF-8 text; is it a settings file?"),
+        ("model: &a [*a]", "x.yaml: nested too deeply or refers to itself"),
+        ("#" * (1 << 20), "x.yaml: no settings in it"),
+        ("#" * ((1 << 20) + 1), "x.yaml: larger than 1048576 bytes; is it a settings file?"),
     ],
+    ids=lambda value: value[:30],
 )
 def test_a_file_that_is_no_settings_file(tmp_path, text, expected):
     file = tmp_path / "x.yaml"
-    file.write_text(text)
+    file.write_text(text, errors="surrogateescape")
     assert expected in error(file=file)
 
 

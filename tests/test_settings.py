@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, pipeline
+from conftest import ROOT, TINY, pipeline
 
 from harvest import device
 from harvest.files import UserError
+from harvest.language_model import load_skeleton
 from pipeline import settings_check
 from pipeline.config import load
 from pipeline.settings_text import Loaded, SettingsError, given_twice, override, read
 
 SMOLLM2 = ROOT / "configs" / "smollm2.yaml"
+SHAPES = settings_check._shapes  # before a fixture keeps what it finds
 
 
 @pytest.mark.parametrize(
@@ -236,3 +238,39 @@ def test_threads_are_bounded_by_the_cores(monkeypatch, capsys):
         device.check_threads("harvest.threads", 4, cpu)
     monkeypatch.setattr(device, "cores", lambda: 1)
     device.check_threads("harvest.threads", 2, cpu)  # the default runs on one core too
+
+
+def test_a_model_that_does_not_think_is_named_before_sample(fresh_folder):
+    file = Path("assets/tiny-llama/tokenizer.json")
+    file.write_text(file.read_text().replace("<think>", "<thought>"))
+    ran = pipeline("run", "evaluate.steering.where=thinking")
+    expected = (
+        "error: evaluate.steering.where: thinking: this model's tokenizer has no tokens <think> and </think>; choose"
+    )
+    assert ran.status == 1 and expected in ran.out, ran.out
+    assert not list(Path("runs").glob("*/*/*"))
+
+
+def test_training_runs_where_the_model_cannot_be_had(run_folder, monkeypatch):
+    def missing(*_):
+        raise UserError("model.name: cannot be had")
+
+    monkeypatch.setattr("harvest.language_model.load_skeleton", missing)
+    ran = pipeline("train", "train.epochs=1")
+    assert ran.status == 0 and "train     complete" in ran.out, ran.out
+    ran = pipeline("harvest", "harvest.hooks=[model.layers.0]")
+    assert ran.status == 1 and "model.name: cannot be had" in ran.out, ran.out
+
+
+@pytest.mark.parametrize(("hooks", "width"), [(("model.layers.1",), 32), (("model.layers.1.mlp.up_proj",), None)])
+def test_a_model_that_looks_at_values_has_the_width_of_its_layers(finished, monkeypatch, hooks, width):
+    monkeypatch.chdir(finished)
+    config = load(TINY, [])
+    skeleton = load_skeleton(config.model, None, offline=True)
+
+    def forward(*_args, **_options):
+        raise RuntimeError("this tensor has no values")
+
+    skeleton.model.forward = forward
+    monkeypatch.setattr(settings_check, "_shapes", SHAPES)
+    assert settings_check.check_widths(skeleton, config.harvest.model_copy(update={"hooks": hooks})) == width
