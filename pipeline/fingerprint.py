@@ -175,7 +175,9 @@ def _resolve(kind: str, name: str, branch: str, setting: str) -> str:
     except hub_errors() as error:
         raise UserError(f"{no_answer} ({type(error).__name__})") from None
     if not commit or not COMMIT.fullmatch(commit):
-        raise UserError(f"{setting}: the hub gives no commit for {name!r} at {branch!r}")
+        raise UserError(
+            f"{setting}: the hub gives no commit for {name!r} at {branch!r}; set the revision to a full commit hash"
+        )
     return commit
 
 

@@ -85,6 +85,15 @@ def test_an_evaluation_that_is_not_whole_is_made_anew(run_folder, name, damage):
     assert "is made anew" not in pipeline("run").out
 
 
+def test_an_evaluation_whose_manifest_is_damaged_is_made_anew(run_folder):
+    manifest = of("evaluate") / "manifest.json"
+    flip(manifest)
+    ran = pipeline("evaluate")
+    assert ran.status == 0
+    assert f"evaluate  is made anew: {manifest}: does not match its own checksum" in ran.out
+    assert state("evaluate").startswith("  complete")
+
+
 @pytest.mark.parametrize(("name", "damage"), EVALUATED)
 def test_a_damaged_evaluation_is_named(run_folder, name, damage):
     evaluate = of("evaluate")

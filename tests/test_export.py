@@ -9,6 +9,8 @@ import sae_lens
 import torch
 import yaml
 from conftest import TINY, contents, only, pipeline, unlisted
+from huggingface_hub import HfApi
+from huggingface_hub.hf_api import DatasetInfo
 from sae_lens.load_model import load_model
 from transformer_lens.loading_from_pretrained import make_model_alias_map
 
@@ -18,7 +20,7 @@ from harvest.activation_store import ActivationStore
 from harvest.config import ModelConfig
 from harvest.language_model import saelens_hook
 from pipeline.config import load
-from pipeline.export import TRANSFORMER_LENS, Exported, _metadata
+from pipeline.export import TRANSFORMER_LENS, Exported, _metadata, source_terms
 from pipeline.stages import find_runs
 from train.checkpoint import load_sae
 
@@ -138,6 +140,43 @@ def test_an_export_needs_a_trained_sae(run_folder):
     assert ran.status == 1
     assert "not complete" in ran.out
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--model-name", "./llama"], "--model-name './llama': a hub id is owner/name"),
+        (["evaluate.sae=best"], f"{HOOK}/best does not exist; export the last one instead (evaluate.sae=last)"),
+    ],
+)
+def test_what_cannot_be_exported(run_folder, arguments, says):
+    best = only(run_folder, f"runs/train/*/{HOOK}/best")
+    shutil.rmtree(best)
+    unlisted(best.parents[1])  # as of a training that validated nothing
+    ran = pipeline("export", *arguments, "--to", "out")
+    assert ran.status == 1 and says in ran.out, ran.out
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("about", "terms"),
+    [
+        ({"cardData": {"license": "mit"}}, ("mit", "open")),
+        ({"cardData": {"license": ["mit", "cc0-1.0"]}}, ("mit, cc0-1.0", "open")),
+        ({"cardData": {}}, (None, "open")),
+        ({}, (None, "open")),
+        ({"gated": "auto", "cardData": {"license": "other"}}, ("other", "gated")),
+        ({"private": True}, (None, "private")),
+    ],
+)
+def test_terms_are_those_of_the_hub(monkeypatch, about, terms):
+    said = {"private": False, "gated": False, "downloads": 0, "likes": 0, "tags": []}
+    monkeypatch.setattr(HfApi, "dataset_info", lambda _self, name, **_: DatasetInfo(id=name, **said | about))
+    assert source_terms("some/set") == terms
+
+
+def test_terms_that_the_hub_does_not_tell_are_not_open():
+    assert source_terms("some/set") == (None, "not looked up (OfflineModeIsEnabled)")  # the tests are offline
 
 
 def test_an_export_that_breaks_off_leaves_nothing(run_folder):

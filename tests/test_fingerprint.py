@@ -1,15 +1,17 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, pipeline
+from huggingface_hub import HfApi
 from pydantic import Field
 
 from harvest.config import Settings
 from harvest.files import UserError
 from pipeline.config import PipelineConfig, load
-from pipeline.fingerprint import STAGES, Inputs, find_inputs, hashed_settings
+from pipeline.fingerprint import STAGES, Inputs, Memory, find_inputs, hashed_settings
 from pipeline.stages import fingerprints
 from pipeline.watch import Watch
 
@@ -111,6 +113,29 @@ def test_local_inputs_are_known_by_content(fresh_folder):
     changed = find_inputs(config, Path("runs"))
     assert changed.sources[0] != before.sources[0]
     assert changed.model == before.model
+
+
+def test_a_folder_that_holds_no_model_is_named(fresh_folder):
+    Path("assets/tiny-llama/config.json").rename("assets/tiny-llama/conf.json")
+    said = "model.name: 'assets/tiny-llama': needs config.json, *.safetensors and tokenizer files; it holds conf.json, "
+    ran = pipeline("path", "sample")
+    assert ran.status == 1 and said in ran.out, ran.out
+    Path("empty").mkdir()
+    assert "model.name: 'empty': needs config.json, *.safetensors and tokenizer files; it holds nothing" in (
+        pipeline("path", "harvest", "model.name=empty").out
+    )
+
+
+@pytest.mark.parametrize("commit", [None, "main"])
+def test_a_hub_without_a_commit_is_named(tmp_path, monkeypatch, commit):
+    monkeypatch.setattr("pipeline.fingerprint.hub_answers", lambda: True)
+    monkeypatch.setattr(HfApi, "repo_info", lambda *_, **__: SimpleNamespace(sha=commit))
+    memory = Memory(tmp_path / "memory.json")
+    with pytest.raises(
+        UserError, match=r"^model\.revision: the hub gives no commit for 'a/b' at 'main'; .*full commit"
+    ):
+        memory.commit("model", "a/b", None, "model.revision")
+    assert not memory.known
 
 
 def test_a_folder_in_the_place_of_the_hubs_model_is_a_change(fresh_folder):

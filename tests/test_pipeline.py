@@ -13,7 +13,7 @@ from conftest import PYTHONPATH, TINY, contents, only, pipeline
 from safetensors.torch import load_file, save_file
 
 from harvest.config import ModelConfig
-from harvest.files import locked, read_json, write_sealed
+from harvest.files import locked, read_json, write_json, write_sealed
 from harvest.hub import where_it_is
 from train.config import exactly
 
@@ -90,6 +90,27 @@ def test_status_compares_with_the_nearest_run_on_the_same_harvest(run_folder):
     assert "would run: sae.l1_coefficient: 1 -> 2\n" in pipeline("status", "train.sae.l1_coefficient=2").out
     lines = pipeline("status", "sample.seed=1", "train.lr=5e-4").out.splitlines()
     assert "train     would run: sample would run before it" in lines  # those that are there are of another harvest
+
+
+def test_status_says_how_far_an_interrupted_stage_is(run_folder):
+    train = only(run_folder, "runs/train/*").relative_to(run_folder)
+    (train / "manifest.json").unlink()
+    write_json(train / "progress.json", {"done": 1234, "total": 5678, "unit": "rows", "seconds_left": 90})
+    assert f"train     would resume  1,234/5,678 rows, 1m30s left  {train}" in pipeline("status").out
+    (train / "progress.json").write_text("{")  # a crash
+    assert f"train     would resume  {train}" in pipeline("status").out
+
+
+def test_status_of_a_stage_that_works_otherwise_now(run_folder):
+    train = only(run_folder, "runs/train/*")
+    old = train.rename(train.with_name("0" * 12))
+    begun = read_json(old / "begun.json")
+    write_sealed(old / "begun.json", begun | {"version": 0})
+    assert f"train     would run: train version: 0 -> {begun['version']}\n" in pipeline("status").out
+    shutil.copytree(old, train)
+    (train / "begun.json").write_text("{")  # damaged, so it says nothing
+    ran = pipeline("status", "train.seed=9")
+    assert f"train     would run: train version: 0 -> {begun['version']}; seed: 0 -> 9\n" in ran.out
 
 
 def test_status_of_a_sweep_says_which_is_which(run_folder):
@@ -271,6 +292,17 @@ def test_memory_that_is_not_there_is_an_error_that_names_what_to_lower(run_folde
     assert ran.status == 1
     assert "error: out of memory (Unable to allocate 119 GiB)" in ran.out
     assert "train.batch_size" in ran.out
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("of ours"), OSError("of a library")], ids=["runtime", "os"])
+def test_a_fault_of_ours_is_not_said_to_be_the_users(finished, monkeypatch, fault):
+    def failing(*_arguments: object) -> None:
+        raise fault
+
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr("pipeline.cli.status_lines", failing)
+    with pytest.raises(type(fault), match="^of "):
+        pipeline("status")
 
 
 def test_manifests_say_what_was_run_and_hold_no_secret(finished, run_folder, monkeypatch):

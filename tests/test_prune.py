@@ -8,7 +8,7 @@ from conftest import contents, only, pipeline
 
 from harvest.files import UserError, locked
 from harvest.progress import size_text
-from pipeline.prune import Found, choose, find, prune
+from pipeline.prune import Found, _delete, choose, find, prune, start_run
 
 
 @pytest.fixture
@@ -153,6 +153,25 @@ def test_leftovers_of_interrupted_deletions_go(run_folder):
     assert pipeline("prune", "--yes").status == 0
     assert not (harvest / ".trash-store").exists()
     assert pipeline("status").out.count(" complete ") == 4
+
+
+def test_a_run_that_begins_at_the_last_moment_stays(run_folder, two_trains):
+    before = contents(two_trains)
+    with locked(two_trains, "train"), pytest.raises(UserError, match="a process has begun to work in it"):
+        _delete(two_trains)
+    link = two_trains.with_name("1" * 12)
+    link.symlink_to(two_trains)
+    with pytest.raises(UserError, match=f"{link.name}: .*or it is a link now; left alone"):
+        _delete(link)
+    assert {name: data for name, data in contents(two_trains).items() if ".lock" not in name} == before
+
+
+def test_the_run_that_a_training_starts_from(tmp_path):
+    run = tmp_path / "runs/train" / ("a" * 12)
+    for path in (run, run / "hook", run / "hook/best"):
+        assert start_run(str(path), tmp_path / "runs") == run
+    for path in (tmp_path / "sae", tmp_path / "runs/train/mine", tmp_path / "runs/harvest" / ("a" * 12)):
+        assert start_run(str(path), tmp_path / "runs") is None
 
 
 def test_a_run_that_begins_while_it_asks_stops_it(run_folder, two_trains):

@@ -133,6 +133,14 @@ def test_no_network(exported, hub, monkeypatch):
     assert "the hub cannot be reached" in ran.out
 
 
+def test_an_export_of_other_settings(exported, hub):
+    (made,) = Path("runs/export").iterdir()
+    ran = pipeline("push", "me/sae", "--yes", "--folder", str(made), "train.lr=2e-3")
+    assert ran.status == 1
+    assert f"push: {made}: was exported from other settings; export anew, or give those settings" in ran.out
+    assert hub.seen == []
+
+
 def test_there_is_no_export(run_folder, hub):
     ran = pipeline("push", "me/sae", "--yes")
     assert ran.status == 1
