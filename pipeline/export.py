@@ -131,7 +131,7 @@ def _saes(runs: Runs, sweep: Sequence[Runs]) -> list[Exported]:
         source = directory / slug(hook)
         if best and not (source / "best").exists():
             raise UserError(
-                f"evaluate.sae: 'best': {source / 'best'} does not exist; export the last one instead (evaluate.sae=last)"
+                f"evaluate.sae: 'best': {source / 'best'} does not exist; evaluate.sae=last exports the last one"
             )
         folder = "/".join(filter(None, (slug(saelens_hook(hook) or hook), swept(runs, sweep, "_", "-"))))
         out.append(Exported(runs, hook, folder, source / "best" if best else source))

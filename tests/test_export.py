@@ -146,7 +146,7 @@ def test_an_export_needs_a_trained_sae(run_folder):
     ("arguments", "says"),
     [
         (["--model-name", "./llama"], "--model-name './llama': a hub id is owner/name"),
-        (["evaluate.sae=best"], f"{HOOK}/best does not exist; export the last one instead (evaluate.sae=last)"),
+        (["evaluate.sae=best"], f"{HOOK}/best does not exist; evaluate.sae=last exports the last one"),
     ],
 )
 def test_what_cannot_be_exported(run_folder, arguments, says):

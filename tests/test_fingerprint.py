@@ -1,3 +1,4 @@
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from pydantic import Field
 
 from harvest.config import Settings
 from harvest.files import UserError
+from pipeline import content
 from pipeline.config import PipelineConfig, load
 from pipeline.fingerprint import STAGES, Inputs, Memory, find_inputs, hashed_settings
 from pipeline.stages import fingerprints
@@ -113,6 +115,23 @@ def test_local_inputs_are_known_by_content(fresh_folder):
     changed = find_inputs(config, Path("runs"))
     assert changed.sources[0] != before.sources[0]
     assert changed.model == before.model
+
+
+def test_what_was_read_before_an_interrupt_is_remembered(fresh_folder, monkeypatch):
+    monkeypatch.setattr(content, "RECENT_NS", 0)
+    digest, read = hashlib.file_digest, []
+
+    def interrupted(file, name):
+        read.append(Path(file.name).name)
+        if len(read) == 2:
+            raise KeyboardInterrupt
+        return digest(file, name)
+
+    monkeypatch.setattr(hashlib, "file_digest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        find_inputs(load(TINY, []), Path("runs"))
+    find_inputs(load(TINY, []), Path("runs"))
+    assert len(read) == 1 + 1 + len(set(read[1:])) and read[0] not in read[1:]
 
 
 def test_a_folder_that_holds_no_model_is_named(fresh_folder):

@@ -204,23 +204,6 @@ def test_what_is_remembered_is_read_once(fresh_folder, monkeypatch):
     assert model_of() == expected
 
 
-def test_what_was_read_before_an_interrupt_is_remembered(fresh_folder, monkeypatch):
-    monkeypatch.setattr(content, "RECENT_NS", 0)
-    digest, read = hashlib.file_digest, []
-
-    def interrupted(file, name):
-        read.append(Path(file.name).name)
-        if len(read) == 2:
-            raise KeyboardInterrupt
-        return digest(file, name)
-
-    monkeypatch.setattr(hashlib, "file_digest", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        model_of()
-    model_of()
-    assert len(read) == 1 + 1 + len(set(read[1:])) and read[0] not in read[1:]
-
-
 def test_a_damaged_memory_is_made_anew(fresh_folder, monkeypatch):
     monkeypatch.setattr(content, "RECENT_NS", 0)
     expected, memory = find_inputs(load(TINY, []), Path("runs")), Path("runs/.inputs.json")

@@ -301,7 +301,7 @@ def test_a_fault_of_ours_is_not_said_to_be_the_users(finished, monkeypatch, faul
 
     monkeypatch.chdir(finished)
     monkeypatch.setattr("pipeline.cli.status_lines", failing)
-    with pytest.raises(type(fault), match="^of "):
+    with pytest.raises(type(fault), match=r"^of "):
         pipeline("status")
 
 
