@@ -369,6 +369,12 @@ def test_the_token_lets_in(guarded):
     refused(http.get(f"{guarded}/api/saes", headers=bearer | {"origin": "https://evil.example"}), 403)
 
 
+def test_cookies_of_other_ports_do_not_hide_it(guarded):
+    for others in ("a@b=1; {}; c", "explore-2=x; {}", "{}; x/y=,"):
+        cookies = {"cookie": others.format(f"explore-1={TOKEN}")}
+        assert http.get(f"{guarded}/api/saes", headers=cookies).status_code == 200
+
+
 def test_the_token_of_an_address_becomes_a_cookie(guarded):
     """So that it stays neither in the address line nor in what is sent to anybody."""
     with httpx.Client() as browser:

@@ -34,7 +34,7 @@ from harvest.files import UserError
 from harvest.hooked_model import HookedModel
 from harvest.hub import resolved_commit
 from harvest.language_model import load_model
-from harvest.templates import THINK, THINK_END, Segment
+from harvest.templates import Segment
 from harvest.tokenizer import embedding_rows, load_whole_tokenizer
 from pipeline.explore.catalog import Entry, Shelf
 from pipeline.explore.features import FeatureTable
@@ -117,11 +117,6 @@ class Reader:
     def has_chat(self) -> bool:
         """Whether a text can be read as a user's turn."""
         return has_chat_template(self.tokenizer)
-
-    @property
-    def thinks(self) -> bool:
-        """Whether the model has tokens around what it thinks."""
-        return {THINK, THINK_END} <= self.tokenizer.get_vocab().keys()
 
     def sae(self, shelf: Shelf) -> SavedSae:
         """The SAE of a shelf on the model's device.
