@@ -164,8 +164,6 @@ def _write_model(config: PipelineConfig, folder: Path) -> tuple[int, str]:
     for name, value in NARROW.items():
         if getattr(text, name, None) is not None:
             setattr(text, name, min(value, getattr(text, name)))
-    if getattr(text, "num_key_value_heads", None) and text.num_attention_heads % text.num_key_value_heads:
-        text.num_key_value_heads = text.num_attention_heads
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16, trust_remote_code=False)
     model.save_pretrained(folder)
