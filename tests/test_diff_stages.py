@@ -172,6 +172,11 @@ def test_paths_of_other_saes_and_changed_ones(planted, tmp_path, monkeypatch):
     fresh = trained("half", f"train.start_from={trained('old', 'train.epochs=1')}", "train.epochs=1")
     assert run("diff-stages", elsewhere, last).status == 0  # paths may be of unlike length
     assert "the paths begin at different SAEs" in run("diff-stages", fresh, last).out
+    Path("sweep.yaml").write_text(
+        "ingest: {path: old.npy}\ntrain: {sae: {d_sae: 8}, epochs: 1, sweep: {lr: [1e-3, 1e-4]}}\n"
+    )
+    swept = "sweep.yaml: a sweep of 2 training runs; name one by its fingerprint"
+    assert swept in run("diff-stages", "sweep.yaml", last).out
     about = Path(half) / "acts/sae.json"
     about.write_text(about.read_text().replace('"step"', '"steps"'))
     assert f"{new}: started from other weights than {half} holds now" in run("diff-stages", new, last).out

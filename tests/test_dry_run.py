@@ -4,17 +4,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, pipeline
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from harvest.chat_template import ChatTemplate
-from harvest.config import Source
+from harvest.config import ModelConfig, Source
 from harvest.conversations import Turn, read_row
 from harvest.files import UserError, read_json
 from harvest.sources import open_source
-from harvest.tokenizer import SegmentTokenizer
+from harvest.tokenizer import SegmentTokenizer, load_whole_tokenizer
+from pipeline import architecture
 from pipeline.architecture import find_architecture, shipped_folder
 from pipeline.config import load
-from pipeline.dry_run import D_IN, dry_run, rehearsal, stand_in_tokenizer, write_rows
+from pipeline.dry_run import D_IN, _write_model, dry_run, rehearsal, stand_in_tokenizer, write_rows
 from pipeline.fingerprint import hashed_settings
 
 R1 = ROOT / "configs" / "r1-llama-8b.yaml"
@@ -76,6 +77,29 @@ def test_the_stand_in_tokenizer_has_the_special_tokens_of_the_settings():
     ids = tokenizer.encode([template.compose(document)])[0].tolist()
     assert [i for i in ids if i >= 128_000] == [128_011, 128_012, 128_013, 128_014, 128_001]
     assert set(config.train.exclude.token_ids) <= set(ids)
+
+
+def test_the_rehearsed_model_is_narrow_and_no_shorter(tmp_path):
+    """Where the hub cannot be reached, of the shipped facts, with a tokenizer of their special tokens."""
+    config = load(R1, [])
+    width, origin = _write_model(config, tmp_path)
+    assert width == 4096 and "as the hub cannot be reached" in origin
+    model = AutoConfig.from_pretrained(tmp_path)
+    assert (model.num_hidden_layers, model.vocab_size, model.hidden_size) == (32, 128_256, D_IN)
+    assert model.num_attention_heads % model.num_key_value_heads == 0
+    tokenizer = load_whole_tokenizer(ModelConfig(name=str(tmp_path)), None, offline=True)
+    assert tokenizer.convert_tokens_to_ids(["<｜end▁of▁sentence｜>", "<think>"]) == [128_001, 128_013]
+
+
+@pytest.mark.parametrize(("reachable", "origin"), [(True, "the hub"), (False, "the hub's local cache")])
+def test_the_shape_comes_from_the_hub_or_what_was_loaded_of_it(monkeypatch, reachable, origin):
+    asked = []
+    monkeypatch.setattr(architecture, "hub_answers", lambda: reachable)
+    monkeypatch.setattr(architecture, "load_skeleton", lambda *given, offline: asked.append((*given, offline)))
+    model = load(R1, [f"model.revision={'0' * 40}"]).model
+    assert find_architecture(model, offline=False)[1:] == (origin, None, True)
+    assert find_architecture(model, offline=True)[1:] == ("the hub's local cache", None, True)
+    assert asked == [(model, "0" * 40, not reachable), (model, "0" * 40, True)]
 
 
 def test_the_shape_comes_from_the_shipped_facts_where_the_hub_cannot_be_reached():

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -241,6 +242,15 @@ def test_it_measures_this_machine_and_leaves_nothing(finished, fresh_folder, mon
     assert s.checkpoint == pytest.approx(checkpoint.stat().st_size, rel=0.05)
 
 
+def test_a_benchmark_has_a_section(fresh_folder, monkeypatch):
+    Path("runs").mkdir()
+    monkeypatch.setattr(estimate, "measure", lambda *_: CPU)
+    monkeypatch.setattr(benchmark_cost, "measure_weights", lambda *_: 1e10)
+    assert "benchmark" not in pipeline("estimate").out
+    out = pipeline("estimate", "benchmark.task=arithmetic", "benchmark.problems=3", "benchmark.samples=2").out
+    assert re.search(r"\nbenchmark\n +answers +arithmetic: 3 problems x 2 samples x \d+ conditions = ", out), out
+
+
 def test_the_disk_is_measured_in_a_file_without_a_name(tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.measure.DISK_BYTES", 1 << 20)
     assert all(rate > 0 for rate in measure_disk(tmp_path / "runs"))
@@ -287,9 +297,17 @@ def test_a_benchmark_is_counted_and_timed_by_what_a_step_reads(monkeypatch):
         (["benchmark.task=gsm8k"], 1319),
         (["benchmark.task=aime-2024", "benchmark.problems=40"], 30),
         (["benchmark.problems=40"], 40),
+        (["benchmark.task=arithmetic", "benchmark.problems=40"], 40),
         (["benchmark.source.path=other/set"], None),
         (["benchmark.source.path=other/set", "benchmark.problems=7"], 7),
     ],
 )
 def test_problems_of_the_hub_are_known_by_number(given, count):
     assert benchmark_cost.count_problems(load(R1, given).benchmark) == count
+
+
+def test_problems_of_an_unknown_number_are_not_timed():
+    config = load(R1, ["benchmark.source.path=other/set"]).benchmark
+    shape = find_architecture(load(R1, []).model, offline=True)
+    said = "other/set: how many problems it has is not known here; benchmark.problems says how many"
+    assert list(benchmark_cost.benchmark_lines(config, shape, CPU)) == [("answers", said)]

@@ -94,6 +94,25 @@ def test_promoting_features_are_those_of_the_largest_logits(look):
     assert logit == pytest.approx(logits[5].max(), abs=1e-5)
 
 
+def test_a_head_that_cannot_be_used_is_said_and_not_tried_again(finished, monkeypatch):
+    tried = []
+
+    def failing(*_):
+        tried.append(True)
+        raise UserError("model.name: 'assets/tiny-llama': no head")
+
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr("pipeline.explore.catalog.load_unembedding", failing)
+    one = shelf()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"^promotes: .*no head"):
+            one.table.find(FindQuery(promotes="wait"))
+        with pytest.raises(UserError, match=r"^model\.name: 'assets/tiny-llama': no head"):
+            one.language.unembedding()
+        assert one.table.find(FindQuery(limit=1)).total == 128
+    assert len(tried) == 1
+
+
 def test_what_a_list_of_saes_says(look):
     assert look.about() == {
         "id": HOOK,

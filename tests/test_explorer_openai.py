@@ -203,6 +203,18 @@ def test_one_pass_says_what_two_say(url, reader):
     assert all(a == pytest.approx(b, abs=0.02) for a, b in pairs)
 
 
+def test_a_token_that_ends_the_text_is_scored_and_not_shown(url, explorer, monkeypatch):
+    asked = {"prompt": PROMPT, "max_tokens": 1, "logprobs": 1, "echo": True}
+    (plain,) = complete(url, **asked)["choices"]
+    reader = explorer._loading.result()
+    ids = reader.tokenizer(plain["text"], add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(reader, "ends", {ids[-1]})
+    (choice,) = complete(url, **asked)["choices"]
+    assert (plain["finish_reason"], choice["finish_reason"]) == ("length", "stop")
+    assert plain["text"] != choice["text"] == PROMPT
+    assert choice["logprobs"]["token_logprobs"] == plain["logprobs"]["token_logprobs"]
+
+
 def test_scores_of_a_steered_model_are_others(url, feature):
     asked = {"prompt": PROMPT, "max_tokens": 1, "logprobs": 1, "echo": True}
     plain = complete(url, **asked)["choices"][0]["logprobs"]["token_logprobs"]

@@ -1,6 +1,7 @@
 """The explorer as a command: what it listens on, who is let in, and runs and models that are not there."""
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -71,7 +72,10 @@ def test_ingested_rows_have_pages_but_read_no_text(tmp_path, monkeypatch):
     ingest = ROOT / "configs" / "ingest.yaml"
     ran = pipeline("run", *settings, config=ingest)
     assert ran.status == 0, ran.out
-    with serving(make_app(tiny_explorer(*settings, config=ingest), Access())) as url:
+    explorer = tiny_explorer(*settings, config=ingest)
+    with pytest.raises(UserError, match="ingested without a model, so there is none to read or write text"):
+        explorer.load()
+    with serving(make_app(explorer, Access())) as url:
         listed = http.get(f"{url}/api/saes").json()
         (sae,) = listed["saes"]
         assert (sae["text"], sae["sources"], sae["model"], listed["chat"]) == (False, [], None, False)
@@ -123,6 +127,16 @@ def test_a_port_in_use(monkeypatch):
         monkeypatch.setattr(serve, "PORTS", 1)
         with contextlib.closing(serve.listening("127.0.0.1", None)) as other:
             assert other.getsockname()[1] != port
+
+
+def test_a_machine_without_a_free_port(monkeypatch):
+    class Taken(socket.socket):
+        def bind(self, _address):
+            raise OSError(errno.EADDRINUSE, "in use")
+
+    monkeypatch.setattr(serve.socket, "socket", Taken)
+    with pytest.raises(UserError, match=r"^--host: 127\.0\.0\.1: no port is free there$"):
+        serve.listening("127.0.0.1", None)
 
 
 @pytest.mark.parametrize("host", ["203.0.113.7", "no.such.name.invalid", "a" * 300, "two words"])

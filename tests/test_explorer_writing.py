@@ -176,6 +176,18 @@ def test_pieces_make_up_the_text_and_hold_no_half_character(make):
     assert "".join(piecemeal.next(ids[: n + 1], n == len(ids) - 1) for n in range(len(ids))) == cleaning.decode(ids)
 
 
+def test_a_text_that_a_later_token_changes_waits_until_it_goes_on():
+    texts = ["so", "so ,", "so", "so, I", "so, I"]
+    loaded = SimpleNamespace(
+        decode=lambda ids, skip_special_tokens: texts[len(ids) - 1],
+        convert_ids_to_tokens=lambda _id: "a",
+        clean_up_tokenization_spaces=False,
+    )
+    text = _Text(loaded)
+    assert [text.next(range(n + 1), n == 4) for n in range(5)] == ["so", " ,", "", "", ""]
+    assert text.given == "so ,"  # of what was said nothing is taken back
+
+
 def by_hand(ids: Sequence[int], change=lambda acts_SD: acts_SD) -> np.ndarray:
     """Log probabilities (S, V) by transformers, of a model whose last layer is changed."""
     whole = AutoModelForCausalLM.from_pretrained("assets/tiny-llama", dtype=torch.float32).eval()

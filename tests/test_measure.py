@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import TINY
 
+from harvest.files import UserError
 from pipeline import measure
 from pipeline.architecture import find_architecture
 from pipeline.config import load
@@ -49,6 +50,21 @@ def test_a_step_of_several_kinds_is_their_mean(fresh_folder, monkeypatch):
     assert measure._step(train, s, CPU) == (3.0, 70)
     seconds["b"] = None  # for want of memory
     assert measure._step(train, s, CPU) == (None, 70)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA"), UserError("train.sae.k: too large")])
+def test_a_step_that_does_not_fit_has_no_time(fresh_folder, monkeypatch, error):
+    config = load(TINY, [])
+    s = sizes(config, find_architecture(config.model, offline=True))
+
+    def failing(*_):
+        raise error
+
+    monkeypatch.setattr(measure, "new_sae", failing)
+    assert measure._step(config.train, s, CPU) == (None, s.d_sae)
+    error = RuntimeError("shapes do not fit")  # a fault, not a want of memory
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        measure._step(config.train, s, CPU)
 
 
 def test_weights_are_read_by_the_byte(fixed):

@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, TINY, pipeline
+from typer.testing import CliRunner
 
 from harvest import device
 from harvest.files import UserError
 from harvest.language_model import load_skeleton
 from pipeline import settings_check
+from pipeline.cli import app
 from pipeline.config import load
 from pipeline.settings_text import Loaded, SettingsError, given_twice, override, read
 
@@ -274,3 +276,11 @@ def test_a_model_that_looks_at_values_has_the_width_of_its_layers(finished, monk
     skeleton.model.forward = forward
     monkeypatch.setattr(settings_check, "_shapes", SHAPES)
     assert settings_check.check_widths(skeleton, config.harvest.model_copy(update={"hooks": hooks})) == width
+
+
+@pytest.mark.parametrize(("command", "file"), [("ingest", "ingest"), ("sample", "smollm2")])
+def test_a_command_has_settings_of_its_own(tmp_path, monkeypatch, command, file):
+    monkeypatch.chdir(tmp_path)
+    ran = CliRunner().invoke(app, [command])
+    assert ran.exit_code == 2
+    assert f"configs/{file}.yaml: cannot read the settings file" in ran.output

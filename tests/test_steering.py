@@ -170,6 +170,15 @@ def test_steer_shows_completions_side_by_side_and_writes_figures(run_folder):
     assert "60 prompts" in ran.out
 
 
+def test_steer_says_that_it_changed_nothing(run_folder):
+    given = ("steer", "--max-activation", "1", "--prompt", "so", "--max-new-tokens", "1")
+    ran = pipeline(*given, "--feature", "3:add:2:thinking")
+    assert ran.status == 0, ran.out
+    said = "feature 3 (add, thinking), largest activation 1: nothing was changed: no token was in such a place\n"
+    assert said in ran.out
+    assert "nothing was changed" not in pipeline(*given, "--feature", "3:add:2:prompt").out
+
+
 def test_each_feature_has_its_own_largest_activation(run_folder):
     rest = ("--prompt", "so", "--max-new-tokens", "1", "--measure", "--together", "--json", "out.json")
     ran = pipeline("steer", "--feature", "5", "--feature", "3", "--max-activation=2", "--max-activation=0.1", *rest)

@@ -11,6 +11,8 @@ from conftest import TWO_HOOKS, only, pipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from harvest.activation_store import ActivationStore
+from harvest.files import UserError
+from pipeline.steering_file import _below_base
 from train.checkpoint import load_sae
 from train.exclusion import ExcludeConfig, kept_rows
 
@@ -155,3 +157,13 @@ def test_the_sae_of_another_hook(two_hooks, monkeypatch, tmp_path):
     again = pipeline("export", *settings, "--force", "--steering", str(to), "--feature", str(feature))
     assert again.status == 0, again.out
     assert [*torch.load(to, weights_only=True)] == ["layers.1"]
+
+
+@pytest.mark.parametrize("module", ["lm_head", ""])
+def test_a_hook_that_lm_eval_cannot_find_is_named(finished, module):
+    model = AutoModelForCausalLM.from_pretrained(finished / "assets/tiny-llama")
+    assert _below_base(model, "model.layers.1.mlp") == "layers.1.mlp"
+    with pytest.raises(
+        UserError, match=f"^{module}: is not below LlamaModel, where lm-eval looks for hooks; take anoth"
+    ):
+        _below_base(model, module)
