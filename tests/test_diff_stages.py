@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import ROOT, Ran, pipeline
+from conftest import ROOT, TWO_HOOKS, Ran, current_copy, pipeline
 from typer.testing import CliRunner
 
 from evaluate.rotation import HookTurns, Turns, along, ranked, turned
@@ -180,6 +180,26 @@ def test_paths_of_other_saes_and_changed_ones(planted, tmp_path, monkeypatch):
     about = Path(half) / "acts/sae.json"
     about.write_text(about.read_text().replace('"step"', '"steps"'))
     assert f"{new}: started from other weights than {half} holds now" in run("diff-stages", new, last).out
+
+
+def test_paths_of_one_start_that_have_no_hook_in_common(two_hooks, tmp_path, monkeypatch):
+    current_copy(two_hooks, tmp_path / "copy", monkeypatch)
+    first = pipeline("path", "train", TWO_HOOKS, "train.lr=3e-3").out.strip()
+    paths = []
+    for hook in ("model.layers.0", "model.layers.1"):
+        given = (
+            f"harvest.hooks=[{hook}]",
+            f"train.start_from={first}",
+            "train.epochs=0.5",
+            "train.l1_warmup_fraction=0",
+        )
+        for stage in ("harvest", "train"):
+            ran = pipeline(stage, *given)
+            assert ran.status == 0, ran.out
+        paths.append(pipeline("path", "train", *given).out.strip())
+    ran = run("diff-stages", *paths, "--to", "nowhere")
+    assert ran.status == 1 and "no hook in common: ['model.layers.0'] and ['model.layers.1']" in ran.out, ran.out
+    assert not Path("nowhere").exists()
 
 
 def test_the_smallest_angles_rows_of_zeros_and_ties():

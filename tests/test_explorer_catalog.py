@@ -225,9 +225,11 @@ def bfloat16(bits: np.ndarray) -> np.ndarray:
 
 def test_the_newest_explanation_of_a_feature_speaks(run_folder):
     runs = find_runs(load(TINY, []), RUNS)[0]
+    asked = find_runs(load(TINY, ["explain.model=m"]), RUNS)[0]
     evaluated = runs.of("evaluate")
     evaluation = read_figures(evaluated.path)
-    for number, (name, told) in enumerate((("aaaaaaaaaaaa", {3: "old", 4: "kept"}), ("bbbbbbbbbbbb", {3: "new"}))):
+    told_by = {asked.fingerprints["explain"]: {3: "old", 4: "kept"}, "bbbbbbbbbbbb": {3: "new"}}
+    for number, (name, told) in enumerate(told_by.items()):
         folder = RUNS / "explain" / name
         folder.mkdir(parents=True)
         sae = evaluation.own(HOOK)
@@ -244,6 +246,11 @@ def test_the_newest_explanation_of_a_feature_speaks(run_folder):
     assert one.view(3)["explanation"]["label"] == "new"
     assert one.about()["has"]["labels"]
     assert [line["number"] for line in one.table.find(FindQuery(label="NE")).features] == [3]
+    # Settings with an explanation of their own have that alone.
+    assert {feature: each["label"] for feature, each in labels(asked, HOOK).items()} == {3: "old", 4: "kept"}
+    (asked.directory("explain") / "manifest.json").unlink()
+    assert labels(asked, HOOK) == {}
+    assert labels(runs, HOOK).keys() == {3}
 
 
 def test_a_thing_is_made_once_for_many_threads():

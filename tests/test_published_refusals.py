@@ -11,7 +11,7 @@ from huggingface_hub.utils import EntryNotFoundError
 from sae_lens import JumpReLUSAEConfig, StandardSAEConfig
 from sae_lens.loading import pretrained_sae_loaders
 from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
-from test_published import HOOK, NAME, D, F, edit_cfg, write_theirs
+from test_published import HOOK, NAME, D, F, edit_cfg, linear_state, write_theirs
 from test_published_stage import PATH, SETTINGS
 
 from evaluate.figures import read_figures
@@ -87,6 +87,15 @@ def test_another_width_or_damage_is_said_before_anything_runs(theirs_folder):
     assert (ran.status, "b_enc holds a NaN or an infinity" in ran.out) == (1, True)
     assert not list(Path().glob("runs/train/*/manifest.json"))
     assert pipeline("stream", *SETTINGS).out.startswith("error: published: nothing is trained")
+
+
+def test_two_linear_layers_name_no_hook_and_the_settings_hook_must_fit(theirs_folder):
+    torch.save(linear_state(), "sae.pt")
+    linear = ("train=null", "sample.train_tokens=0", "published.path=sae.pt", "published.format=linear")
+    ran = pipeline("sample", *linear, "published.hook=model.layers.0")
+    assert (ran.status, "belongs to 'model.layers.0'; harvest.hooks has" in ran.out) == (1, True), ran.out
+    ran = pipeline("sample", *linear, f"published.hook={NAME}")
+    assert (ran.status, "sample    complete" in ran.out) == (0, True), ran.out
 
 
 COMMIT = "0" * 40
