@@ -158,7 +158,9 @@ def _write_model(config: PipelineConfig, folder: Path) -> tuple[int, str]:
     else:
         assert shape.folder
         special: Any = read_json(shape.folder / "special_tokens.json")
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=stand_in_tokenizer(special, text.vocab_size))
+        (end,) = (name for name, token in special.items() if token == text.eos_token_id)
+        whole = stand_in_tokenizer(special, text.vocab_size)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=whole, eos_token=end)
     tokenizer.save_pretrained(folder)
     d_in = text.hidden_size
     for name, value in NARROW.items():
