@@ -297,6 +297,7 @@ def test_a_benchmark_is_counted_and_timed_by_what_a_step_reads(monkeypatch):
         (["benchmark.task=gsm8k"], 1319),
         (["benchmark.task=aime-2024", "benchmark.problems=40"], 30),
         (["benchmark.problems=40"], 40),
+        (["benchmark.task=arithmetic"], 162),
         (["benchmark.task=arithmetic", "benchmark.problems=40"], 40),
         (["benchmark.source.path=other/set"], None),
         (["benchmark.source.path=other/set", "benchmark.problems=7"], 7),
