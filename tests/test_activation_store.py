@@ -183,3 +183,48 @@ def test_a_hook_never_leaves_its_folder(hook):
         return
     assert "/" not in name
     assert name not in ("", ".", "..", "row", "shards")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"rows": 31}, {"rows": None}, {"files": {}}, {"files": 7}, {"norms": {}}, {"norms": {HOOKS[0]: {}}}],
+)
+def test_a_record_that_does_not_describe_its_shard_is_named(store, changed):
+    path = store.record_path("train", 1)
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | changed))
+    with pytest.raises(UserError, match=r"shards/00001\.json: damaged: it does not describe a shard; `make verify`"):
+        store.records("train")
+    assert store.complete_shards("train") == {0, 2}
+    del record["norms"][HOOKS[0]]["sum"]
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="does not describe a shard"):
+        store.record("train", 1)
+
+
+def test_sums_of_norms_that_are_not_those_of_the_rows_are_found(store):
+    """They decide which rows training leaves out, and how it scales the others."""
+    path = store.record_path("train", 1)
+    record = json.loads(path.read_text())
+    record["norms"][HOOKS[1]]["sum"] += 1
+    path.write_text(json.dumps(record))
+    store.verify_shard("train", 0)
+    with pytest.raises(UserError, match=r"shards/00001\.json: its sums of norms are not those of the shard"):
+        store.verify_shard("train", 1)
+
+
+def test_a_row_of_fill_values_is_never_handed_out(tmp_path):
+    """Whoever wrote it: it stands for rows that are not there."""
+    store = ActivationStore.create(tmp_path / "store", GEOMETRY, {})
+    given = rows(0)
+    given.acts[HOOKS[0]][13] = FILL
+    store.write_shard("train", 0, given)
+    store.read_chunk("train", HOOKS[0], 0)
+    with pytest.raises(UserError, match=r"train/model\.layers\.0/acts/c/0/0: rows are missing from it"):
+        store.read_chunk("train", HOOKS[0], 1)
+
+
+def test_hooks_of_one_folder_are_refused(tmp_path):
+    geometry = GEOMETRY._replace(hooks=("layers/0", "layers-0"))
+    with pytest.raises(UserError, match=r"harvest\.hooks: 'layers-0': another hook has the same folder, layers-0"):
+        ActivationStore.create(tmp_path / "store", geometry, {})

@@ -1,5 +1,9 @@
 """Stores and the zarr API (tests/zarr_twin.py) write the same bytes and read them alike, in every stored form."""
 
+import os
+from pathlib import Path
+
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from conftest import contents
 from zarr_twin import through_zarr
 
 from harvest.activation_store import ActivationStore, Geometry, ShardRows
+from harvest.files import UserError
 
 SHAPES = {
     "usual": Geometry(("h", "model.layers.1"), 24, 8, 4, 8, train_shards=2, holdout_shards=1),
@@ -102,3 +107,42 @@ def test_visits_are_of_every_chunk_in_memory_that_is_used_again(tmp_path):
 
     with pytest.raises(KeyError):
         store.visit_chunks("train", hook, chunks, fail)
+
+
+def test_chunks_in_another_order_are_found(tmp_path):
+    """Each is whole, and so is the index that leads to them, which readers of ours do not look at."""
+    g = SHAPES["usual"]
+    store = write(tmp_path, g)
+    file = tmp_path / "train/h/acts/c/1/0"
+    data, size = file.read_bytes(), 8 * 24 * 2 + 4
+    index = np.frombuffer(data[4 * size : -4], "<u8").reshape(4, 2)[[1, 0, 2, 3]].tobytes()
+    swapped = data[size : 2 * size] + data[:size] + data[2 * size : 4 * size]
+    file.write_bytes(swapped + index + google_crc32c.value(index).to_bytes(4, "little"))
+    with pytest.raises(UserError, match="h/acts/c/1/0: its index is not that of chunks in order"):
+        store.verify_shard("train", 1)
+    assert store.read_chunk("train", "h", 3).shape == (8, 24)
+    with pytest.raises(UserError, match="its bytes have changed"):
+        store.read_chunk("train", "h", 4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("damage", "says"), [(Path.unlink, "missing"), (lambda path: os.truncate(path, 10), "truncated")]
+)
+def test_a_file_that_is_gone_or_cut_short_since_the_store_was_opened(tmp_path, form, damage, says):
+    write(tmp_path, SHAPES["usual"]._replace(stored=form))
+    store = ActivationStore.open(tmp_path)
+    store.check_complete()
+    name = "acts_q" if form == "int8" else "acts"
+    damage(tmp_path / f"train/h/{name}/c/1/0")
+    with pytest.raises(UserError, match=f"train/h/{name}/c/1/0: {says}; `make verify`"):
+        store.read_chunk("train", "h", 4)
+
+
+def test_a_file_that_the_system_cannot_read(tmp_path):
+    store = write(tmp_path, SHAPES["usual"])
+    file = tmp_path / "train/h/acts/c/1/0"
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match="train/h/acts/c/1/0: cannot be read: Is a directory; `make verify`"):
+        store.read_chunk("train", "h", 4)

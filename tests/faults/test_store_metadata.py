@@ -41,6 +41,15 @@ def of_root(**changed: object) -> Callable[[Path], None]:
     return change
 
 
+def root_without_attributes(store: Path) -> None:
+    root = json.loads((store / "zarr.json").read_text())
+    (store / "zarr.json").write_text(json.dumps(root | {"attributes": None}))
+
+
+def of_another_array(store: Path) -> None:
+    (store / "train/model.layers.0/norm/zarr.json").write_text('{"zarr_format": 3, "node_type": "array"}')
+
+
 def without(name: str) -> Callable[[Path], None]:
     return lambda store: (store / name).unlink()
 
@@ -56,6 +65,8 @@ def without(name: str) -> Callable[[Path], None]:
         of_root(train_shards="3"),
         of_root(holdout_shards=-1),
         of_root(chunk_rows=5),
+        root_without_attributes,
+        of_another_array,
         without("created.json"),
         without("zarr.json"),
         without("train/zarr.json"),
