@@ -142,7 +142,8 @@ def _names(config: IngestConfig, path: Path, arrays: Arrays) -> tuple[tuple[str,
         raise UserError(f"{path}: holds token ids twice ({', '.join(columns)}); keep one")
     others = tuple(name for name in arrays if name not in COLUMNS)
     if not others:
-        raise UserError(f"{path}: holds no array of activations")
+        there = f", but {', '.join(map(repr, columns))}" if columns else ""
+        raise UserError(f"{path}: holds no array of activations{there}; ingest.path takes the activations")
     return config.hooks or tuple(name if name != UNNAMED else "activations" for name in others), columns
 
 
