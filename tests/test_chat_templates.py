@@ -145,6 +145,7 @@ def test_a_template_that_is_broken_is_named(loaded):
         with pytest.raises(UserError, match=r"sample.template: the model's own chat template cannot write"):
             template(loaded, source)
         assert template_markers(loaded) == set()
+        loaded.bos_token = "<bos>"
         assert not writes_bos(loaded)
 
 
@@ -179,3 +180,20 @@ def test_named_templates_take_the_default(loaded):
 def test_a_template_that_leaves_out_turns_is_refused(loaded, source):
     with pytest.raises(UserError, match="cannot write a plain conversation"):
         template(loaded, source)
+
+
+def test_a_template_that_refuses_reasoning_in_a_field_gets_it_in_the_content(loaded):
+    found = template(loaded, SIMPLE.replace("[", "{{ raise_exception('no') if m.thinking }}["))
+    assert found.reasoning == "inline"
+    text = text_of(found, [Turn("user", "so"), Turn("assistant", "Yes", "hm")])
+    assert text == "[user]so[assistant]<think>\nhm\n</think>\n\nYes"
+
+
+def test_more_forms_of_conversations_than_are_kept(loaded, monkeypatch):
+    """Each has its own answer, and memory holds no more than so many."""
+    monkeypatch.setattr("harvest.chat_template.STRUCTURES_KEPT", 2)
+    found = template(loaded, SIMPLE)
+    for turns in range(1, 8):
+        said = [Turn("user" if n % 2 == 0 else "assistant", str(n)) for n in range(turns)]
+        assert text_of(found, said) == "".join(f"[{turn.role}]{turn.content}" for turn in said)
+        assert len(found._structures) <= 2

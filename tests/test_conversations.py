@@ -59,6 +59,45 @@ def test_rows_with_nothing_in_them(rows, row):
     assert read_row(rows, row).dropped
 
 
+@pytest.mark.parametrize(
+    ("ids", "reason", "found"),
+    [
+        (None, "ids are null", ""),
+        ("1 2 3", "ids are text", ""),
+        ([], "ids are empty", ""),
+        ([1, [2, 3]], "ids are no list of whole numbers", ""),
+        ([[1, 2], [3, 4]], "ids are no list of whole numbers", ""),
+        ([1, 2.5], "ids are no list of whole numbers", ""),
+        ([True, False], "ids are no list of whole numbers", ""),
+        ({"a": 1}, "ids are no list of whole numbers", ""),
+        ([5, -100, 7], "ids below 0 or above 4,294,967,295", "-100"),
+        ([5, 2**32], "ids below 0 or above 4,294,967,295", "4294967296"),
+    ],
+)
+def test_token_ids_that_are_none(ids, reason, found):
+    reading = read_row("tokens", {"tokens": ids})
+    assert reading.dropped == (reason, found, False) and reading.ids is None
+
+
+def test_the_largest_token_id():
+    ids = read_row("tokens", {"tokens": [0, 2**32 - 1]}).ids
+    assert ids is not None and ids.tolist() == [0, 2**32 - 1]
+
+
+@pytest.mark.parametrize("text", ['[{"role": "user"', "[" * 100_000])
+def test_text_that_is_no_json_is_no_list_of_turns(text):
+    assert read_row("messages", {"messages": text}).dropped == ("conversation is text, not a list of turns", "", False)
+
+
+def test_content_of_one_part_that_is_in_no_list():
+    turns = [{"role": "user", "content": {"type": "text", "text": "a"}}]
+    turns += [{"role": "assistant", "content": {"type": "thinking", "thinking": " hm "}}]
+    assert read_row("messages", {"messages": turns}).turns == [Turn("user", "a"), Turn("assistant", "", "hm")]
+    turns[0]["content"] = {"type": "image_url", "text": "a"}
+    dropped = read_row("messages", {"messages": turns}).dropped
+    assert dropped == ("content has a part that is not text", "image_url", False)
+
+
 def test_chatml():
     document = [Turn("user", "hi"), Turn("assistant", "yes", "hm")]
     assert text_of("chatml", document) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhm\n\nyes<|im_end|>\n"
