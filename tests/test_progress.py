@@ -59,6 +59,19 @@ def test_the_closing_line_has_the_mean_and_the_last_note(clock: Clock, capsys: p
     assert capsys.readouterr().err.splitlines()[-1] == "train: 110/110 tokens  5 tokens/s  L0 30.1"
 
 
+def test_what_is_waited_for_is_said_now_and_then(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("benchmark", 10, "problems") as progress:
+        for second in range(40):
+            clock.now = second
+            progress.say(f"the server is loading, {second}s")
+        said = capsys.readouterr().err.splitlines()
+    assert said == [f"benchmark: the server is loading, {second}s" for second in (15, 30)]
+    with Progress("benchmark", 10, "problems", quiet=True) as progress:
+        clock.now = 100
+        progress.say("the server is loading")
+    assert "loading" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

@@ -184,6 +184,19 @@ def test_training_stops_and_names_the_object(server, fault, name):
         read_all()
 
 
+def test_an_object_that_changes_between_two_looks_is_named(server):
+    """Its index was read when it was there, and whole."""
+    files = RemoteFiles(URL, False)
+    with pytest.raises(UserError, match=f"{URL}/gone: missing; `make verify`"):
+        files.read_into("gone", 0, memoryview(bytearray(4)))
+    files.write("short", [b"abcdef"], 6)
+    out = bytearray(4)
+    files.read_into("short", 2, memoryview(out))
+    assert out == b"cdef"
+    with pytest.raises(UserError, match=f"{URL}/short: "):
+        files.read_into("short", 4, memoryview(out))
+
+
 def test_what_the_object_store_refuses(server, monkeypatch):
     def error(url: str = URL) -> str:
         with pytest.raises(UnreachableError) as caught:
