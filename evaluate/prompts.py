@@ -71,13 +71,14 @@ def thinking_tags(tokenizer: Any, ids: Sequence[Sequence[int]], chat: bool | Non
 
 def position_limit(config: Any) -> int | None:
     """How many positions a model of this configuration of transformers has; None where it does not say."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None  # XLNet's -1 means none
 
 
 def check_lengths(ids: Sequence[Sequence[int]], new: int, limit: int | None) -> None:
     """Raise UserError for a prompt that has, with `new` tokens, more than the model's `limit` of positions."""
     for number, tokens in enumerate(ids):
-        if limit and 0 < limit < len(tokens) + new:  # XLNet's -1 means none
+        if limit and limit < len(tokens) + new:
             raise UserError(
                 f"prompt {number + 1} of {len(ids)} has {len(tokens):,} tokens; with {new:,} new ones that is "
                 f"more than the model's {limit:,} positions; shorten it or lower the number of new tokens"

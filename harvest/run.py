@@ -60,9 +60,6 @@ class Harvest:
         settings: Any = self.model.model.config
         products = {"products": "float32, rounded"} if widens(device, dtype) else {}
         begin(numerics(device, dtype, attention=settings._attn_implementation, **products))  # SDPA where it has it
-        limit = getattr(settings.get_text_config(), "max_position_embeddings", None)
-        if limit and sample.context_size > limit:
-            raise UserError(f"sample.context_size: {sample.context_size}: the model has {limit} positions; lower it")
         self._contexts = Contexts(sample_directory / "contexts")
         shards = {s: self._contexts.count(s) // sample.shard_contexts if s in splits else 0 for s in SPLITS}
         geometry = Geometry(

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 from conftest import pipeline
+from transformers import LlamaConfig, XLNetConfig
 
 from evaluate.engine import Completion
 from evaluate.journal import Journal
+from evaluate.prompts import check_lengths, position_limit
 from evaluate.steering import read_prompts
 from evaluate.traces import FIELDS, conversation
 from harvest.config import Source
@@ -147,3 +149,13 @@ def test_prompts_of_several_lines_come_from_json_lines(tmp_path):
     path.write_text('{"prompt": "a"}\n{"problem": "b"}\n', encoding="utf-8")
     with pytest.raises(UserError, match="line 2: has no prompt"):
         read_prompts(path)
+
+
+def test_a_model_without_a_limit_of_positions():
+    """XLNet says -1, which is no length that a context has to be below."""
+    assert position_limit(XLNetConfig()) is None
+    assert position_limit(LlamaConfig(max_position_embeddings=12)) == 12
+    check_lengths([[1] * 8], 4, 12)
+    check_lengths([[1] * 8], 400, None)
+    with pytest.raises(UserError, match="prompt 1 of 1 has 8 tokens; with 5 new ones that is more than the model's 12"):
+        check_lengths([[1] * 8], 5, 12)

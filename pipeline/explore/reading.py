@@ -74,7 +74,7 @@ class Reader:
     def __init__(self, model: HookedModel, tokenizer: Any, documents: DocumentTokenizer, bos: str | None) -> None:
         self.model, self.tokenizer, self.documents, self.bos = model, tokenizer, documents, bos
         self.positions = position_limit(self.causal.config) or 0
-        self.limit = min(LIMIT, self.positions) if self.positions > 0 else LIMIT  # XLNet's -1 means none
+        self.limit = min(LIMIT, self.positions) if self.positions else LIMIT
         self.ends = end_tokens(self.causal, tokenizer)
         self._saes: OrderedDict[Shelf, SavedSae] = OrderedDict()
 
