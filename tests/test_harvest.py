@@ -125,6 +125,33 @@ def test_what_the_model_cannot_give(fresh_folder, override, message):
     assert message in ran.out
 
 
+def test_widths_that_only_the_model_itself_shows(run_folder, monkeypatch):
+    """Where fake tensors cannot be run through it, the settings' check knows of no width."""
+    monkeypatch.setattr("pipeline.settings_check._shapes", lambda *_given: None)
+    ran = pipeline("harvest", "harvest.hooks=[model.layers.0.mlp.gate_proj,model.layers.0]")
+    assert ran.status == 1
+    assert (
+        "harvest.hooks: hooks of different widths (model.layers.0.mlp.gate_proj: 64, model.layers.0: 32); harvest them "
+        "with settings of their own" in " ".join(ran.out.split())
+    )
+
+
+def test_no_compiled_layers_where_products_are_widened(run_folder, monkeypatch):
+    monkeypatch.setattr("harvest.products.has_bfloat16", lambda _device: False)
+    ran = pipeline("harvest", "harvest.compile=true", "harvest.compute_dtype=bfloat16")
+    assert ran.status == 1
+    assert "harvest.compile: true: not with harvest.compute_dtype=bfloat16 on a CPU without" in ran.out
+    assert "set it to false, or compute_dtype to auto" in ran.out
+
+
+def test_a_gpu_that_is_not_there(run_folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ran = pipeline("harvest", "harvest.runtime.device=cuda", "--force", "--yes")
+    assert ran.status == 1
+    assert "runtime.device: 'cuda': torch sees no GPU; set it to auto or cpu" in ran.out
+    assert pipeline("verify").status == 0  # what was there is there
+
+
 def test_more_positions_than_the_model_has(fresh_folder):
     changed = (
         "sample.context_size=256",

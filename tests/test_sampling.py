@@ -83,6 +83,16 @@ def test_a_budget_that_is_no_whole_number_of_shards_says_what_is_used(fresh_fold
     assert "1,500 is no whole number of shards; 1,280 are used (5 whole shards of 256)" in ran.out
 
 
+def test_what_the_models_template_does_by_itself_is_said(fresh_folder):
+    path = Path("assets/tiny-llama/tokenizer_config.json")
+    template = (
+        "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}), encoding="utf-8")
+    said = pipeline("sample", "sample.template=model").out
+    assert "sample: the chat template has no system turn; its text goes in front of the first user turn" in said
+
+
 def test_too_little_text_gives_both_numbers(fresh_folder):
     ran = pipeline("sample", "sample.train_tokens=1000000")
     assert ran.status == 1

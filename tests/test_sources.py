@@ -6,11 +6,12 @@ import pytest
 from conftest import TINY, contents, only, pipeline
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi
-from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HTTPError, RepositoryNotFoundError
 
 from harvest import packing
 from harvest.config import Source
 from harvest.files import UserError
+from harvest.hub_files import fetch_files
 from harvest.progress import Progress
 from harvest.sources import open_source
 from harvest.tokenizer import SegmentTokenizer
@@ -89,9 +90,42 @@ def test_subset_split_and_commit_reach_the_hub(hub, monkeypatch):
     assert asked == [((THOUGHTS.path,), {"name": "metadata", "revision": COMMIT, "split": "train"})]
 
 
+def test_a_look_that_takes_long_is_announced(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.setattr("harvest.sources.SLOW_BYTES", 13)
+    source = Source(name="t", path=str(tmp_path / "a.jsonl"), rows="text", share=1)
+    open_source(source, None, offline=True)
+    assert capsys.readouterr().out == "sample.sources (t): 0 GB are read to find the rows\n"
+    monkeypatch.setattr("harvest.sources.SLOW_BYTES", 14)
+    open_source(source, None, offline=True)
+    assert capsys.readouterr().out == ""
+
+
 class GatedError(GatedRepoError):
     def __init__(self) -> None:
         Exception.__init__(self, "403")
+
+
+class MissingError(EntryNotFoundError):
+    def __init__(self) -> None:
+        Exception.__init__(self, "404")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (GatedError, "gated: accept its terms at https://huggingface.co/a/b, then `hf auth login`"),
+        (MissingError, "holds no cfg.json and sae.safetensors; set file to the place in it"),
+        (lambda: ConnectError("Name or service not known"), r"cannot be fetched \(ConnectError: Name or service not"),
+    ],
+)
+def test_files_of_the_hub_that_cannot_be_had_name_the_way_out(monkeypatch, error, message):
+    def failing(*_arguments, **_more):
+        raise error()
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", failing)
+    with pytest.raises(UserError, match=f"^train.start_from: 'a/b': {message}"):
+        fetch_files("a/b", ["cfg.json", "sae.safetensors"], COMMIT, offline=False, setting="train.start_from")
 
 
 class NotFoundError(RepositoryNotFoundError):

@@ -7,6 +7,8 @@ import pytest
 from conftest import contents, only, pipeline
 
 from harvest.activation_store import ActivationStore
+from harvest.files import read_json
+from harvest.progress import Progress
 from harvest.store_files import LocalFiles
 
 BAD = {
@@ -208,6 +210,24 @@ def test_an_interrupted_verification_goes_on_where_it_was(run_folder, monkeypatc
     assert ("train shard 1: " in ran.out) is ("1 bad shards are marked" in ran.out) is not restored
     assert not list(run_folder.glob("runs/harvest/*/verify.json"))
     assert pipeline("harvest").status == 0 and pipeline("verify").status == 0
+
+
+def test_a_verification_that_is_killed_has_noted_how_far_it_was(run_folder, monkeypatch):
+    """A kill gives no time to note anything, so that is done on the way."""
+    memory = only(run_folder, "runs/harvest/*") / "verify.json"
+    flip(memory.parent / "store/train/model.layers.1/acts/c/1/0")
+    monkeypatch.setattr("harvest.verify.MEMORY_SECONDS", -1.0)
+    noted, advance = [], Progress.advance
+
+    def look(self, amount, note=""):
+        found = read_json(memory, sealed=True) if memory.exists() else {"read": 0, "bad": []}
+        if self.title == "verify":
+            noted.append((found["read"], [place[:2] for place in found["bad"]]))
+        advance(self, amount, note)
+
+    monkeypatch.setattr(Progress, "advance", look)
+    assert pipeline("verify").status == 1
+    assert noted == [(n, [["train", 1]] if n > 1 else []) for n in range(8)]
 
 
 def test_a_damaged_memory_is_not_believed(run_folder):
