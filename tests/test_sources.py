@@ -5,12 +5,13 @@ import datasets
 import pytest
 from conftest import TINY, contents, only, pipeline
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HTTPError, RepositoryNotFoundError
 
 from harvest import packing
 from harvest.config import Source
 from harvest.files import UserError
+from harvest.hub import hub_answers
 from harvest.hub_files import fetch_files
 from harvest.progress import Progress
 from harvest.sources import open_source
@@ -69,6 +70,30 @@ def test_a_data_set_that_cannot_be_had_names_the_way_out(hub, caplog, error, mes
     with pytest.raises(UserError, match=rf"sample\.sources \(chat\)\.path: 'lmsys/lmsys-chat-1m': {message}"):
         open_source(LMSYS, COMMIT, offline=False)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_whether_the_hub_answers_is_asked_once_and_not_for_long(monkeypatch, answers):
+    """Its client goes on trying for half a minute."""
+    asked = []
+
+    class Session:
+        def head(self, url: str, timeout: float) -> None:
+            asked.append((url, timeout))
+            if not answers:
+                raise ConnectError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.utils.get_session", Session)
+    hub_answers.cache_clear()
+    try:
+        assert [hub_answers(), hub_answers()] == [answers, answers]
+        assert asked == [(constants.ENDPOINT, 3.0)]
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        hub_answers.cache_clear()
+        assert not hub_answers() and len(asked) == 1
+    finally:
+        hub_answers.cache_clear()
 
 
 def test_offline_asks_the_cache_alone():
