@@ -257,6 +257,7 @@ class EvaluateConfig(Settings):
 
     @model_validator(mode="after")
     def _check_names(self) -> "EvaluateConfig":
-        if len({each.name for each in self.also}) < len(self.also):
-            raise ValueError("also names an SAE twice")
+        names = [each.name for each in self.also]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"also: names {twice[0]!r} twice")
         return self

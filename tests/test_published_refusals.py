@@ -54,6 +54,11 @@ def theirs_folder(fresh_folder) -> Path:
             "published.path: './nowhere': there is no file nowhere/cfg.json",
         ),
         (["train=null", "published.release=a"], 2, "a release of SAELens takes release and id"),
+        (
+            ["train=null", "published.release=a", "published.id=b", "published.file=c"],
+            2,
+            "file and format belong to path; a release has id alone",
+        ),
         (["train=null", PATH, "published.release=a", "published.id=b"], 2, "set either path, or release and id"),
         (["train=null", "published.release=a", "published.id=b"], 1, "'a': SAELens knows no such release"),
         (

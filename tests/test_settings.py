@@ -98,6 +98,7 @@ def test_text_that_looks_like_a_number_is_taken_as_written(tmp_path):
         ("train.epochs=", "train.epochs=: no value; null takes a setting away"),
         ("train.sae={d_sae: 4, d_sae: 8}", "command line: train.sae.d_sae: set twice"),
         ("train.epochs=0.0001", "train.epochs: 0.0001: gives 49 of the 491,520 training rows, less than one batch"),
+        ("evaluate.also=[{name: x, path: a}, {name: y, path: b}, {name: y, path: c}]", "also: names 'y' twice"),
         ("train.exclude.positions=[0,512]", "train.exclude.positions: 512: a context has positions 0 to 511"),
         ("train.exclude.positions=[0,0]", "names 0 twice"),
         ("train.exclude.token_ids=[1,2,1]", "names 1 twice"),

@@ -321,6 +321,8 @@ def test_what_is_damaged_or_unfinished_is_refused(given):
         (("train.lr=0",), "lr: 0: trains nothing"),
         (("train.start_from={path: a/b, file: ../c}",), "must stay within path"),
         (("train.start_from=x", "train.sae={d_sae: 64}", "train.sweep.d_sae=[8,16]"), "sweep.d_sae: not together with"),
+        (("train.epochs=null", "train.training_tokens=9"), "training_tokens: 9: less than one batch of batch_size = "),
+        (("train.start_from=x", "train.sweep.kind=[standard,topk]"), "sweep.kind: not together with start_from"),
     ],
 )
 def test_settings_that_cannot_be(fresh_folder, overrides, message):

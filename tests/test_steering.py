@@ -230,6 +230,9 @@ def test_several_features_are_operated_on_at_once(run_folder):
         (["--feature", "1", "--prompt", "so " * 200], "more than the model's 128 positions"),
         (["--feature", "1"], "no prompt: give --prompt TEXT"),
         (["--feature", "1", "--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
+        (["--feature", "1", "--prompts", "latin-1.txt"], "latin-1.txt: not UTF-8 text; prompts are one a line"),
+        (["--feature", "1", "--prompts", "blank.txt"], "blank.txt: holds no prompt; write one a line"),
+        (["--feature", "1", "--prompts", "blank.jsonl"], "blank.jsonl: holds no prompt"),
         (["--feature", "1", "--prompt", "a", "--chat"], "no chat template"),
         (["--feature", "1", "--prompt", "a", "--max-activation", "0"], "--max-activation: 0.0, 1.0: a number above 0"),
         (["--feature", "1", "--prompt", "a", "--max-activation", "2"], "give one, or one for each --feature"),
@@ -240,8 +243,11 @@ def test_several_features_are_operated_on_at_once(run_folder):
         (["--feature", "1", "--prompt", "a", "train.seed=7"], "the train stage for these settings is not complete"),
     ],
 )
-def test_bad_input_is_named(finished, monkeypatch, arguments, says):
+def test_bad_input_is_named(finished, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(finished)
+    for name, data in (("latin-1.txt", b"caf\xe9\n"), ("blank.txt", b" \n\n"), ("blank.jsonl", b"\n")):
+        (tmp_path / name).write_bytes(data)
+        arguments = [str(tmp_path / name) if argument == name else argument for argument in arguments]
     extra = [] if "not complete" in says else ["--max-activation", "1"]
     ran = pipeline("steer", *arguments, *extra)
     assert ran.status in (1, 2), ran.out

@@ -178,6 +178,7 @@ def test_a_prompt_has_a_place_for_the_problem():
         ),
         ([{"q": None, "a": "1"}], {}, r"source\.problem: .*line 1: column 'q' is empty"),
         ([{"q": "1?", "a": ["1"]}], {}, r"column 'a' holds \['1'\]; text or a number is needed"),
+        ([{"q": "1 \ud800?", "a": "1"}], {}, r"source\.problem: .*set.jsonl, line 1: column 'q' is not UTF-8 text"),
         ([{"q": "1?", "a": "so #### "}], {}, r"source\.answer: .*column 'a' has nothing behind ####"),
         (
             [{"q": "1?", "a": "E", "c": ["x", "y"]}],

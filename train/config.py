@@ -312,7 +312,10 @@ class TrainConfig(Settings):
         if (self.training_tokens is None) == (self.epochs is None):
             raise ValueError("set exactly one of training_tokens and epochs (null takes one away)")
         if self.training_tokens is not None and self.training_tokens < self.batch_size:
-            raise ValueError(f"training_tokens is less than one batch of batch_size = {self.batch_size} rows")
+            raise ValueError(
+                f"training_tokens: {self.training_tokens:,}: less than one batch of batch_size = {self.batch_size:,}; "
+                "raise it or lower batch_size"
+            )
         return self
 
     def batches(self, rows: int) -> int:
