@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from harvest.activation_store import ActivationStore, Geometry, ShardRows
+from harvest.files import UserError
 from train.config import ExcludeConfig
 from train.dataloader import ActivationLoader, Batch, Position, heldout_rows
 from train.exclusion import input_statistics, kept_rows, mean_row
@@ -115,6 +116,20 @@ def test_heldout_rows_are_the_first_kept_ones(store):
     rows = heldout_rows(store, HOOK, EXCLUDE, None, 10).view(torch.uint16).numpy()[:, 0]
     assert rows.tolist() == kept_numbers()[:10]
     assert len(heldout_rows(store, HOOK, EXCLUDE, None, 10**6)) == len([n for n in kept_numbers() if n < 32])
+
+
+def test_rows_that_leave_nothing_to_learn_are_refused(store, tmp_path):
+    nothing = ExcludeConfig(positions=tuple(range(8)))
+    with pytest.raises(UserError, match=r"train.exclude: .*leaves no held-out row of h; exclude less"):
+        heldout_rows(store, HOOK, nothing, None, 10)
+    with pytest.raises(UserError, match=r"train.exclude: .*leaves no row of the first window; exclude less"):
+        input_statistics(store, HOOK, nothing, window_shards=2)
+    zeros = ActivationStore.create(tmp_path / "store", GEOMETRY._replace(train_shards=1, holdout_shards=0), {})
+    number, norms = np.arange(32), {HOOK: np.zeros(32, np.float32)}
+    places = number.astype(np.uint32), (number // 8).astype(np.uint32), (number % 8).astype(np.uint16)
+    zeros.write_shard("train", 0, ShardRows({HOOK: np.zeros((32, 4), np.uint16)}, norms, *places))
+    with pytest.raises(UserError, match=r"/store: all rows of h in the first window are zero"):
+        input_statistics(zeros, HOOK, ExcludeConfig(), window_shards=2)
 
 
 @pytest.mark.parametrize(("window_shards", "pool_rows", "batch"), [(2, 40, 24), (1, 8, 7), (99, 64, 33)])

@@ -18,11 +18,13 @@ from evaluate.figures import read_figures
 from harvest import language_model
 from harvest.activation_store import ActivationStore
 from harvest.config import ModelConfig
+from harvest.files import write_sealed
 from harvest.language_model import saelens_hook
 from pipeline.config import load
 from pipeline.export import TRANSFORMER_LENS, Exported, _metadata, source_terms
 from pipeline.stages import find_runs
 from train.checkpoint import load_sae
+from train.standard import Standard
 
 HOOK = "model.layers.1"
 FOLDER = "blocks.1.hook_resid_post"
@@ -116,6 +118,26 @@ def test_a_foreign_folder_is_never_touched(run_folder):
         assert ran.status == 1
         assert "not an export of this project" in ran.out
         assert contents(Path("out")) == {"thesis.txt": b"mine"}
+
+
+def test_a_marker_that_is_not_of_an_export_is_named(run_folder):
+    out = Path("out")
+    out.mkdir()
+    for marker in ({"schema": 2, "files": []}, {"schema": 1, "files": "all"}):
+        write_sealed(out / "export.json", marker)
+        before = contents(out)
+        ran = pipeline("export", "--to", "out", "--force")
+        assert ran.status == 1
+        assert "out/export.json: not the marker of an export of this project" in ran.out
+        assert contents(out) == before
+
+
+def test_an_sae_that_saelens_has_not_is_not_exported(run_folder, monkeypatch):
+    monkeypatch.setattr(Standard, "saelens", None)
+    ran = pipeline("export", "--to", "out")
+    assert ran.status == 1
+    assert "an SAE of kind standard cannot be exported: SAELens has none with the same activations" in ran.out
+    assert not list(Path().glob("*out*"))
 
 
 def test_an_export_is_written_anew_only_with_force_and_alone(run_folder):

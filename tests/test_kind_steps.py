@@ -19,10 +19,10 @@ from harvest.files import UserError
 from train import sparse_step as sparse_module
 from train.config import SaeConfig, TrainConfig
 from train.kinds import sae_class
-from train.nonzeros import PLAIN, ByRow, Rule
+from train.nonzeros import PLAIN, ByRow, Entries, Rule
 from train.parallel import SINGLE
 from train.sae import Dead, Sae
-from train.selection import largest_dense
+from train.selection import keys, largest_dense
 from train.sparse_step import Source
 from train.step import StepResult, kernels, total
 from train.trainer import Trainer
@@ -284,6 +284,16 @@ def test_a_batch_with_more_entries_than_can_be_told_apart_is_refused() -> None:
     config = TrainConfig(sae=SaeConfig(kind="batchtopk", d_sae=F, k=K), epochs=1, batch_size=2**25)
     with pytest.raises(UserError, match=r"train\.batch_size: 33,554,432: times d_sae = 211 is above 2\^32"):
         Trainer(new("batchtopk"), config, 1, 1, torch.float32)
+
+
+def test_entries_that_a_key_cannot_tell_apart_are_refused() -> None:
+    entry = torch.ones(1, dtype=torch.int32)
+    entries = Entries(entry, entry, torch.ones(1), 1, 1)
+    rule = new("batchtopk").batch_rule()
+    with pytest.raises(ValueError, match=r"1 rows times 4,294,967,297 features are above 2\^32: use a smaller batch"):
+        keys(entries, torch.zeros(1, dtype=torch.int64), rule, first_feature=2**32 + 1 - F)
+    key_N = keys(entries, torch.zeros(1, dtype=torch.int64), rule, first_feature=2**32 - F)
+    assert key_N > 0
 
 
 def test_equal_input_gives_equal_bytes() -> None:

@@ -165,6 +165,15 @@ def test_a_hook_that_contradicts_cfg(tmp_path, store):
         load(tmp_path / "sae", store, hook="blocks.0.hook_resid_post")
 
 
+def test_a_hook_of_the_settings_is_that_of_an_sae_that_names_none(tmp_path, store):
+    write_theirs(tmp_path / "sae", TopKSAEConfig(d_in=D, d_sae=F, k=7))
+    edit_cfg(tmp_path / "sae", metadata={})
+    assert load(tmp_path / "sae", store, hook=NAME).hook == "model.layers.1"
+    edit_cfg(tmp_path / "sae", k=F + 1)
+    with pytest.raises(UserError, match=rf"cfg.json: k: {F + 1}: more than d_sae = {F}"):
+        load(tmp_path / "sae", store, hook=NAME)
+
+
 def header(shape: list[int], length: int) -> bytes:
     text = json.dumps({"W_enc": {"dtype": "F32", "shape": shape, "data_offsets": [0, length]}}).encode()
     return struct.pack("<Q", len(text)) + text

@@ -1,6 +1,7 @@
 """Published SAEs that do not fit, and those that SAELens reads by release and id."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,23 @@ def test_what_is_said_of_an_sae_is_read_without_its_weights(theirs_folder, monke
     found = published.read_config("published", PublishedFiles(path="theirs"), None, True)
     assert found and found.fields["d_sae"] == F
     assert wanted == [("cfg.json",)]
+    linear = PublishedFiles(path="nowhere.pt", format="linear", hook=HOOK)
+    assert published.read_config("published", linear, None, True) is None
+
+
+def test_a_release_that_cannot_be_loaded_is_said(theirs_folder, monkeypatch):
+    def download(*_place, **_options):
+        raise OSError("503 of the hub")
+
+    monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", download)
+    settings = (*RELEASE, "published.release=some/body", "published.id=sae", f"published.revision={COMMIT}")
+    ran = pipeline("run", *settings)
+    assert ran.status == 1
+    assert "some/body/sae: SAELens cannot load it (OSError: 503 of the hub)" in ran.out
+    monkeypatch.setitem(sys.modules, "sae_lens.loading", None)
+    ran = pipeline("run", *settings)
+    assert ran.status == 1
+    assert "some/body/sae: needs SAELens (" in ran.out and saelens_releases.EXTRA in ran.out
 
 
 def test_a_release_in_saelens_own_form(asked):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from accelerate.tracking import TensorBoardTracker
 from conftest import PYTHONPATH, TINY, contents, only, pipeline, start
 from safetensors import SafetensorError
 
@@ -16,6 +17,8 @@ from harvest.files import UserError, read_json, write_sealed
 from train import checkpoint as checkpoints
 from train.checkpoint import load_sae, newest_checkpoint
 from train.config import TrainConfig
+from train.dataloader import ActivationLoader
+from train.run import deferred_interrupt
 from train.trainer import Trainer
 from train.training import total_steps
 
@@ -164,7 +167,8 @@ def test_a_loss_that_is_no_number_stops(run_folder):
     assert not list(run_folder.glob("runs/train/*/manifest.json"))[1:]
 
 
-def test_a_bad_step_is_named_with_its_rows_and_keeps_the_weights(run_folder, monkeypatch):
+@pytest.mark.parametrize("checkpoint_every", [20, 1])
+def test_a_bad_step_is_named_with_its_rows_and_keeps_the_weights(run_folder, monkeypatch, checkpoint_every):
     drop_training(run_folder)
     original = Trainer.step
 
@@ -172,13 +176,63 @@ def test_a_bad_step_is_named_with_its_rows_and_keeps_the_weights(run_folder, mon
         return original(self, rows * float("nan") if self.step_number == 62 else rows)
 
     monkeypatch.setattr(Trainer, "step", spoiled)
-    ran = pipeline("train")
+    ran = pipeline("train", f"train.runtime.checkpoint_every={checkpoint_every}")
     assert ran.status == 1
     assert "the loss is NaN or infinite at step 63;" in ran.out  # found at step 65, when the log is written
     assert re.search(r"largest norms: context \d+ position \d+ \(token \d+, norm", ran.out)
     found = newest_checkpoint(only(run_folder, "runs/train/*/model.layers.1/checkpoints"))
     assert found
-    assert found[0].step == 60
+    assert found[0].step == (62 if checkpoint_every == 1 else 60)  # none of a step that is not known to be good
+
+
+def test_a_bad_step_is_named_without_rows_that_are_gone(run_folder, monkeypatch):
+    drop_training(run_folder)
+    monkeypatch.setattr(Trainer, "step", lambda self, rows, step=Trainer.step: step(self, rows * float("nan")))
+
+    def gone(*_rows):
+        raise UserError("a stream has deleted them")
+
+    monkeypatch.setattr(ActivationLoader, "describe", gone)
+    ran = pipeline("train")
+    assert ran.status == 1
+    assert (
+        "infinite at step 1; the last checkpoint is kept. Rows of its batch with the largest norms: unknown." in ran.out
+    )
+
+
+def test_a_run_that_was_killed_before_its_manifest_trains_nothing_again(finished, run_folder, monkeypatch):
+    only(run_folder, "runs/train/*/manifest.json").unlink()
+    monkeypatch.setattr(Trainer, "step", None)
+    ran = pipeline("train")
+    assert ran.status == 0, ran.out
+    assert only(run_folder, "runs/train/*/manifest.json")
+    assert results(run_folder) == results(finished)
+
+
+def test_a_second_signal_does_not_wait():
+    with deferred_interrupt() as interrupted:
+        assert not interrupted()
+        signal.raise_signal(signal.SIGTERM)
+        assert interrupted()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_checkpoint_of_another_sae_is_refused(run_folder):
+    folder = only(run_folder, "runs/train/*/model.layers.1")
+    found = newest_checkpoint(folder / "checkpoints")
+    assert found
+    checkpoint, tensors = found
+    wider = tensors | {"W_dec": torch.zeros(129, 32)}
+    checkpoints.save_checkpoint(folder / "checkpoints", checkpoint._replace(step=90), wider, keep_last=1)
+    (folder.parent / "manifest.json").unlink()
+    (folder / "sae.json").unlink()
+    ran = pipeline("train")
+    assert ran.status == 1
+    assert "its checkpoint is of an SAE of shapes {" in ran.out and "'W_dec': (129, 32)" in ran.out
+    ran = pipeline("train", "--force")
+    assert ran.status == 0, ran.out
 
 
 def test_a_checkpoint_that_is_there_is_not_written_again(run_folder, monkeypatch):
@@ -238,6 +292,17 @@ def test_a_tracker_that_is_not_installed(run_folder, monkeypatch):
     assert "train.runtime.tracker: 'trackio': trackio is not installed" in ran.out
 
 
+def test_a_tracker_that_does_not_start(run_folder, monkeypatch):
+    def start(_self):
+        raise OSError("no such account")
+
+    drop_training(run_folder)
+    monkeypatch.setattr(TensorBoardTracker, "start", start)
+    ran = pipeline("train", "train.runtime.tracker=tensorboard")
+    assert ran.status == 1
+    assert "train.runtime.tracker: 'tensorboard' does not start: no such account; null takes it away" in ran.out
+
+
 def test_exclusions_that_leave_nothing(run_folder):
     assert run_folder.exists()
     ran = pipeline("train", f"train.exclude.positions={list(range(16))}".replace(" ", ""))
@@ -282,6 +347,9 @@ def test_steps():
     assert total_steps(config, 1000) == 39
     config = TrainConfig(sae={"d_sae": 8}, training_tokens=6400, batch_size=64)
     assert total_steps(config, 10) == 100
+    config = TrainConfig(sae={"d_sae": 8}, epochs=0.5, batch_size=64)
+    with pytest.raises(UserError, match=r"train\.epochs: 0\.5: gives 63 of the 127 training rows, less than one batch"):
+        total_steps(config, 127)
 
 
 def test_bfloat16_products_train_too(run_folder):

@@ -242,5 +242,5 @@ def heldout_rows(
             if sum(map(len, parts)) >= count:
                 return torch.from_numpy(np.concatenate(parts)[:count]).view(torch.bfloat16)
     if not any(map(len, parts)):
-        raise UserError(f"train.exclude: {exclude.model_dump()}: leaves no held-out row of {hook}")
+        raise UserError(f"{exclude.setting}: {exclude.model_dump()}: leaves no held-out row of {hook}; exclude less")
     return torch.from_numpy(np.concatenate(parts)).view(torch.bfloat16)

@@ -89,7 +89,7 @@ def input_statistics(
     limit = None if exclude.norm_above_median is None else exclude.norm_above_median * median
     keep = np.concatenate([kept_rows(store, split, hook, shard, exclude, limit) for shard in shards])
     if not keep.any():
-        raise UserError(f"{exclude.setting}: {exclude.model_dump()}: leaves no row of the first window")
+        raise UserError(f"{exclude.setting}: {exclude.model_dump()}: leaves no row of the first window; exclude less")
     mean = float(norms[keep].mean(dtype=np.float64))
     if not mean > 0:
         raise UserError(f"{store.path}: all rows of {hook} in the first window are zero; there is nothing to learn")

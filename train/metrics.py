@@ -47,7 +47,7 @@ def open_tracker(name: str, folder: Path, run_name: str, settings: dict[str, Any
             f"`.venv/bin/pip install {name}`, or train.runtime.tracker=null"
         ) from None
     except Exception as error:  # whatever a tracker's service answers
-        raise UserError(f"train.runtime.tracker: {name!r} does not start: {error}") from None
+        raise UserError(f"train.runtime.tracker: {name!r} does not start: {error}; null takes it away") from None
     return tracker
 
 
@@ -83,7 +83,7 @@ class Metrics:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         if path.stat().st_size < keep_bytes:
-            raise UserError(f"{path}: shorter than when the checkpoint was written; it was damaged")
+            raise UserError(f"{path}: shorter than when the checkpoint was written; restore it, or train with --force")
         if crc32c is not None and file_crc32c(path, keep_bytes) != crc32c:
             raise UserError(f"{path}: has changed since the checkpoint was written; restore it, or train with --force")
         self._file = path.open("r+b")

@@ -90,7 +90,7 @@ class Training:
             checkpoint, tensors = found
             shapes = {name: tuple(tensors[name].shape) if name in tensors else None for name in sae.parameters}
             if shapes != sae.shapes(g.d_in, sae.d_sae):
-                raise UserError(f"{folder}: its checkpoint is of an SAE of shapes {shapes}")
+                raise UserError(f"{folder}: its checkpoint is of an SAE of shapes {shapes}; train with --force")
             self.trainer.restore(tensors, checkpoint.step, checkpoint.kernel)
             self.position, self.best_loss = checkpoint.position, checkpoint.best_loss
             logged = {"losses": checkpoint.losses, "crc32c": checkpoint.metrics_crc32c}

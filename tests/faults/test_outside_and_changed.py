@@ -59,6 +59,9 @@ def test_a_log_that_was_changed_is_named_at_a_resume(run_folder):
     path.write_text(path.read_text().replace('"step": 5,', '"step": 6,'))
     ran = pipeline("train")
     assert ran.status == 1 and "metrics.jsonl: has changed since the checkpoint was written" in ran.out
+    path.write_text("")
+    ran = pipeline("train")
+    assert ran.status == 1 and "metrics.jsonl: shorter than when the checkpoint was written; restore it, or" in ran.out
 
 
 def test_contexts_that_traded_places_are_named(run_folder):
