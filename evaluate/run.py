@@ -236,7 +236,9 @@ def _load(folder: Path, hook: str, config: EvaluateConfig, store: ActivationStor
     """The SAE of a hook; the features that the settings name are checked now, before minutes of work."""
     path = folder / "best" if config.sae == "best" else folder
     if config.sae == "best" and not path.exists():
-        raise UserError(f"evaluate.sae: 'best': {path} does not exist: no look at held-out rows after the warm-up")
+        raise UserError(
+            f"evaluate.sae: 'best': {path} does not exist: no look at held-out rows after the warm-up; take last"
+        )
     saved = load_sae(path)
     if saved.sae.d_in != store.geometry.d_in:
         raise UserError(f"{path}: an SAE of d_in {saved.sae.d_in}; the store {store.path} has {store.geometry.d_in}")

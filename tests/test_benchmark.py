@@ -17,7 +17,7 @@ from evaluate.engine import Completion
 from evaluate.figures import read_figures
 from evaluate.grading import Grade
 from evaluate.journal import Journal
-from harvest.files import read_json
+from harvest.files import locked, read_json
 
 HOOK = "model.layers.1"
 SETTINGS = (
@@ -170,8 +170,12 @@ def test_workers_share_the_problems_and_the_last_one_ends(folder, asked, finishe
         begin_as_worker_0(monkeypatch)
     for number, rank in enumerate(order):
         monkeypatch.setenv("RANK", str(rank))
-        out = run()
         last = number == len(order) - 1
+        if last:
+            with locked(of(tmp_path / "again"), benchmark.ENDING):
+                assert "every answer is there; another worker grades them" in run()
+            assert not list(Path("runs/benchmark").glob("*/manifest.json"))
+        out = run()
         assert ("benchmark complete" in out) == out.rstrip().endswith("benchmark.html") == last
         assert ("start it again, with any number of workers" in out) == (not last)
     assert results(tmp_path / "again") == whole

@@ -187,6 +187,10 @@ def test_findings_say_whether_the_control_does_it_too():
         found = made(conditions, {7: 0.6, 107: control}, 60, 4, 1)
         (said,) = findings(benchmark_figures(conditions, found.marks(4), 0).lists)
         assert ", but not beyond its control: " in said
+    alone = conditions[:2]
+    (said,) = findings(benchmark_figures(alone, made(alone, {7: 0.6}, 60, 4, 1).marks(4), 0).lists)
+    assert said.startswith("With feature 7 add 1, pass@1 changes by +")
+    assert said.endswith("); there is no control to compare with.")
     found = made(conditions, {}, 60, 4, 2)
     (said,) = findings(benchmark_figures(conditions, found.marks(4), 0).lists)
     assert said.startswith("No condition changes how often answers are right")

@@ -1,6 +1,7 @@
 """Which conditions a benchmark has, under which keys its answers are known, and how its journal survives."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -153,6 +154,16 @@ def test_a_line_that_was_cut_is_passed_over_by_others_and_taken_off_by_its_own(t
         with journal_of(tmp_path, 1) as journal:
             journal.add(line_of("two", attempt(2)))
         assert journal.path.read_bytes() == whole
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is full")
+def test_a_full_disk_is_named_by_the_journal(tmp_path):
+    with journal_of(tmp_path, 0) as journal, Path("/dev/full").open("wb", buffering=0) as full:
+        its_own, journal._file = journal._file, full
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            journal.add(line_of("one", attempt(1)))
+        journal._file = its_own
+    assert caught.value.filename == str(journal.path)
 
 
 @pytest.mark.parametrize("line", [b"{}\n", b"no JSON\n", b"[1]\n", b'{"key": "x", "condition": 0}\n', b"\xff\n"])

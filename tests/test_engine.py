@@ -306,6 +306,18 @@ def test_a_long_prompt_and_a_layer_that_is_passed_by_are_errors(monkeypatch):
         by_number(model, interventions, requests((4,)), Sampling(8), slots=2)
 
 
+def test_a_model_that_does_not_write_is_named(monkeypatch):
+    model, interventions = hooked("bloom", "transformer.h.1")
+    for error, said in ((NotImplementedError("no cache\nof it"), "no cache$"), (TypeError(), "TypeError$")):
+
+        def fails(*_ids, error=error, **_options):
+            raise error
+
+        monkeypatch.setattr(model.model, "generate", fails)
+        with pytest.raises(UserError, match=f"^BloomForCausalLM does not generate text: {said}"):
+            by_number(model, interventions, requests((4,)), Sampling(8), slots=2)
+
+
 def test_out_of_memory_names_what_can_be_lowered(monkeypatch):
     model, interventions = hooked()
     monkeypatch.setattr(Engine, "_decode", lambda _self: torch.empty(1 << 60))

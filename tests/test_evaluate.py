@@ -16,7 +16,7 @@ from evaluate.figures import EVERY, KEPT, read_figures, text
 from evaluate.groups import by_source
 from evaluate.intervals import with_intervals
 from harvest.config import ModelConfig
-from harvest.files import read_json, write_sealed
+from harvest.files import UserError, read_json, write_sealed
 from harvest.language_model import load_model
 from train.checkpoint import SavedSae, load_sae, save_sae
 from train.config import ExcludeConfig
@@ -212,6 +212,17 @@ def test_figures_are_named_defined_and_read_back(finished):
     assert sae.value("nothing") is None
 
 
+def test_figures_of_another_version_or_with_a_part_missing_are_named(finished, tmp_path):
+    kept = read_json(only(finished, "runs/evaluate/*/metrics.json"))
+    write_sealed(tmp_path / "metrics.json", kept | {"schema": 99})
+    with pytest.raises(UserError, match=r"metrics.json: schema: 99: this code reads \d+; `make eval` makes it anew"):
+        read_figures(tmp_path)
+    for part in ("definitions", "saes"):
+        write_sealed(tmp_path / "metrics.json", {name: value for name, value in kept.items() if name != part})
+        with pytest.raises(UserError, match=rf"damaged: KeyError\('{part}'\); `make eval` makes it anew"):
+            read_figures(tmp_path)
+
+
 def test_the_report_opens_offline_and_escapes(run_folder):
     shutil.rmtree(only(run_folder, "runs/evaluate/*"))
     train = only(run_folder, "runs/train/*")
@@ -246,6 +257,12 @@ def other_hook(run: Path) -> None:
     unlisted(path.parents[1])
 
 
+def no_best(run: Path) -> None:
+    folder = only(run, f"runs/train/*/{HOOK}")
+    shutil.rmtree(folder / "best")
+    unlisted(folder.parent)
+
+
 def cut_weights(run: Path) -> None:
     path = only(run, f"runs/train/*/{HOOK}/sae_weights.safetensors")
     path.write_bytes(path.read_bytes()[:-100])
@@ -270,6 +287,7 @@ def pickled_code(run: Path) -> None:
         (empty_split, "evaluate.batch_rows=64", "holdout"),
         (other_width, "evaluate.batch_rows=64", "an SAE of d_in 16; the store"),
         (other_hook, "evaluate.batch_rows=64", "an SAE of model.layers.0, in the place of that of model.layers.1"),
+        (no_best, "evaluate.sae=best", "best does not exist: no look at held-out rows after the warm-up; take last"),
         (cut_weights, "evaluate.batch_rows=64", "sae_weights.safetensors"),
         (pickled_code, f"evaluate.also=[{{name: x, path: sae.pt, format: linear, hook: {HOOK}}}]", "it was not run"),
     ],

@@ -150,6 +150,9 @@ def test_marks():
     runs = wrong_marks(example([0] * 20 + [3, 3, 3]), np.random.default_rng(0))
     assert np.ptp(np.flatnonzero(runs)) == 2  # in one run, as the true ones
     assert wrong_marks(example([1, 1, 1, 0]), np.random.default_rng(0)) is None
+    apart = example([3, 3, 0, 0.5, 0, 0.5, 0, 0.5, 0])  # no run of two is silent
+    found = [wrong_marks(apart, np.random.default_rng(seed)) for seed in range(20)]
+    assert all(wrong.sum() == 2 and not apart.acts_T[wrong].any() for wrong in found)
     left_out = one._replace(silent_T=np.zeros(8, bool))
     assert wrong_marks(left_out, np.random.default_rng(0)) is None
 
@@ -222,6 +225,7 @@ def test_explanations_are_read(answer, label):
         ('["1", "0", "1"]', []),
         ("[1, 0, 1", []),
         ("1 0 1", []),
+        ("[1, 0, 1] " + "[" * 9_000, [1, 0, 1]),  # deeper than Python reads
     ],
 )
 def test_judgements_are_read(answer, judged):

@@ -4,8 +4,10 @@ import base64
 import hashlib
 import re
 import shutil
+from functools import partial
 from html.parser import HTMLParser
 from itertools import pairwise
+from types import SimpleNamespace
 
 import hostile
 import numpy as np
@@ -16,7 +18,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, LlamaCon
 
 from evaluate import unembedding
 from evaluate.config import FeaturesConfig
-from evaluate.feature_pages import choose_features, nearest_features, read_scores, write_pages
+from evaluate.feature_pages import choose_features, nearest_features, read_scores, usable, write_pages
 from evaluate.feature_views import Views, number, visible
 from evaluate.figures import read_figures
 from evaluate.unembedding import load_unembedding, promoted, token_logits
@@ -94,6 +96,17 @@ def test_a_model_without_a_final_norm_is_named(tmp_path):
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="no final norm and LM head were found in OPTForCausalLM"):
         load_unembedding(ModelConfig(name=str(tmp_path)), None, True)
+
+
+def test_pages_say_why_there_are_no_tokens(tmp_path):
+    config = OPTConfig(**SMALL, ffn_dim=8, word_embed_proj_dim=8)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    load = partial(load_unembedding, ModelConfig(name=str(tmp_path)), None, True)
+    between = "model.decoder.project_out is between the final norm and the LM head of OPTForCausalLM"
+    assert usable(load, 16) == (None, between)
+    narrow = SimpleNamespace(head_VD=torch.zeros(50, 8))
+    assert usable(lambda: narrow, 16) == (None, "the hook is of width 16, the LM head of width 8")
+    assert usable(lambda: narrow, 8) == (narrow, "")
 
 
 def test_token_texts_keep_blanks_and_name_half_characters(finished, monkeypatch):

@@ -60,6 +60,7 @@ MATH_TABLE = [
     ("3", "25 apples and 3 pears", "3", True),
     ("42", "The answer is:\n\n42", "42", True),
     ("42", "**42**", "42", True),
+    ("10^{5000}", r"\boxed{10^{5000}}", "10^{5000}", True),  # more digits than Python writes
     ("6", "I cannot tell", None, False),
     ("6", "", None, False),
     ("6", "  \n", None, False),
@@ -137,6 +138,24 @@ def test_a_reader_that_was_killed_is_started_again():
     reader._process.wait()
     assert reader.grade("3", "3").correct
     reader.close()
+
+
+def test_a_reader_that_dies_as_it_is_asked_is_none_and_the_next_one_is_read():
+    reader = MathReader()
+    assert reader.grade("3", "3").correct
+    reader._process.kill()
+    reader._process.wait()
+    reader._process.poll = lambda: None  # it died since
+    assert reader.grade("3", "3") == (None, False)
+    assert reader.grade("3", "3") == ("3", True)
+    reader.close()
+
+
+def test_a_reader_that_does_not_start_says_why(tmp_path, monkeypatch):
+    (tmp_path / "math_verify.py").write_text("raise ImportError('no such parser')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"^math-verify does not start: ImportError: no such parser$"):
+        MathReader().grade("3", "3")
 
 
 def test_a_fork_has_a_reader_of_its_own():

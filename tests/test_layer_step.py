@@ -100,4 +100,9 @@ def test_packed_weights_give_the_products_of_the_plain_ones(dtype):
             assert layers[0].forward != plain
             found = layers(x)
         assert torch.equal(found, layers(x)) if dtype == torch.bfloat16 else torch.allclose(found, layers(x), atol=1e-5)
+    x = torch.randn(7, 1, 48, generator=generator).to(torch.float32 if dtype == torch.bfloat16 else torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):  # takes inputs of either
+        with weights():
+            found = layers[0](x)
+        assert torch.equal(found, layers[0](x))
     assert layers[0].forward == plain
