@@ -231,7 +231,8 @@ def test_answers_that_cannot_be_used_are_counted(folder, kind):
     with serving(
         lambda messages: answer if "one JSON object" in messages[0]["content"] else oracle(messages)
     ) as server:
-        explain(server, "--feature", "1", "--feature", "2")
+        out = explain(server, "--feature", "1", "--feature", "2", "explain.falsify={texts: 9, contexts: 3}")
+    assert "explain.falsify: nothing to try: no explained feature was left context-dependent" in out
     for each in entries(folder):
         assert each["label"] == ""
         assert each["detection"] is None
