@@ -126,7 +126,10 @@ def plan(subject: Subject, evaluated: Measured | None, config: ExplainConfig) ->
         raise UserError(f"explain.feature_ids: {first}: it {left_out[first]} ({subject.saved.hook}); take it out")
     if len(left_out) == len(features):
         reasons = "; ".join(f"{count} are such that each {why}" for why, count in Counter(left_out.values()).items())
-        raise UserError(f"explain: none of the {len(features)} features of {subject.saved.hook} can be: {reasons}")
+        raise UserError(
+            f"explain: none of the {len(features)} features of {subject.saved.hook} can be explained: {reasons}; "
+            "explain.feature_ids chooses others"
+        )
     examples = {feature: each for feature, each in chosen.items() if feature not in left_out}
     return Planned(subject, activity, Writer(subject.tokenizer()), examples, left_out)
 

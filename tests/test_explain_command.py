@@ -6,14 +6,14 @@ import socket
 from pathlib import Path
 
 import pytest
-from conftest import only, pipeline
+from conftest import only, pipeline, unlisted
 from oracle_server import MODEL, serving
 from oracles import oracle
 from planted import EVALUATED, HOOK
 from test_explain import explain, folder, options, planted, run_of  # noqa: F401 - fixtures
 
 from evaluate.loopback import is_here
-from harvest.files import read_json
+from harvest.files import read_json, write_sealed
 from pipeline import explain as explaining
 
 
@@ -42,6 +42,28 @@ def test_what_cannot_be_is_said(folder, arguments, says):  # noqa: F811
     with serving(oracle) as server:
         assert says in refused(options(server, *arguments))
         assert not server.answered
+
+
+def test_features_with_pages_that_cannot_be_explained_are_said(folder):  # noqa: F811
+    path = only(folder, "runs/evaluate/*/metrics.json")
+    unlisted(path.parent)
+    found = read_json(path)
+    with serving(oracle) as server:
+        for numbers, says in (
+            ([], f"explain: no feature of {HOOK} has a page; explain.feature_ids chooses some"),
+            (
+                [77, 78],
+                "none of the 2 features of model.layers.1 can be explained: 2 are such that each fires on no held-",
+            ),
+        ):
+            found["saes"][0]["lists"]["feature_pages"]["numbers"] = numbers
+            write_sealed(path, found)
+            assert says in refused(options(server))
+        found["saes"][0]["lists"]["feature_pages"]["numbers"] = [1, 77]
+        write_sealed(path, found)
+        ran = pipeline(*options(server))
+    assert ran.status == 0, ran.out
+    assert f"explain: 1 features of {HOOK} are left out: each fires on no held-out row" in ran.out
 
 
 def test_an_endpoint_that_does_not_answer_is_said_before_any_work(folder):  # noqa: F811
