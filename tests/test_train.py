@@ -17,8 +17,6 @@ from harvest.files import UserError, read_json, write_sealed
 from train import checkpoint as checkpoints
 from train.checkpoint import load_sae, newest_checkpoint
 from train.config import TrainConfig
-from train.dataloader import ActivationLoader
-from train.run import deferred_interrupt
 from train.trainer import Trainer
 from train.training import total_steps
 
@@ -183,56 +181,6 @@ def test_a_bad_step_is_named_with_its_rows_and_keeps_the_weights(run_folder, mon
     found = newest_checkpoint(only(run_folder, "runs/train/*/model.layers.1/checkpoints"))
     assert found
     assert found[0].step == (62 if checkpoint_every == 1 else 60)  # none of a step that is not known to be good
-
-
-def test_a_bad_step_is_named_without_rows_that_are_gone(run_folder, monkeypatch):
-    drop_training(run_folder)
-    monkeypatch.setattr(Trainer, "step", lambda self, rows, step=Trainer.step: step(self, rows * float("nan")))
-
-    def gone(*_rows):
-        raise UserError("a stream has deleted them")
-
-    monkeypatch.setattr(ActivationLoader, "describe", gone)
-    ran = pipeline("train")
-    assert ran.status == 1
-    assert (
-        "infinite at step 1; the last checkpoint is kept. Rows of its batch with the largest norms: unknown." in ran.out
-    )
-
-
-def test_a_run_that_was_killed_before_its_manifest_trains_nothing_again(finished, run_folder, monkeypatch):
-    only(run_folder, "runs/train/*/manifest.json").unlink()
-    monkeypatch.setattr(Trainer, "step", None)
-    ran = pipeline("train")
-    assert ran.status == 0, ran.out
-    assert only(run_folder, "runs/train/*/manifest.json")
-    assert results(run_folder) == results(finished)
-
-
-def test_a_second_signal_does_not_wait():
-    with deferred_interrupt() as interrupted:
-        assert not interrupted()
-        signal.raise_signal(signal.SIGTERM)
-        assert interrupted()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_a_checkpoint_of_another_sae_is_refused(run_folder):
-    folder = only(run_folder, "runs/train/*/model.layers.1")
-    found = newest_checkpoint(folder / "checkpoints")
-    assert found
-    checkpoint, tensors = found
-    wider = tensors | {"W_dec": torch.zeros(129, 32)}
-    checkpoints.save_checkpoint(folder / "checkpoints", checkpoint._replace(step=90), wider, keep_last=1)
-    (folder.parent / "manifest.json").unlink()
-    (folder / "sae.json").unlink()
-    ran = pipeline("train")
-    assert ran.status == 1
-    assert "its checkpoint is of an SAE of shapes {" in ran.out and "'W_dec': (129, 32)" in ran.out
-    ran = pipeline("train", "--force")
-    assert ran.status == 0, ran.out
 
 
 def test_a_checkpoint_that_is_there_is_not_written_again(run_folder, monkeypatch):
