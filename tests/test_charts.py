@@ -68,6 +68,8 @@ def test_points_are_where_their_figures_say():
     svg = points("t", {"a": [(30, 0.8), (10, 0.6)], "b": [(20, 0.7)]}, "L0")
     (x0, y0), (x1, y1), (x2, y2) = attributes(svg, "circle", "cx", "cy")
     assert x0 < x2 < x1 and y1 < y2 < y0
+    assert x0 - 56 == pytest.approx(448 - x1, abs=0.2) and y1 - 12 == pytest.approx(184 - y0, abs=0.2)
+    assert x0 - 56 > 15 and y1 - 12 > 5  # none lies on the frame
     assert path(svg) == [(x0, y0), (x1, y1)]
     assert re.findall(r'<text x="56" y="(\d+)" fill="(.*?)">(.)<', svg) == [
         ("232", COLOURS[0], "a"),

@@ -2,7 +2,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
 from pydantic import BaseModel
 
 from pipeline.config import PipelineConfig, load
@@ -145,3 +145,7 @@ def test_every_setting_is_documented():
 
     for field in PipelineConfig.model_fields.values():
         check(next((t for t in get_args(field.annotation) if t is not type(None)), field.annotation))
+
+
+def test_a_limit_of_the_disk_may_be_a_number_of_bytes():
+    assert load(TINY, ["harvest.runtime.disk_limit=500000000"]).harvest.runtime.disk_limit == "500000000"

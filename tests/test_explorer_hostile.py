@@ -66,6 +66,18 @@ BODIES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        ("/api/steer", {"prompt": "a", "operations": [{"feature": "x", "op": "add"}]}, "operations.0.feature: 'x': "),
+        ("/api/steer", {"messages": [{"role": "user", "content": 1}]}, "messages.0.content: 1: "),
+        ("/v1/completions", {"prompt": ["a", 1]}, "prompt.1: 1: "),
+    ],
+)
+def test_the_place_of_what_is_wrong_is_said(url, path, body, said):
+    assert refused(post(url, path, body), 400).startswith(said)
+
+
 @pytest.mark.parametrize("name", BODIES)
 def test_a_body_that_is_wrong_is_refused(url, name):
     began = time.monotonic()

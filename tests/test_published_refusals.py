@@ -16,9 +16,11 @@ from test_published import HOOK, NAME, D, F, edit_cfg, linear_state, write_their
 from test_published_stage import PATH, SETTINGS
 
 from evaluate.figures import read_figures
+from harvest.files import UserError
 from train import published, saelens_releases
 from train.checkpoint import load_sae
 from train.published_config import PublishedFiles
+from train.saelens import SaelensConfig
 
 
 @pytest.fixture
@@ -122,6 +124,13 @@ def asked(theirs_folder, monkeypatch) -> set[tuple[str, str, bool]]:
 
     monkeypatch.setattr(pretrained_sae_loaders, "hf_hub_download", download)
     return found
+
+
+def test_tensors_of_a_release_that_do_not_fit_what_is_said_of_it(theirs_folder):
+    about = SaelensConfig(Path("theirs/cfg.json"))
+    tensors = safetensors.torch.load_file("theirs/sae_weights.safetensors")
+    with pytest.raises(UserError, match=rf"a/b: b_enc is \(1,\); cfg.json says \({F},\)"):
+        about.sae(Path("a/b"), tensors | {"b_enc": torch.zeros(1)}, 1.0)
 
 
 def test_what_is_said_of_an_sae_is_read_without_its_weights(theirs_folder, monkeypatch):
