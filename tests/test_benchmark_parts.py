@@ -85,7 +85,7 @@ def test_conditions_are_named_and_each_once():
 
 def test_features_are_those_of_the_settings_or_the_best():
     score_F = np.full(400, -1.0)
-    score_F[[9, 30, 31]] = [0.5, 0.9, 0.1]
+    score_F[[8, 9, 30, 31]] = [0, 0.5, 0.9, 0.1]
     found = features(score_F=score_F)
     assert chosen_features(BenchmarkConfig(features=(4, 2)), found) == (4, 2)
     assert chosen_features(BenchmarkConfig(best_features=2), found) == (30, 9)

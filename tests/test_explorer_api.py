@@ -18,6 +18,7 @@ from explorer_server import HOOK, events, http, port_of, post, refused, serving,
 from safetensors.numpy import load as load_arrays
 
 from evaluate.activity import LEFT_OUT
+from evaluate.token_injection import NAMES as VERDICTS
 from harvest.files import read_json
 from pipeline.explore import safety
 from pipeline.explore.app import make_app
@@ -75,6 +76,11 @@ def test_it_says_what_can_be_looked_at(url, shelf):
         "chat": True,
         "thinking": True,
     }
+
+
+def test_the_page_offers_every_verdict(url):
+    page = http.get(url).text
+    assert all(f">{verdict}<" in page for verdict in VERDICTS)
 
 
 def test_the_features_of_a_text_are_those_that_the_reader_finds(url, explorer, shelf):

@@ -250,6 +250,8 @@ def test_shards_that_waste_rows_are_warned_of():
         "ingest: warning: of 600 rows 256 are for training, 256 held out (43%; ingest.holdout_fraction is 10%), "
         "88 left out, as splits hold whole shards of ingest.shard_rows = 256 rows" in ran.out
     )
+    ran = run("ingest", "ingest.path=x.npy", "ingest.shard_rows=128", "ingest.holdout_fraction=0.25")
+    assert "384 are for training, 128 held out (21%; ingest.holdout_fraction is 25%), 88 left out" in ran.out
 
 
 def test_what_is_left_out_is_said_and_an_interrupted_ingest_ends_with_the_same_bytes():

@@ -147,6 +147,14 @@ def test_no_document_is_in_both_halves_and_a_prompt_s_documents_are_together(fin
         assert 0.3 < halves.mean() < 0.7
 
 
+def test_a_document_is_where_its_middle_is():
+    """Of 12 tokens in documents of 2, 6 and 4, in the order of their first tokens, the middles are 1, 5 and 10."""
+    document = np.array([[7] * 2 + [3] * 6 + [5] * 4])
+    arrays = {"tokens": document * 0 + [[1] * 2 + [2] * 6 + [3] * 4], "document": document, "source": np.zeros(1)}
+    second = second_half(SimpleNamespace(count=lambda _: 1, read=lambda _, name, *__: arrays[name]), "holdout")
+    assert second.tolist() == [[False] * 8 + [True] * 4]
+
+
 def test_documents_of_a_prompt_are_together_though_contexts_are_shuffled():
     """Forty documents of ten prompts, laid end to end as packing does, so that many are cut between two contexts."""
     rng = np.random.default_rng(0)
