@@ -15,7 +15,6 @@ Shape suffixes: B slots or texts, S tokens, D d_in, V vocabulary.
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,7 +30,7 @@ from evaluate.packed_weights import PackedWeights
 from evaluate.prompts import check_lengths, position_limit, thinking_tags
 from evaluate.sampler import Draw, Sampling, chosen
 from evaluate.slot_cache import SlotCache, fits, fixed_attention
-from harvest.files import UserError, is_out_of_memory
+from harvest.files import UserError, enough_memory, is_out_of_memory
 from harvest.language_model import HookedModel
 
 
@@ -322,24 +321,15 @@ def answers(
     check_lengths(ids, sampling.max_new_tokens, position_limit(causal.config))
     thinks = any(operation.where == "thinking" for operations in interventions.lists for operation in operations)
     tags = thinking_tags(tokenizer, ids, chat) if thinks else None
-    with _memory_for(slots, sampling):
+    less = (
+        f"out of memory while {slots} answers are written at once; lower their number (benchmark.slots), or "
+        f"max_new_tokens ({sampling.max_new_tokens:,})"
+    )
+    with enough_memory(less):
         engine = Engine(model, tokenizer, interventions, sampling, slots=slots, tags=tags, weights=weights)
     for request in requests:
         engine.add(request)
     while not engine.is_done:
-        with _memory_for(slots, sampling):
+        with enough_memory(less):
             ended = engine.step()
         yield from ended
-
-
-@contextmanager
-def _memory_for(slots: int, sampling: Sampling) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"out of memory while {slots} answers are written at once; lower their number (benchmark.slots), or "
-            f"max_new_tokens ({sampling.max_new_tokens:,})"
-        ) from None

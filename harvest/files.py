@@ -35,6 +35,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and is_torchs)
 
 
+@contextlib.contextmanager
+def enough_memory(else_said: str) -> Iterator[None]:
+    """Raise UserError with this sentence where memory does not suffice."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(else_said) from None
+
+
 class UnreachableError(Exception):
     """A file that cannot be read now, which says nothing about its bytes."""
 

@@ -7,9 +7,9 @@ the number of workers change a byte.
 Shape suffixes: C contexts of a shard, B those of a batch, S positions, D d_in.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from harvest.config import HarvestConfig, ModelConfig, SampleConfig
 from harvest.contexts import Contexts
 from harvest.device import local_device, numerics, resolve_device, resolve_dtype, set_threads
 from harvest.disk import check_room
-from harvest.files import UserError, is_out_of_memory
+from harvest.files import UserError, enough_memory
 from harvest.language_model import HookedModel, load_model
 from harvest.products import widens
 from harvest.progress import Progress
@@ -191,18 +191,12 @@ def _write(store: ActivationStore, shard: Shard, buffer: ShardBuffer) -> None:
     store.write_shard(*shard, buffer.rows())
 
 
-@contextmanager
-def _memory_for(setting: str, value: int, device: torch.device) -> Iterator[None]:
+def _memory_for(setting: str, value: int, device: torch.device) -> AbstractContextManager[None]:
     """Turn an error of memory into one that names the setting to lower."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise UserError(
-                f"{setting}: {value}: out of memory on {device}; lower it (it is part of the settings' fingerprint, "
-                "as it changes last bits)"
-            ) from None
-        raise
+    return enough_memory(
+        f"{setting}: {value}: out of memory on {device}; lower it (it is part of the settings' fingerprint, as it "
+        "changes last bits)"
+    )
 
 
 def _width(model: HookedModel, hooks: tuple[str, ...]) -> int:

@@ -66,8 +66,9 @@ def generate(sweep: Sequence[Runs], request: Request) -> None:
         saved = saved_sae(runs, one_sae(sweep, request.hook, "generate"), hook)
         check_operations(operations, saved.sae.d_sae, "--feature")
         check_strengths([operation.strength for operation in operations], "--feature")
+        saved = saved._replace(sae=saved.sae.to(device))
         maxima = held_out_maxima(runs, saved, [operation.feature for operation in operations])
-        interventions = Interventions(saved._replace(sae=saved.sae.to(device)), maxima, [operations])
+        interventions = Interventions(saved, maxima, [operations])
     threads = set_threads(settings.runtime.threads, device)
     dtype = resolve_dtype(settings.downstream.compute_dtype if settings.downstream else "auto", device)
     contexts = runs.directory("sample") / "contexts"

@@ -94,8 +94,9 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     for operations in (operations for plan in plans for operations in (plan.operations, *plan.lists)):
         check_operations(operations, saved.sae.d_sae, "--feature")
     features = tuple(dict.fromkeys(operation.feature for plan in plans for operation in plan.operations))
-    maxima = _given_maxima(request) or held_out_maxima(runs, saved, features)
     device = resolve_device(settings.runtime.device)
+    saved = saved._replace(sae=saved.sae.to(device))
+    maxima = _given_maxima(request) or held_out_maxima(runs, saved, features)
     set_threads(settings.runtime.threads, device)
     dtype = resolve_dtype(settings.downstream.compute_dtype if settings.downstream else "auto", device)
     commit, offline = resolved_commit(runs.inputs.model), settings.runtime.offline
@@ -109,10 +110,7 @@ def steer(sweep: Sequence[Runs], request: Request) -> None:
     steering.check_fit(model, saved)
     sampling = Sampling(request.max_new_tokens, request.temperature, request.top_p, request.seed)
     with Progress("steer", len(prompts) * steering.columns(plans), "completions") as progress:
-        on_device = saved._replace(sae=saved.sae.to(device))
-        found = steering.steer(
-            model, tokenizer, on_device, maxima, plans, prompts, sampling, **asked, progress=progress
-        )
+        found = steering.steer(model, tokenizer, saved, maxima, plans, prompts, sampling, **asked, progress=progress)
     words = tuple(request.word or (settings.reason_score or ReasonScoreConfig()).words)
     figures = [steering.figures(steered, words) for steered in found]
     for steered, measured in zip(found, figures, strict=True):

@@ -18,6 +18,7 @@ from explorer_server import HOOK, http, post, refused, serving, tiny_explorer
 from harvest.files import UserError
 from pipeline.explore import serve
 from pipeline.explore.app import make_app
+from pipeline.explore.explorer import Explorer
 from pipeline.explore.safety import Access
 
 LONG = {"prompt": "wait", "max_new_tokens": 100, "temperature": 1, "seed": 1}
@@ -48,6 +49,15 @@ def test_a_run_that_is_deleted_while_it_is_looked_at(run_folder):
             assert "was deleted" in refused(answer, 410)
         assert http.get(f"{url}/api/saes").json()["saes"] == []
         assert http.get(url).status_code == 200
+
+
+def test_too_little_memory_to_read_files_is_said(run_folder, monkeypatch):
+    def listed(_self):
+        raise MemoryError
+
+    monkeypatch.setattr(Explorer, "listed", listed)
+    with serving(make_app(tiny_explorer(), Access())) as url:
+        assert "out of memory; ask again when" in refused(http.get(f"{url}/api/saes"), 400)
 
 
 def test_a_model_that_cannot_be_loaded_is_said_to_who_asks_it(run_folder):

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from evaluate.operations import Operation, check_operations
 from evaluate.prompts import position_limit
 from harvest.chat_template import has_chat_template
-from harvest.files import UserError, is_out_of_memory
+from harvest.files import UserError, enough_memory
 from harvest.hub import resolved_commit, where_it_is
 from harvest.templates import THINK, THINK_END
 from harvest.tokenizer import load_whole_tokenizer
@@ -109,12 +109,8 @@ class Explorer:
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """The result of work that does not ask the model. Raises UserError where memory does not suffice."""
-        try:
+        with enough_memory("out of memory; ask again when fewer texts and answers are asked for"):
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError("out of memory; ask again when fewer texts and answers are asked for") from None
 
     async def read_files(self, shelf: Shelf, work: Callable[[], T]) -> T:
         """The result of work on what of an SAE is loaded. Raises as `gone` does."""
