@@ -8,15 +8,19 @@ hashed is hashed again the next time.
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from harvest.files import UserError, file_stamp, read_json, write_sealed
 from harvest.opened_file import RECENT_NS, content_name
 from harvest.progress import Progress
+from harvest.store_files import LocalFiles
 
 SLOW_BYTES = 10 << 30  # hashing more shows its progress
+BLOCK_BYTES = 1 << 18  # stays in a core's cache
 TRIES = 3  # for a file that is being written
 
 
@@ -25,6 +29,7 @@ class ContentHashes:
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.changed = path, False
+        self._stop = Event()
         self.known: dict[str, Any] = _remembered(path) if path else {}
 
     def save(self) -> None:
@@ -55,9 +60,8 @@ class ContentHashes:
                 and stamp.ctime_ns < known["hashed_ns"] - RECENT_NS
             ):
                 return known["sha256"]
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if file_stamp(path) == stamp:
+            found = self._read(path)
+            if file_stamp(path) == stamp and not self._stop.is_set():
                 self.known[key], self.changed = {"stamp": [*stamp], "hashed_ns": now, "sha256": found}, True
                 return found
         raise UserError(f"{path}: changes while it is read; wait until it is written, then run the same command again")
@@ -65,17 +69,31 @@ class ContentHashes:
     def files_hash(self, files: Sequence[Path], root: Path | None = None) -> str:
         """`sha256:` and the hash of the files' names (relative to `root`) and contents."""
         size = sum(path.stat().st_size for path in files)
-        hashes: list[tuple[str, str]] = []
-        with Progress("content of files", size, "bytes", quiet=size < SLOW_BYTES) as progress:
+        names = [path.relative_to(root).as_posix() if root else path.name for path in files]
+        with (
+            Progress("content of files", size, "bytes", quiet=size < SLOW_BYTES) as progress,
+            ThreadPoolExecutor(LocalFiles.readers, "hash") as pool,
+        ):
+            hashes = [pool.submit(self.file_hash, path) for path in files]
             try:
-                for path in files:
-                    name = path.relative_to(root).as_posix() if root else path.name
-                    hashes.append((name, self.file_hash(path)))
+                for path, found in zip(files, hashes, strict=True):
+                    found.result()
                     progress.advance(path.stat().st_size)
-            except KeyboardInterrupt:
-                self.save()  # terabytes take hours; what is known stays known
+            except BaseException:
+                self._stop.set()  # terabytes take hours; what is known stays known
+                pool.shutdown(cancel_futures=True)
+                self._stop.clear()
+                self.save()
                 raise
-        return content_name(hashes)
+        return content_name((name, found.result()) for name, found in zip(names, hashes, strict=True))
+
+    def _read(self, path: Path) -> str:
+        """sha256 of a file, from any thread; in vain once `_stop` is set."""
+        digest, block = hashlib.sha256(), memoryview(bytearray(BLOCK_BYTES))
+        with path.open("rb", buffering=0) as file:
+            while not self._stop.is_set() and (length := file.readinto(block)):
+                digest.update(block[:length])
+        return digest.hexdigest()
 
 
 def _remembered(path: Path) -> dict[str, Any]:
