@@ -334,6 +334,17 @@ def test_a_shard_is_contiguous_and_a_copy() -> None:
     assert SINGLE.shard(whole).W_enc is whole.W_enc
 
 
+def test_a_rank_takes_its_features_alone_to_its_device() -> None:
+    config, ranks = TrainConfig(sae=SaeConfig(d_sae=D_SAE, l1_coefficient=1.0), epochs=1), FeatureRanks(1, 3)
+    whole, meta = new_sae(config, D_IN, 1.0, "cpu"), torch.device("meta")
+    trainer = Trainer(whole, config, 10, 1000, torch.float32, ranks, meta)
+    mine = len(ranks.features(D_SAE))
+    tensors = trainer._own_tensors()
+    assert {tensor.device for tensor in [*tensors.values(), trainer.bad_step]} == {trainer.device} == {meta}
+    assert {tuple(t.shape) for t in tensors.values()} == {(D_IN, mine), (mine,), (mine, D_IN), (D_IN,)}
+    assert whole.W_enc.device.type == "cpu"
+
+
 def test_more_ranks_than_features_is_an_error() -> None:
     with pytest.raises(UserError, match="4 features for 5 ranks"):
         FeatureRanks(0, 5).shard(Standard.initial(8, 4))

@@ -7,10 +7,14 @@ import torch
 from conftest import only, pipeline
 from test_train import drop_training, results
 
+from harvest.activation_store import ActivationStore
 from harvest.files import UserError
 from train import checkpoint as checkpoints
+from train import training
 from train.checkpoint import newest_checkpoint
+from train.config import SaeConfig, TrainConfig
 from train.dataloader import ActivationLoader
+from train.parallel import FeatureRanks
 from train.run import deferred_interrupt
 from train.trainer import Trainer
 
@@ -63,3 +67,13 @@ def test_a_checkpoint_of_another_sae_is_refused(run_folder):
     assert "its checkpoint is of an SAE of shapes {" in ran.out and "'W_dec': (129, 32)" in ran.out
     ran = pipeline("train", "--force")
     assert ran.status == 0, ran.out
+
+
+def test_ranks_make_the_whole_sae_in_host_memory(finished, tmp_path, monkeypatch):
+    store = ActivationStore.open(only(finished, "runs/harvest/*/store"))
+    config = TrainConfig(sae=SaeConfig(d_sae=64, l1_coefficient=1.0), epochs=1, batch_size=64, pool_rows=256)
+    made, new = [], training.new_sae
+    monkeypatch.setattr(training, "new_sae", lambda *given: made.append(given[-1]) or new(*given))
+    there = torch.device("meta"), torch.float32, FeatureRanks(1, 2)
+    sae = training.Training(config, store, "model.layers.1", tmp_path, *there).trainer.sae
+    assert made == ["cpu"] and sae.W_enc.device.type == "meta" and sae.d_sae == 32

@@ -266,8 +266,11 @@ class Sae:
     ) -> Self:
         """Random decoder rows of one norm, W_enc its transpose, all else zero; float32.
 
-        Drawn on the CPU, so that every device starts from the same bytes.
+        Drawn on the CPU, so that every device starts from the same bytes; on "meta" not at all.
         """
+        if torch.device(device).type == "meta":
+            empty = {name: torch.empty(shape, device="meta") for name, shape in cls.shapes(d_in, d_sae).items()}
+            return cls(empty, scale, **hyperparameters)
         generator = torch.Generator().manual_seed(seed)
         W_dec = torch.randn(d_sae, d_in, generator=generator)
         W_dec *= cls.decoder_norm / W_dec.norm(dim=1, keepdim=True)

@@ -59,8 +59,10 @@ class Trainer:
         rows: int,
         compute_dtype: torch.dtype,
         ranks: FeatureRanks = SINGLE,
+        device: torch.device | None = None,
     ) -> None:
-        """`rows` is one epoch. `sae` is whole; `self.sae`, and what hangs on it, are this rank's features of it.
+        """`rows` is one epoch. `sae` is whole; `self.sae`, and what hangs on it, are this rank's features of it, on a
+        device (the SAE's).
 
         Raises UserError for several ranks of a kind that trains in one process, for a batch that is too large for its
         kind, and for what `check_class` finds.
@@ -77,11 +79,11 @@ class Trainer:
             raise UserError(f"{said}, the entries that kind {sae.kind} can tell apart; use a smaller batch")
         self.config, self.steps, self.compute_dtype, self.ranks = config, steps, compute_dtype, ranks
         self.d_sae, self.axes = sae.d_sae, sae.feature_axes() | {"rows_since_fired": 0}
-        self.sae = sae = ranks.shard(sae)
+        self.device = device = device or sae.W_enc.device
+        self.sae = sae = ranks.shard(sae).to(device)
         self.step_number = 0
         self.dead_after = min(DEAD_ROWS, rows)
         self.revive_after = config.sae.dead_after or max(1, min(DEAD_ROWS, rows // 10))
-        self.device = device = sae.W_enc.device
         self.rows_since_fired_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=device)
         self.bad_step = torch.full((), -1, device=device)  # the first whose loss or gradient is NaN or infinite
         self.adam = Adam(sae.trained, torch.float32 if "autograd" in self.kernels else compute_dtype, sae.rates)

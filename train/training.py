@@ -73,15 +73,16 @@ class Training:
         self.statistics: InputStatistics = (
             found[0].statistics if found else input_statistics(store, hook, config.exclude, config.window_shards)
         )
+        whole_on = device if ranks.size == 1 else "cpu"  # a GPU may have room for its own features alone
         if config.start_from and not found:
-            sae = starting_sae(config, hook, g.d_in, self.statistics.scale, device)
+            sae = starting_sae(config, hook, g.d_in, self.statistics.scale, whole_on)
             self.statistics = self.statistics._replace(scale=sae.scale)
         else:
-            sae = new_sae(config, g.d_in, self.statistics.scale, device)
+            sae = new_sae(config, g.d_in, self.statistics.scale, whole_on)
             if config.sae.b_dec_init_method == "mean" and not found:
                 limit = self.statistics.norm_limit
                 sae = sae.centered(mean_row(store, hook, config.exclude, limit, config.window_shards))
-        self.trainer = Trainer(sae, config, self.steps, rows, compute_dtype, ranks)
+        self.trainer = Trainer(sae, config, self.steps, rows, compute_dtype, ranks, device)
         self._writes = ranks.rank == 0
         self.position = Position()
         self.best_loss: float | None = None
