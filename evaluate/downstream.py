@@ -81,6 +81,8 @@ def downstream(
             values.setdefault(f"ce_{name}", []).append(_cross_entropy(logits_BSV, ids_BS))
             if name in REBUILT:
                 values.setdefault(f"kl_{name}", []).append(_divergence(clean_BSV, logits_BSV))
+            del logits_BSV  # gigabytes, which the next pass has room for then
+        del acts, output, acts_BSD, clean_BSV
         if progress:
             progress.advance(ids_BS.numel())
     joined = {name: np.concatenate(parts) for name, parts in values.items()}

@@ -1,6 +1,8 @@
 """Which device and precision a stage computes with, and the record of what can change last bits."""
 
 import os
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,12 @@ def resolve_device(setting: str) -> torch.device:
     """
     if setting == "cuda" and not torch.cuda.is_available():
         raise UserError("runtime.device: 'cuda': torch sees no GPU; set it to auto or cpu")
-    use_cuda = setting == "cuda" or (setting == "auto" and torch.cuda.is_available())
-    return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
+    if setting == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # float32 is float32: an environment variable of NVIDIA's containers allows TF32 in products, torch in convolutions.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def local_device(device: torch.device) -> torch.device:
@@ -87,6 +93,11 @@ def device_name(device: torch.device) -> str:
 
 def numerics(device: torch.device, dtype: torch.dtype, **more: Any) -> dict[str, Any]:
     """What can change the last bits of a result though no setting does; a resume must find it unchanged."""
+    if device.type == "cuda":
+        more |= {"float32_products": torch.get_float32_matmul_precision()}
+    if is_ampere(device):
+        with suppress(PackageNotFoundError):
+            more |= {"triton": version("triton")}
     return {
         "device": device_name(device),
         "torch": torch.__version__,

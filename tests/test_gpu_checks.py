@@ -11,7 +11,8 @@ import torch
 from benchmarks.gpu import full_training, harvest, kernels, training, wheels
 from benchmarks.gpu.__main__ import NOT_RUN, Check, run_check, table, verdict
 from benchmarks.gpu.check import FULL, Place
-from harvest.device import has_bfloat16, resolve_dtype
+from harvest import device
+from harvest.device import has_bfloat16, numerics, resolve_device, resolve_dtype
 from harvest.files import is_out_of_memory
 from train.config import KINDS
 from train.nonzeros import PLAIN
@@ -146,6 +147,26 @@ def test_every_wheel_has_a_version():
 def test_all_errors_of_a_gpus_memory_are_told_as_such(said, is_memory):
     assert is_out_of_memory(RuntimeError(said)) == is_memory
     assert not is_out_of_memory(ValueError(said))
+
+
+def test_float32_is_float32_on_a_gpu_and_recorded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name, value in (("current_device", 0), ("get_device_capability", (8, 0)), ("get_device_name", "A GPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda _device=None, value=value: value)
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high")  # as TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1 does
+        torch.backends.cudnn.allow_tf32 = True
+        assert resolve_device("cpu").type == "cpu" and torch.get_float32_matmul_precision() == "high"
+        assert resolve_device("auto") == torch.device("cuda", 0)
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    monkeypatch.setattr(device, "version", lambda name: f"{name} 3.6")
+    recorded = numerics(CUDA, torch.bfloat16, ranks=2)
+    assert recorded["triton"] == "triton 3.6" and recorded["float32_products"] == "highest" and recorded["ranks"] == 2
+    assert numerics(torch.device("cpu"), torch.float32).keys() == {"device", "torch", "compute_dtype"}
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 0), torch.bfloat16)])
