@@ -1,4 +1,3 @@
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,8 +10,10 @@ from pydantic import Field
 
 from harvest.config import Settings
 from harvest.files import UserError
+from harvest.store_files import LocalFiles
 from pipeline import content
 from pipeline.config import PipelineConfig, load
+from pipeline.content import ContentHashes
 from pipeline.fingerprint import STAGES, Inputs, Memory, find_inputs, hashed_settings
 from pipeline.stages import fingerprints
 from pipeline.watch import Watch
@@ -119,19 +120,22 @@ def test_local_inputs_are_known_by_content(fresh_folder):
 
 def test_what_was_read_before_an_interrupt_is_remembered(fresh_folder, monkeypatch):
     monkeypatch.setattr(content, "RECENT_NS", 0)
-    digest, read = hashlib.file_digest, []
+    monkeypatch.setattr(LocalFiles, "readers", 1)  # so that the order is known
+    digest, read = ContentHashes._read, []
 
-    def interrupted(file, name):
-        read.append(Path(file.name).name)
+    def interrupted(hashes, path):
+        read.append(path.name)
         if len(read) == 2:
             raise KeyboardInterrupt
-        return digest(file, name)
+        return digest(hashes, path)
 
-    monkeypatch.setattr(hashlib, "file_digest", interrupted)
+    monkeypatch.setattr(ContentHashes, "_read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         find_inputs(load(TINY, []), Path("runs"))
+    first, interrupted_at, *_ = read
+    read[:] = ["", ""]
     find_inputs(load(TINY, []), Path("runs"))
-    assert len(read) == 1 + 1 + len(set(read[1:])) and read[0] not in read[1:]
+    assert interrupted_at in read and first not in read
 
 
 def test_a_folder_that_holds_no_model_is_named(fresh_folder):
