@@ -15,6 +15,7 @@ from scipy.stats import binom
 from transformers import AutoModelForCausalLM
 
 from harvest.config import SampleConfig
+from harvest.device import resolve_dtype
 from harvest.documents import DocumentTokenizer
 from harvest.files import UserError
 from harvest.tokenizer import OTHERS_KEPT, opening
@@ -36,9 +37,10 @@ CHAT = (
 
 
 def rows_by_transformers(folder: str, layer: int, ids: list[int]) -> torch.Tensor:
-    """Activations (S, D) behind a decoder layer, by a line of hook of this test's own."""
+    """Activations (S, D) behind a decoder layer in the reader's precision, by a line of hook of this test's own."""
     if folder not in MODELS:
-        MODELS[folder] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        dtype = resolve_dtype("auto", torch.device("cpu"))
+        MODELS[folder] = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     found = []
     decoder = MODELS[folder].model.layers[layer]
     handle = decoder.register_forward_hook(lambda _m, _i, out: found.append(out[0] if isinstance(out, tuple) else out))
