@@ -12,6 +12,8 @@ GPUS ?= 1
 PROCS ?= $(GPUS)
 # Each loads torch and makes the runs that tests share: 1 GB and 20 s a process.
 TEST_PROCESSES ?= 2
+# Those of stages and parts whose tests pass on any device, CUDA's backward apart, which the pretended one lacks.
+PRETENDED_TESTS = train trainer dataloader evaluate token_injection steering ablation engine explorer_writing
 RUN = .venv/bin/python -m pipeline
 
 # After Ctrl-C a checkpoint is written; the launcher's own patience is 30 s. It would set OMP_NUM_THREADS to 1 itself,
@@ -19,7 +21,7 @@ RUN = .venv/bin/python -m pipeline
 LAUNCH = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1800 $(subst -m pipeline,-m torch.distributed.run --standalone --nproc-per-node $(PROCS) -m pipeline,$(RUN))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup all harvest stream train eval explain benchmark explore status verify prune estimate dry-run export test test-browser chromium check check-gpu mutants
+.PHONY: help setup all harvest stream train eval explain benchmark explore status verify prune estimate dry-run export test test-browser test-pretended chromium compiler check check-gpu mutants
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -95,6 +97,16 @@ test: setup .venv/.dev ## the tests
 
 test-browser: setup .venv/.dev chromium ## report, feature pages and explorer in headless Chromium
 	.venv/bin/python -m pytest -m browser tests/browser
+
+test-pretended: setup .venv/.dev compiler ## what CUDA alone runs, on a GPU that is pretended on the CPU: devices, streams, pinned memory
+	PRETENDED=everywhere PYTHONPATH=tests OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -p pretended_gpu \
+	  -n $(TEST_PROCESSES) --dist worksteal -m 'not browser' tests/pretended $(PRETENDED_TESTS:%=tests/test_%.py)
+
+compiler:
+	@command -v g++ >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get -qq update && \
+	  DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends g++ >/dev/null; } || { \
+	  echo 'test-pretended needs g++; on Debian, as root: apt-get install g++' >&2; exit 1; }
 
 chromium:
 	@command -v chromium >/dev/null && command -v chromedriver >/dev/null || { \

@@ -49,7 +49,7 @@ def make_model(place: Place, folder: Path) -> None:
     with place.device:
         made = LlamaForCausalLM._from_config(LlamaConfig(**R1_LLAMA_8B.to_dict() | narrow), dtype=torch.bfloat16)
     made.generation_config = GenerationConfig(pad_token_id=0, eos_token_id=None)
-    made.save_pretrained(folder)
+    made.save_pretrained(folder, max_shard_size="2GB")  # several files, as models on the hub: hashed at once
     tiny.tokenizer().save_pretrained(folder)
 
 
