@@ -29,7 +29,7 @@ def device():
     return torch.device("cuda", 0)
 
 
-def test_a_stage_s_figures_are_those_of_a_cpu(finished, tmp_path):
+def test_the_figures_of_all_stages_are_those_of_a_cpu(finished, tmp_path):
     shutil.copytree(finished / "assets", tmp_path / "assets")
     environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "PRETENDED": ""}
     subprocess.run(
