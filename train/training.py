@@ -73,15 +73,15 @@ class Training:
         self.statistics: InputStatistics = (
             found[0].statistics if found else input_statistics(store, hook, config.exclude, config.window_shards)
         )
-        whole_on = device if ranks.size == 1 else "cpu"  # a GPU may have room for its own features alone
         if config.start_from and not found:
-            sae = starting_sae(config, hook, g.d_in, self.statistics.scale, whole_on)
+            sae = starting_sae(config, hook, g.d_in, self.statistics.scale, "cpu")
             self.statistics = self.statistics._replace(scale=sae.scale)
         else:
-            sae = new_sae(config, g.d_in, self.statistics.scale, whole_on)
+            sae = new_sae(config, g.d_in, self.statistics.scale, "cpu")
             if config.sae.b_dec_init_method == "mean" and not found:
                 limit = self.statistics.norm_limit
                 sae = sae.centered(mean_row(store, hook, config.exclude, limit, config.window_shards))
+        # Whole on the host: a rank's GPU may have room for its own features alone.
         self.trainer = Trainer(sae, config, self.steps, rows, compute_dtype, ranks, device)
         self._writes = ranks.rank == 0
         self.position = Position()
