@@ -89,8 +89,7 @@ class Pretended(torch.Tensor):
             return moved(*args, **kwargs)
         if (made := func.decompose(*args, **kwargs)) is not NotImplemented:  # whole where no gradients are kept
             return made
-        result = on_cpu(func, args, kwargs)
-        return return_and_correct_aliasing(func, args, kwargs, result) if hasattr(func, "_schema") else result
+        return return_and_correct_aliasing(func, args, kwargs, on_cpu(func, args, kwargs))
 
 
 def pretended(given: Any) -> list[Pretended]:
@@ -136,10 +135,10 @@ def pointer(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def late(value: Tensor, host: Tensor) -> Tensor:
-    """A tensor of the host that gets its value when the host has waited; until then it is NaN, or -1."""
+def late(number: int, value: Tensor, host: Tensor) -> Tensor:
+    """A tensor of the host that gets its value when the host has waited for a launch; until then it is NaN, or -1."""
     host.fill_(float("nan") if host.is_floating_point() else True if host.dtype == torch.bool else -1)
-    gpu.copy(gpu.launches, host, value, to_host=True)
+    gpu.copy(number, host, value, to_host=True)
     return host
 
 
@@ -147,10 +146,10 @@ def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
     """aten.copy_."""
     given = {t.memory for t in pretended(source)}
     if not isinstance(target, Pretended):
-        gpu.launch("copy_", given, set())
+        number = gpu.launch("copy_", given, set())
         value = source.inner.to(target.dtype).expand_as(target).clone()  # pyright: ignore[reportAttributeAccessIssue]
         if non_blocking and pointer(target) in gpu.pinned:
-            return late(value, target)
+            return late(number, value, target)
         gpu.host_waits_for(current().number)
         return target.copy_(value)
     number = gpu.launch("copy_", given, {target.memory})
@@ -165,7 +164,7 @@ def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
 
 def moved(source: Pretended, device: Any = None, non_blocking: bool = False, **options: Any) -> Tensor:
     """aten._to_copy."""
-    gpu.launch("to", {source.memory}, set())
+    number = gpu.launch("to", {source.memory}, set())
     options.pop("pin_memory", None)
     inner = aten._to_copy.default(source.inner, **options)
     if device is None or torch.device(device).type == "cuda":
@@ -173,7 +172,7 @@ def moved(source: Pretended, device: Any = None, non_blocking: bool = False, **o
         gpu.launch("to", set(), {made.memory})
         return made
     if non_blocking:  # torch takes pinned memory for it
-        return late(inner, pinned(inner.shape, dtype=inner.dtype))
+        return late(number, inner, pinned(inner.shape, dtype=inner.dtype))
     gpu.host_waits_for(current().number)
     return inner
 

@@ -127,10 +127,10 @@ class Stream:
         if gpu:
             with gpu.lock:
                 gpu.alive.discard(self.number)
-                for states in (gpu.clocks.current_sync_states, gpu.clocks.recorded_sync_states):
-                    states.pop(self.number, None)
-                    for state in [gpu.clocks.host_sync_state, *states.values()]:
-                        state.pop(self.number, None)
+                of_streams, of_events = gpu.clocks.current_sync_states, gpu.clocks.recorded_sync_states
+                of_streams.pop(self.number, None)
+                for state in [gpu.clocks.host_sync_state, *of_streams.values(), *of_events.values()]:
+                    state.pop(self.number, None)
 
     def wait_stream(self, stream: "Stream") -> None:
         event = Event()
