@@ -13,7 +13,7 @@ PROCS ?= $(GPUS)
 # Each loads torch and makes the runs that tests share: 1 GB and 20 s a process.
 TEST_PROCESSES ?= 2
 # Those of stages and parts whose tests pass on any device, CUDA's backward apart, which the pretended one lacks.
-PRETENDED_TESTS = train trainer dataloader evaluate token_injection steering ablation engine explorer_writing
+PRETENDED_TESTS = train trainer dataloader evaluate token_injection steering ablation engine explore explorer_writing
 RUN = .venv/bin/python -m pipeline
 
 # After Ctrl-C a checkpoint is written; the launcher's own patience is 30 s. It would set OMP_NUM_THREADS to 1 itself,
@@ -24,7 +24,7 @@ LAUNCH = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=1
 .PHONY: help setup all harvest stream train eval explain benchmark explore status verify prune estimate dry-run export test test-browser test-pretended chromium compiler check check-gpu mutants
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 16
 	@echo 'CONFIG=file chooses the settings, SET="section.key=value ..." changes some of them'
 	@echo 'ARGS=--option passes an option of the command on (.venv/bin/python -m pipeline COMMAND --help)'
 	@echo 'PROCS=N on a CPU is what GPUS=N is with GPUs'
