@@ -6,6 +6,7 @@ are equal, so all precisions have the same active features, and a difference is 
 Shape suffixes: B rows of a batch, D d_in, F d_sae, N non-zeros.
 """
 
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
@@ -167,10 +168,11 @@ def check_operations(case: Case, triton: Operations) -> dict[str, float]:
 
 
 def check_adam(d_in: int, d_sae: int, device: torch.device) -> None:
-    """The update's kernel against torch's, a NaN among the divisors."""
+    """The update's kernel against torch's, a NaN among the divisors; the squares' mean also against float64."""
     from train.kernels import adam_update
 
     start = Standard.initial(d_in, d_sae, device=device).parameters
+    squares = {n: torch.zeros_like(w, dtype=torch.float64) for n, w in start.items()}
     ours, plain = (Adam({n: w.clone() for n, w in start.items()}, torch.bfloat16) for _ in range(2))
     generator = torch.Generator(device).manual_seed(0)
     for step, divisor in enumerate([1.0, 3.0, float("nan"), 1.0], start=1):
@@ -179,10 +181,13 @@ def check_adam(d_in: int, d_sae: int, device: torch.device) -> None:
         for apply, adam in ((adam_update, ours), (plain_update, plain)):
             gradients = {name: gradient.clone() for name, gradient in drawn.items()}
             apply(adam.parameters, gradients, adam.exp_avg, adam.exp_avg_sq, adam.operands, numbers)
+        if math.isfinite(divisor):
+            for name, gradient in drawn.items():
+                squares[name].mul_(0.999).addcmul_(gradient.double(), gradient.double(), value=0.001 / divisor**2)
     for tensors in ("parameters", "exp_avg", "exp_avg_sq"):
         torch.testing.assert_close(getattr(ours, tensors), getattr(plain, tensors), rtol=1e-4, atol=1e-6)
-    # 1 - 0.999 in float32 would be off by 1.3e-5, which the interpreter, with its float64, does not show.
-    torch.testing.assert_close(ours.exp_avg_sq, plain.exp_avg_sq, rtol=5e-6, atol=0)
+    # 1 - 0.999 in float32 is off by 1.3e-5. On CUDA torch takes that; the interpreter, with its float64, never does.
+    assert (worst := max(error_of(ours.exp_avg_sq[n], squares[n]) for n in squares)) <= 5e-6, f"exp_avg_sq: {worst:.1e}"
     torch.testing.assert_close(ours.operands["W_dec"].float(), ours.parameters["W_dec"], rtol=2**-7, atol=0)
 
 
