@@ -12,7 +12,7 @@ from typing import Any
 from benchmarks.gpu.check import Place
 from benchmarks.gpu.training import (
     differences,
-    killed_and_resumed,
+    killed,
     make_store,
     metrics,
     result,
@@ -43,15 +43,15 @@ def run(place: Place) -> None:
     make_store(store, place)
     runtime = {"checkpoint_every": CHECKPOINT_EVERY, "keep_last": 1}
     about = settings("standard", s.d_sae, place, runtime=runtime)
-    whole, killed = place.folder / "whole", place.folder / "killed"
-    with ThreadPoolExecutor(2) as pool:
-        ways = [pool.submit(undisturbed, store, whole, about)]
-        ways.append(pool.submit(killed_and_resumed, store, killed, about, KILLED_AFTER))
-        for way in ways:
-            way.result()
+    whole, resumed = place.folder / "whole", place.folder / "resumed"
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(undisturbed, store, {str(whole): about})
+        killed(store, resumed, about, KILLED_AFTER)
+        undisturbed(store, {str(resumed): about})
+        beside.result()
     lines = [line for line in metrics(whole) if line["kind"] == "train"]
     place.note(l0_at_the_end=lines[-1]["l0"], kernels=sorted({line["kernel"] for line in lines}))
-    assert not (different := differences(result(whole), result(killed))), f"{different} differ"
+    assert not (different := differences(result(whole), result(resumed))), f"{different} differ"
     place.note(files_alike=len(result(whole)))
     if place.on_gpu:
         peak = int((whole / "peak").read_text())

@@ -1,20 +1,20 @@
 """Training from a store of made-up rows: killed and resumed, and once more in another process, gives the same bytes.
 
-All kinds of SAE, each in three processes beside each other. The rate is high, so that L0 falls and a run of a kind with
+A run for each kind of SAE, one after another in a process; at the same time the same runs in another process; and each
+alone in a process that is killed, all resumed in one more. The rate is high, so that L0 falls and a run of a kind with
 fast steps goes from the dense to the sparse one. The kill is SIGKILL right after a step, once a checkpoint of an
 earlier step is complete; what is compared is every checkpoint, the weights and the metrics but for their timings.
 
-    python -m benchmarks.gpu.training STORE OUT SETTINGS [STEP]    # one run, killed after STEP; the check starts these
+    python -m benchmarks.gpu.training STORE RUNS STEP    # killed after STEP, if not 0; the check starts these
 """
 
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from train.training import Training
 HOOK = "h"
 STEPS, CHECKPOINT_EVERY, KILLED_AFTER = 60, 25, 33
 TOGETHER = 9  # processes beside each other
+Runs = Mapping[str, dict[str, Any]]  # settings by the folder that a run fills
 
 
 def make_store(directory: Path, place: Place) -> None:
@@ -72,22 +73,21 @@ def settings(kind: str, d_sae: int, place: Place, **more: Any) -> dict[str, Any]
     }
 
 
-def train(store: Path, out: Path, about: dict[str, Any], killed_after: int = 0) -> subprocess.Popen[bytes]:
-    """A run in a process of its own."""
-    return start(["benchmarks.gpu.training", str(store), str(out), json.dumps(about), str(killed_after)])
+def train(store: Path, runs: Runs, killed_after: int = 0) -> subprocess.Popen[bytes]:
+    """A process of its own that makes these runs, one after another."""
+    return start(["benchmarks.gpu.training", str(store), json.dumps(runs), str(killed_after)])
 
 
-def undisturbed(store: Path, out: Path, about: dict[str, Any]) -> None:
-    """A run to its end."""
-    finish(train(store, out, about))
+def undisturbed(store: Path, runs: Runs) -> None:
+    """Runs to their ends."""
+    finish(train(store, runs))
 
 
-def killed_and_resumed(store: Path, out: Path, about: dict[str, Any], after: int) -> None:
-    """A run that is killed after a step, and started again."""
-    assert train(store, out, about, after).wait() == -signal.SIGKILL
+def killed(store: Path, out: Path, about: dict[str, Any], after: int) -> None:
+    """A run that is killed after a step and has a checkpoint of an earlier one."""
+    assert train(store, {str(out): about}, after).wait() == -signal.SIGKILL
     assert not (out / HOOK / "sae.json").exists(), "it was killed too late"
     assert list((out / HOOK / "checkpoints").glob("*/checkpoint.json")), "no checkpoint to go on from"
-    undisturbed(store, out, about)
 
 
 def result(out: Path) -> dict[str, str]:
@@ -119,31 +119,31 @@ def jobs(place: Place) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def run(place: Place) -> None:
     """The check."""
-    store = place.folder / "made"
+    store, made = place.folder / "made", dict(jobs(place))
     make_store(store, place)
+    outs = {way: {name: place.folder / f"{name}-{way}" for name in made} for way in ("undisturbed", "again", "killed")}
+    runs = {way: {str(out): made[name] for name, out in of.items()} for way, of in outs.items()}
     with ThreadPoolExecutor(TOGETHER if place.on_gpu else 2) as pool:
-        started = {}
-        for name, about in jobs(place):
-            outs = [place.folder / f"{name}-{way}" for way in ("undisturbed", "again", "killed")]
-            ways = [pool.submit(undisturbed, store, out, about) for out in outs[:2]]
-            started[name] = outs, [*ways, pool.submit(killed_and_resumed, store, outs[2], about, KILLED_AFTER)]
-        for name, (outs, ways) in started.items():
-            for way in ways:
-                way.result()
-            results = [result(out) for out in outs]
-            lines = [line for line in metrics(outs[0]) if line["kind"] == "train"]
-            used = sorted({line["kernel"] for line in lines})
-            place.note(**{f"{name} steps": " and ".join(used), f"{name} L0 at the end": lines[-1]["l0"]})
-            for way, found in zip(("in another process", "killed and resumed"), results[1:], strict=True):
-                different = differences(results[0], found)
-                assert not different, f"{name} {way}: {different} differ from the undisturbed run's"
-            place.note(**{f"{name} files alike": len(results[0])})
-            assert len(used) == 2 or name != "standard", f"{name}: only {used} was used"
-            for out in outs:
-                shutil.rmtree(out)
+        whole = [pool.submit(undisturbed, store, runs[way]) for way in ("undisturbed", "again")]
+        kills = [pool.submit(killed, store, outs["killed"][name], made[name], KILLED_AFTER) for name in made]
+        for kill in kills:
+            kill.result()
+        undisturbed(store, runs["killed"])
+        for way in whole:
+            way.result()
+    for name in made:
+        found = {way: result(outs[way][name]) for way in outs}
+        lines = [line for line in metrics(outs["undisturbed"][name]) if line["kind"] == "train"]
+        used = sorted({line["kernel"] for line in lines})
+        place.note(**{f"{name} steps": " and ".join(used), f"{name} L0 at the end": lines[-1]["l0"]})
+        for way, says in (("again", "in another process"), ("killed", "killed and resumed")):
+            different = differences(found["undisturbed"], found[way])
+            assert not different, f"{name} {says}: {different} differ from the undisturbed run's"
+        place.note(**{f"{name} files alike": len(found["undisturbed"])})
+        assert len(used) == 2 or name != "standard", f"{name}: only {used} was used"
 
 
-def one_run(store: Path, out: Path, about: dict[str, Any], killed_after: int) -> None:
+def make_runs(store: Path, runs: Runs, killed_after: int) -> None:
     """Train in this process; it kills itself after a step, once what it was writing is written."""
     if killed_after:
         take = Training.take
@@ -155,11 +155,15 @@ def one_run(store: Path, out: Path, about: dict[str, Any], killed_after: int) ->
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Training.take = take_and_die
-    run_training([Task(TrainConfig(**about), out, lambda _numerics: None)], store)
-    if torch.cuda.is_available():
-        print(f"peak on the device: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB", flush=True)
-        (out / "peak").write_text(str(torch.cuda.max_memory_allocated()))
+    for folder, about in runs.items():
+        out = Path(folder)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        run_training([Task(TrainConfig(**about), out, lambda _numerics: None)], store)
+        if torch.cuda.is_available():
+            print(f"peak on the device: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB", flush=True)
+            (out / "peak").write_text(str(torch.cuda.max_memory_allocated()))
 
 
 if __name__ == "__main__":
-    one_run(Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), int(sys.argv[4]))
+    make_runs(Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3]))
