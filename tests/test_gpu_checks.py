@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import full_training, harvest, kernels, training, wheels
-from benchmarks.gpu.__main__ import NOT_RUN, Check, run_check, table, verdict
+from benchmarks.gpu.__main__ import NOT_RUN, Check, main, run_check, table, verdict
 from benchmarks.gpu.check import FULL, Place
 from harvest import device
 from harvest.device import has_bfloat16, numerics, resolve_device, resolve_dtype
@@ -90,6 +90,14 @@ def test_a_failed_check_is_told_whole_and_its_figures_stay(tmp_path, monkeypatch
     assert verdict([passed, not_run], False) == "no time left for: suite" and not verdict([passed, not_run], True)
     assert "no time left for: suite" in capsys.readouterr().out
     assert not verdict([passed], False)
+
+
+def test_a_check_that_needs_more_gpus_is_told_and_is_no_failure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.gpu", "--only", "offsets", "--out", str(tmp_path)])
+    main()
+    assert "not shown here: offsets (needs a GPU)" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.jsonl").read_text())["status"] == "could not be run: needs a GPU"
 
 
 # On an NVIDIA H200 (benchmarks/results.md): the largest of torch.cuda.max_memory_allocated of the runs of a check.

@@ -7,8 +7,8 @@
 
 Each check is a process of its own with a limit of its own, the most telling first. Its result is a line of
 OUT/results.jsonl as soon as it ends; OUT/table.md, in the form of benchmarks/results.md, is written anew each time;
-what the checks print is in OUT/log.txt. Without a GPU it says so, and runs what Triton's interpreter and the CPU can,
-on small tensors.
+what the checks print is in OUT/log.txt. Without a GPU it says so, runs what Triton's interpreter and the CPU can, on
+small tensors, and lists what it could not.
 
 Ends with 1 if a check failed or passed its limit, and names it. Checks for which no time was left are named too; they
 make it 1 as well, unless --minutes was given: then the caller chose how far it goes.
@@ -45,6 +45,7 @@ class Check(NamedTuple):
     seconds: int
     says: str
     on_demand: bool = False  # run where --only names it
+    gpus: int = 0  # the least that it can be run on
 
 
 CHECKS = (
@@ -53,7 +54,7 @@ CHECKS = (
     Check("harvest", 170, "two processes write the same bytes, eager and compiled; tokens/s"),
     Check("stages", 90, "all stages of the tiny settings on GPU and CPU; a stream on one device"),
     Check("answers", 90, "no bit of an answer depends on what is beside it; answers of the 8B shape a second"),
-    Check("offsets", 60, "the kernels where offsets pass 2³¹"),
+    Check("offsets", 60, "the kernels where offsets pass 2³¹", gpus=1),
     Check("steps", 120, "one training step of every kind against its floor"),
     Check("full_training", 150, "the paper's width, killed and resumed: the same bytes; peak memory"),
     Check(
@@ -63,6 +64,7 @@ CHECKS = (
 )
 MINUTES = 8  # an NVIDIA H200 needs 7
 NOT_RUN, CUT_OFF = "not run: no time left", "cut off"  # by the limit of all checks
+NEEDS = "could not be run: "
 LEAST_SECONDS = 10  # a check is not begun with less
 
 
@@ -148,24 +150,21 @@ def check_all(options: argparse.Namespace) -> list[dict[str, Any]]:
     out.mkdir(parents=True, exist_ok=True)
     for name in ("results.jsonl", "log.txt"):
         (out / name).unlink(missing_ok=True)
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda" if gpus else "cpu")
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     machine = f"{device_name(device)}, {versions}"
     room = shutil.disk_usage(options.scratch or tempfile.gettempdir()).free / 1e9
     print(f"{machine}; {room:.0f} GB of disk", flush=True)
-    if not gpu:
+    if not gpus:
         print("torch sees no GPU: only what a CPU and Triton's interpreter can, on small tensors", flush=True)
     for check in (c for c in CHECKS if (c.name in options.only if options.only else not c.on_demand)):
         limit = min(check.seconds, end - time.monotonic())
-        if limit < LEAST_SECONDS:
-            result: dict[str, Any] = {
-                "check": check.name,
-                "status": NOT_RUN,
-                "seconds": 0,
-                "figures": {},
-            }
-            print(f"{check.name}: {result['status']}", flush=True)
+        needs = f"{NEEDS}needs {'a GPU' if check.gpus == 1 else f'{check.gpus} GPUs'}"
+        if (too_few := gpus < check.gpus) or limit < LEAST_SECONDS:
+            status = needs if too_few else NOT_RUN
+            result: dict[str, Any] = {"check": check.name, "status": status, "seconds": 0, "figures": {}}
+            print(f"{check.name}: {status}", flush=True)
         else:
             result = run_check(check, limit, out, options.scratch)
         results.append(result)
@@ -194,14 +193,22 @@ def main() -> None:
         return
     results = check_all(options)
     print((options.out / "table.md").read_text())
+    if could_not := [f"{r['check']} ({r['status'].removeprefix(NEEDS)})" for r in results if could_not_run(r)]:
+        print(f"not shown here: {', '.join(could_not)}")
     if said := verdict(results, options.minutes is not None):
         sys.exit(said)
+
+
+def could_not_run(result: dict[str, Any]) -> bool:
+    """Whether the machine has too few GPUs for a check."""
+    return result["status"].startswith(NEEDS)
 
 
 def verdict(results: list[dict[str, Any]], chosen_minutes: bool) -> str:
     """What makes the exit status 1: failed checks, and unfinished ones unless the caller chose the time; or ""."""
     unfinished = [r["check"] for r in results if r["status"].startswith((NOT_RUN, CUT_OFF))]
-    failed = [r["check"] for r in results if r["status"] != "passed" and r["check"] not in unfinished]
+    ended = [r for r in results if r["check"] not in unfinished and not could_not_run(r)]
+    failed = [r["check"] for r in ended if r["status"] != "passed"]
     parts = {"failed": failed, "no time left for": unfinished}
     said = "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
     if said and not failed and chosen_minutes:

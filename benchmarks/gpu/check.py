@@ -20,7 +20,7 @@ class Sizes(NamedTuple):
     d_sae: int
     batch: int
     narrow_d_sae: int  # of an SAE whose every checkpoint is compared
-    past_int32_d_sae: int  # batch × this and this × d_in pass 2³¹; 0 leaves that out
+    past_int32_d_sae: int  # batch × this and this × d_in pass 2³¹; none on a CPU
     context_size: int
     shard_contexts: int
     timed_shards: int
