@@ -4,8 +4,10 @@
     .venv/bin/python -m benchmarks.counts --shards 150 600     # to try it out
 
 A shard is 16 rows of width 8, so everything but the number of files is left out. Prints a JSON line for each count, and
-at the end how each time grew for a shard (1 is linear). `look` is what a harvest does at its start and end: which
-shards are there. `bucket_start` is the same on a half-complete store behind HTTP with 30 ms a request.
+at the end how each time grew for a shard (1 is linear). `look` is what a worker of a harvest does when its share is
+written: are those of the others there? `start` is what it does first: which shards does it not have to make?
+`bucket_start` is the same on a half-complete store behind HTTP with 30 ms a request, `bucket_check_complete` what
+training and evaluation do first there, on a complete one.
 
 `host` is the work of training outside the step, at a quarter of the paper's width (4,096 x 16,384, for a CPU's memory)
 times four: a copy of the SAE at every look at held-out rows, as if each were the best, a copy of everything at every
@@ -78,7 +80,8 @@ def local(folder: Path, shards: int) -> dict[str, float]:
     memory = folder.parent / "verify.json"
     return {
         "write": seconds(write),
-        "look": seconds(lambda: [store.complete_shards(split) for split in SPLITS]),
+        "look": min(seconds(lambda: [store.recorded_shards(split) for split in SPLITS]) for _ in range(3)),
+        "start": seconds(lambda: [store.complete_shards(split) for split in SPLITS]),
         "records": seconds(lambda: [store.records(split) for split in SPLITS]),
         "check_complete": seconds(store.check_complete),
         "norms": seconds(lambda: [store.read_norms("train", HOOK, n) for n in range(store.geometry.train_shards)]),
@@ -127,21 +130,25 @@ def slow_bucket(objects: dict[str, bytes], request_s: float) -> Iterator[RemoteF
         handler.do_GET = handler.do_HEAD = own
 
 
-def bucket_start(folder: Path, shards: int) -> float:
-    """Seconds until a harvest knows which shards of a half-complete store in a bucket are missing."""
-    store, made = ActivationStore.create(folder, geometry(shards), {}), rows()
-    for split, count in (("holdout", HOLDOUT), ("train", shards // 2 - HOLDOUT)):
-        for shard in range(count):
-            store.write_shard(split, shard, made)
-    files = LocalFiles(folder)
-    objects = {f"store/{name}": files.read(name) for name in files.names()}
-    with slow_bucket(objects, REQUEST_S) as remote:
-        found: list[int] = []
-        taken = seconds(
-            lambda: found.extend(len(ActivationStore.open(remote).complete_shards(split)) for split in SPLITS)
-        )
-        assert sum(found) == shards // 2, found
-    return taken
+def in_a_bucket(folder: Path, shards: int) -> dict[str, float]:
+    """Seconds until a harvest knows what is missing of a half-complete store, and until a complete one is checked."""
+    store, made, found = ActivationStore.create(folder, geometry(shards), {}), rows(), list[int]()
+
+    def write(first: int, last: int) -> dict[str, bytes]:
+        for shard in range(first, last):
+            store.write_shard("train", shard, made)
+        return {f"store/{name}": store.files.read(name) for name in store.files.names()}
+
+    for shard in range(HOLDOUT):
+        store.write_shard("holdout", shard, made)
+    half = shards // 2 - HOLDOUT
+    with slow_bucket(write(0, half), REQUEST_S) as remote:
+        there = ActivationStore.open(remote)
+        start = seconds(lambda: found.extend(len(there.complete_shards(split)) for split in SPLITS))
+    assert sum(found) == shards // 2, found
+    with slow_bucket(write(half, store.geometry.train_shards), REQUEST_S) as remote:
+        complete = seconds(lambda: ActivationStore.open(remote).check_complete())
+    return {"bucket_start": start, "bucket_check_complete": complete}
 
 
 def host(width: int) -> dict[str, float]:
@@ -170,7 +177,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             times = local(Path(folder) / "store", shards)
         with tempfile.TemporaryDirectory() as folder:
-            times["bucket_start"] = bucket_start(Path(folder) / "store", shards)
+            times |= in_a_bucket(Path(folder) / "store", shards)
         found.append(times)
         print(json.dumps({"benchmark": "counts", "shards": shards, "seconds": times}), flush=True)
     few, many = found

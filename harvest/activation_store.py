@@ -17,7 +17,7 @@ A stream (harvest/stream.py) deletes training shards that were read. Their recor
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple
@@ -139,9 +139,9 @@ class ActivationStore:
         self.files.delete(_record_name(split, shard))
 
     def recorded_shards(self, split: str) -> set[int]:
-        """Shards that were wholly written; some may be consumed since."""
-        names = set(self.files.names(f"{split}/shards"))
-        return {s for s in range(self.geometry.shards(split)) if _record_name(split, s) in names}
+        """Shards that were wholly written, by a listing alone; some may be consumed since."""
+        shards = _shards_by_file(self.geometry.shards(split))
+        return {shards[name] for name in self.files.entries(f"{split}/shards") if name in shards}
 
     def complete_shards(self, split: str) -> set[int]:
         """Shards that are wholly written and still there, as sound records say."""
@@ -207,27 +207,30 @@ class ActivationStore:
         for name in self.damaged_metadata():
             raise damaged(self.files.place(name), "damaged or missing")
         for split in splits:
-            if split == "train" and self.consumed_shards():
+            sizes = self.files.sizes(split)
+            shards = [n for n in range(self.geometry.shards(split)) if _record_name(split, n) in sizes]
+            records = self._each(partial(self.record, split), shards)
+            if any(record.get("consumed") for record in records):
                 raise UserError(f"{self.path}: {CONSUMED}")
-            missing = sorted(set(range(self.geometry.shards(split))) - self.recorded_shards(split))
-            if missing:
+            if missing := sorted(set(range(self.geometry.shards(split))).difference(shards)):
                 raise UserError(
                     f"{self.path}: incomplete: {len(missing)} of {self.geometry.shards(split)} {split} shards are "
                     f"missing, first {missing[0]}; {REDO}"
                 )
-            self._each(partial(self._check_sizes, split), range(self.geometry.shards(split)))
+            for record in records:
+                self._check_sizes(record, sizes.get)
 
-    def _check_sizes(self, split: str, shard: int) -> None:
-        for name, file in self.record(split, shard)["files"].items():
-            size, expected = self.files.size(name), file["bytes"]
+    def _check_sizes(self, record: Mapping[str, Any], size_of: Callable[[str], int | None]) -> None:
+        for name, file in record["files"].items():
+            size, expected = size_of(name), file["bytes"]
             if size != expected:
                 found = "missing" if size is None else f"{size:,} bytes"
                 raise damaged(self.files.place(name), f"{found}, {expected:,} bytes expected")
 
     def verify_shard(self, split: str, shard: int) -> None:
         """Read every byte of a shard and raise UserError for the first that is not as it was written."""
-        self._check_sizes(split, shard)
         record = self.record(split, shard)
+        self._check_sizes(record, self.files.size)
         for array in self._arrays[split].values():
             if array_files.verify(self.files, array, shard) != record["files"][array.file(shard)]["crc32c"]:
                 raise self._changed(array, shard)
@@ -315,7 +318,16 @@ class ActivationStore:
 
 
 def _record_name(split: str, shard: int) -> str:
-    return f"{split}/shards/{shard:05d}.json"
+    return f"{split}/shards/{_record_file(shard)}"
+
+
+def _record_file(shard: int) -> str:
+    return f"{shard:05d}.json"
+
+
+@cache
+def _shards_by_file(shards: int) -> dict[str, int]:
+    return {_record_file(shard): shard for shard in range(shards)}
 
 
 def _norm_sums(norms: np.ndarray) -> dict[str, float]:

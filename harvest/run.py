@@ -93,7 +93,7 @@ class Harvest:
         start, total = (len(share) - len(mine)) * rows, len(share) * rows
         with Progress("harvest", total, "tokens", start=start, path=path, quiet=quiet) as progress:
             self._make(mine, progress.advance)
-        if missing := self.missing():
+        if missing := self._unrecorded() or self.missing():  # records are read by the last worker alone
             print(missing_text(missing, len(self.every)), flush=True)
             return None
         self.store.files.sweep(alone=True)
@@ -126,6 +126,10 @@ class Harvest:
     def missing(self) -> list[Shard]:
         """The shards that are not in the store, held-out ones first."""
         there = {split: self.store.complete_shards(split) for split in SPLITS}
+        return [shard for shard in self.every if shard.number not in there[shard.split]]
+
+    def _unrecorded(self) -> list[Shard]:
+        there = {split: self.store.recorded_shards(split) for split in SPLITS}
         return [shard for shard in self.every if shard.number not in there[shard.split]]
 
     def check_room(self, shards: int) -> None:

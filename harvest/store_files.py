@@ -73,6 +73,14 @@ class Files(Protocol):
         """All files below a folder; none where there is no such folder."""
         ...
 
+    def entries(self, folder: str) -> list[str]:
+        """Names of the files in a folder that has no folders, relative to it; none where there is no such folder."""
+        ...
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Bytes of all files below a folder, by name, from a listing: no request a file in a bucket."""
+        ...
+
     def sweep(self, alone: bool) -> None:
         """Remove what killed writers left half written; `alone`: also of other hosts, as nobody writes any more."""
         ...
@@ -151,7 +159,24 @@ class LocalFiles(Files):
             self.place(name).unlink(missing_ok=True)
 
     def names(self, folder: str = "") -> list[str]:
-        return [p.relative_to(self.path).as_posix() for p in self.place(folder).rglob("*") if p.is_file()]
+        try:
+            entries = list(os.scandir(self.path / folder))
+        except FileNotFoundError:
+            return []
+        prefix = f"{folder}/" if folder else ""
+        found = [prefix + entry.name for entry in entries if entry.is_file()]
+        folders = [prefix + entry.name for entry in entries if entry.is_dir()]  # or links to some on another disk
+        return [*found, *(name for below in folders for name in self.names(below))]
+
+    def entries(self, folder: str) -> list[str]:
+        try:
+            return os.listdir(self.path / folder)
+        except FileNotFoundError:
+            return []
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        sizes = ((name, self.size(name)) for name in self.names(folder))
+        return {name: size for name, size in sizes if size is not None}  # a partial file may have got its name
 
     def sweep(self, alone: bool) -> None:
         for path in self.path.rglob("*.partial"):
@@ -261,8 +286,15 @@ class RemoteFiles(Files):
                 self._obstore.delete(self._store, list(names))
 
     def names(self, folder: str = "") -> list[str]:
+        return list(self.sizes(folder))
+
+    def entries(self, folder: str) -> list[str]:
+        return [name.removeprefix(f"{folder}/") for name in self.names(folder)]
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
         with self._named(folder):
-            return [found["path"] for page in self._obstore.list(self._store, folder or None) for found in page]
+            pages = self._obstore.list(self._store, folder or None)
+            return {found["path"]: found["size"] for page in pages for found in page}
 
     def sweep(self, alone: bool) -> None:
         """Objects have no partial names."""

@@ -142,7 +142,7 @@ def read_geometry(files: Files) -> tuple[Geometry, dict[str, Any]]:
     Raises DamagedError where it does not describe a store, UserError when there is none, or one of another schema.
     """
     if files.size(CREATED) is None:
-        if any(files.names(f"{split}/shards") for split in SPLITS):
+        if any(files.entries(f"{split}/shards") for split in SPLITS):
             raise DamagedError(f"{files.place(CREATED)}: missing; {REDO}")
         raise UserError(f"{files.place()}: no activation store there")
     damaged = DamagedError(f"{files.place(ROOT)}: its attributes do not describe a store; it was damaged. {REDO}")

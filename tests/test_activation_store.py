@@ -1,10 +1,12 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zarr
 
+from harvest import verify
 from harvest.activation_store import FILL, PROVENANCE, ActivationStore, Geometry, ShardRows, slug
 from harvest.files import UserError
 
@@ -44,6 +46,19 @@ def test_rows_come_back(store):
         for name in ("token_id", "context", "position"):
             assert np.array_equal(again.read_provenance("train", name, shard), getattr(rows(shard), name))
         again.verify_shard("train", shard)
+
+
+def test_a_folder_may_be_a_link_to_another_disk(store, tmp_path):
+    digest = verify.digest(store.files)
+    shutil.move(store.files.place("train"), tmp_path / "elsewhere")
+    store.files.place("train").symlink_to(tmp_path / "elsewhere")
+    again = ActivationStore.open(store.path)
+    again.check_complete()
+    assert again.complete_shards("train") == {0, 1, 2}
+    assert verify.digest(again.files) == digest
+    (tmp_path / "elsewhere" / HOOKS[0] / "acts/c/1/0").unlink()
+    with pytest.raises(UserError, match=r"acts/c/1/0: missing"):
+        again.check_complete()
 
 
 def test_rows_that_look_like_fill_values_are_written(tmp_path):

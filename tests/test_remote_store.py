@@ -158,6 +158,15 @@ def test_a_large_object_is_sent_in_parts(server, monkeypatch):
     assert [method for method, _ in server.requests].count("PUT") == 5
 
 
+def test_a_store_is_checked_by_listings_and_one_request_a_record(server):
+    store = write(RemoteFiles(URL, False), G)
+    server.requests.clear()
+    store.check_complete()
+    assert not any(method == "HEAD" for method, _ in server.requests)
+    records = [key for _, key in server.requests if "/shards/" in key]
+    assert len(records) == len(set(records)) == G.train_shards + G.holdout_shards
+
+
 FAULTS = {
     "flipped": lambda data: data[:50] + bytes([data[50] ^ 1]) + data[51:],
     "truncated": lambda data: data[: len(data) // 2],
