@@ -82,6 +82,7 @@ def ablate(
         ids_BS = torch.from_numpy(tokens_BS.astype(np.int64)).to(model.device)
         acts, output = model.read(ids_BS)
         x_BSD, clean_BT = acts[saved.hook], losses(output.logits, ids_BS)
+        del output  # 4 bytes × tokens × vocabulary, while the features' own passes make as much
         x_ND = x_BSD.flatten(0, 1)
         kept_N = torch.from_numpy(kept_in_text(rule, tokens_BS, x_ND.bfloat16())).to(model.device)
         fires_NK = (saved.sae.columns(x_ND, features) > 0) & kept_N.unsqueeze(1)

@@ -55,7 +55,7 @@ class HookedModel:
                 layer.forward = torch.compile(layer.forward, dynamic=False, options={"deterministic": True})
             self.activations(batch_BS)
         except RuntimeError as error:  # torch._dynamo's and inductor's errors are RuntimeErrors
-            if isinstance(error, torch.OutOfMemoryError):
+            if is_out_of_memory(error):
                 raise
             for layer in layers:
                 vars(layer).pop("forward", None)
@@ -147,14 +147,17 @@ class HookedModel:
             new_BSD = torch.empty_like(first_tensor(output)).copy_(value_BSD)  # its own: it may be changed in place
             return _with_first_tensor(output, new_BSD)
 
+        compiled = {layer: vars(layer).get("forward") for layer in skipped}
         with hooked(module, splice):
             try:
                 for layer in skipped:
                     layer.forward = self._passing[layer]
                 yield
             finally:
-                for layer in skipped:
+                for layer, forward in compiled.items():
                     vars(layer).pop("forward", None)
+                    if forward:
+                        layer.forward = forward
 
     @torch.inference_mode()
     def behind(self, hook: str) -> Behind:

@@ -58,6 +58,27 @@ def test_replacing_an_activation_by_itself_changes_nothing(whole, hook):
         assert torch.equal(model.model(TOKENS).logits, same)
 
 
+def test_compiled_layers_are_compiled_after_a_replacement(fresh_folder):
+    hook = "model.layers.0"
+    model, seen = load([hook], with_head=True), list[int]()
+    assert model.behind(hook).hidden_states_alone
+    layer, own = model.layers[0], model.layers[0].forward
+    layer.forward = lambda *arguments, **options: (seen.append(1), own(*arguments, **options))[1]
+    compiled = layer.forward
+    with model.replaced(hook, model.activations(TOKENS)[hook]):
+        model.model(TOKENS)
+    assert layer.forward is compiled and len(seen) == 1
+
+
+def test_memory_that_a_library_lacks_while_layers_are_compiled_is_told_as_memory(fresh_folder, monkeypatch):
+    def compiled(_forward, **_options):
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    with pytest.raises(RuntimeError, match="ALLOC_FAILED"):
+        load(["model.layers.1"]).compile_layers(TOKENS)
+
+
 def test_rotary_frequencies_stay_float32(fresh_folder, monkeypatch):
     """Rounded to bfloat16 they are off by half a radian at position 1000; the weights alone are bfloat16."""
     monkeypatch.setattr("harvest.products.has_bfloat16", lambda _device: True)  # to compare with torch's own products

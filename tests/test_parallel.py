@@ -321,6 +321,14 @@ def test_every_feature_has_one_rank(size: int) -> None:
     assert max(map(len, found)) - min(map(len, found)) <= 1
 
 
+def test_on_gpus_the_parts_are_multiples_of_64() -> None:
+    """A product of another width is a slow one there."""
+    found = [FeatureRanks(rank, 3, torch.device("cuda")).features(65_536) for rank in range(3)]
+    assert found == [range(21_824), range(21_824, 43_648), range(43_648, 65_536)]
+    few = [FeatureRanks(rank, 3, torch.device("cuda")).features(100) for rank in range(3)]
+    assert few == [range(33), range(33, 66), range(66, 100)]
+
+
 def test_a_shard_is_contiguous_and_a_copy() -> None:
     whole = Standard.initial(D_IN, D_SAE)
     for rank in range(3):

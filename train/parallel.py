@@ -28,6 +28,7 @@ from harvest.workers import Workers
 from train.sae import Sae
 
 Axes = Mapping[str, int | None]  # where the features are in a tensor, by the last part of its name
+ALIGNED = 64  # features: a GPU's products of other widths take a slower way
 # Others wait while rank 0 looks at the store or writes a checkpoint. A rank that died is the launcher's to see.
 TIMEOUT = timedelta(hours=2)
 SIGNALS_AFTER = 1.0  # seconds: torch's waiting lets Python see no signal, so it is done in pieces
@@ -74,7 +75,9 @@ class FeatureRanks:
         if d_sae < self.size:
             raise UserError(f"train.sae: {d_sae} features for {self.size} ranks; start at most one process a feature")
         rank = self.rank if rank is None else rank
-        return range(d_sae * rank // self.size, d_sae * (rank + 1) // self.size)
+        unit = ALIGNED if self.device.type == "cuda" and d_sae >= ALIGNED * self.size else 1
+        bounds = [d_sae * n // self.size // unit * unit for n in range(self.size)]
+        return range(*[*bounds, d_sae][rank : rank + 2])
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of the ranks' tensors, all of one shape, in place: the same bytes on all of them."""
