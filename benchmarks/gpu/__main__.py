@@ -57,6 +57,7 @@ CHECKS = (
     Check("offsets", 60, "the kernels where offsets pass 2³¹", gpus=1),
     Check("steps", 120, "one training step of every kind against its floor"),
     Check("full_training", 150, "the paper's width, killed and resumed: the same bytes; peak memory"),
+    Check("ranks", 120, "harvest and training by two GPUs against one", gpus=2),
     Check(
         "full_stages", 400, "all stages at the 8B shape; the evaluation's parts, twice the same bytes", on_demand=True
     ),
