@@ -68,6 +68,11 @@ def seconds(work: Callable[[], object]) -> float:
     return round(time.perf_counter() - began, 4)
 
 
+def best(work: Callable[[], object]) -> float:
+    """The least of three, for what changes nothing."""
+    return min(seconds(work) for _ in range(3))
+
+
 def local(folder: Path, shards: int) -> dict[str, float]:
     """Times of a store on a disk."""
     store, made = ActivationStore.create(folder, geometry(shards), {}), rows()
@@ -80,15 +85,15 @@ def local(folder: Path, shards: int) -> dict[str, float]:
     memory = folder.parent / "verify.json"
     return {
         "write": seconds(write),
-        "look": min(seconds(lambda: [store.recorded_shards(split) for split in SPLITS]) for _ in range(3)),
-        "start": seconds(lambda: [store.complete_shards(split) for split in SPLITS]),
-        "records": seconds(lambda: [store.records(split) for split in SPLITS]),
-        "check_complete": seconds(store.check_complete),
-        "norms": seconds(lambda: [store.read_norms("train", HOOK, n) for n in range(store.geometry.train_shards)]),
+        "look": best(lambda: [store.recorded_shards(split) for split in SPLITS]),
+        "start": best(lambda: [store.complete_shards(split) for split in SPLITS]),
+        "records": best(lambda: [store.records(split) for split in SPLITS]),
+        "check_complete": best(store.check_complete),
+        "norms": best(lambda: [store.read_norms("train", HOOK, n) for n in range(store.geometry.train_shards)]),
         "verify": seconds(lambda: verification.verify(LocalFiles(folder), complete=True, memory=memory)),
         "verify_resumed": resumed(folder, memory, shards),
         "verify_sample_100": seconds(lambda: verification.verify(LocalFiles(folder), sample=100)),
-        "digest": seconds(lambda: verification.digest(LocalFiles(folder))),
+        "digest": best(lambda: verification.digest(LocalFiles(folder))),
         "delete": seconds(LocalFiles(folder).delete_all),
     }
 
@@ -159,11 +164,11 @@ def host(width: int) -> dict[str, float]:
     trainer = Trainer(new_sae(config, 4096, 1.0, "cpu"), config, 1000, 10**6, torch.float32)
     memory: dict[str, torch.Tensor] = {}
     trainer.tensors(memory)  # allocates it
-    best = NARROWER * min(seconds(lambda: trainer.weights(memory)) for _ in range(3))
+    sae = NARROWER * min(seconds(lambda: trainer.weights(memory)) for _ in range(3))
     every = NARROWER * min(seconds(lambda: trainer.tensors(memory)) for _ in range(3))
     dead = NARROWER * min(seconds(trainer.dead_features) for _ in range(3))
-    each = best / base.validate_every + every / base.runtime.checkpoint_every + dead / base.runtime.log_every
-    return {"copy_sae": best, "copy_all": every, "dead_features": dead, "part_of_a_step": each / STEP_S}
+    each = sae / base.validate_every + every / base.runtime.checkpoint_every + dead / base.runtime.log_every
+    return {"copy_sae": sae, "copy_all": every, "dead_features": dead, "part_of_a_step": each / STEP_S}
 
 
 def main() -> None:
