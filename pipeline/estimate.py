@@ -31,7 +31,7 @@ class Known(NamedTuple):
 
 
 H100_STEP = 0.0142 / (4096 * 4096 * 65_536)  # at an L0 of 86
-KNOWN = [Known("one H100 (as measured on the 8B shape, not here)", 798e12, H100_STEP, 2048, 80 * 10**9)]
+KNOWN = [Known("one H100 (as measured on the 8B shape, not here)", 797e12, H100_STEP, 2048, 80 * 10**9)]
 MARGIN = 0.9  # of the free memory; the rest is for fragments and the libraries
 SWEEP = 5  # SAEs of the sweep in the comparison
 
@@ -185,7 +185,7 @@ def _ways(config: PipelineConfig, s: Sizes, machine: Machine) -> list[str]:
     for name, disk, tokens, each_pays, note in (
         ("full store", s.store, s.rows + heldout, False, "any further SAE trains from it"),
         ("stream", streamed_bytes(config, s), seen + heldout, False, again),
-        ("regenerate in a buffer", 0, seen, True, "as others do: every SAE pays the forward passes again"),
+        ("regenerate in a buffer", 0, seen, True, "as SAELens does: every SAE pays the forward passes again"),
     ):
         cells = []
         for saes in (1, SWEEP):
