@@ -15,7 +15,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from evaluate import engine
 from evaluate.engine import Completion, Engine, Request, answers
 from evaluate.operations import Interventions, Operation, effective
-from evaluate.sampler import Draw, Sampling, chosen, gumbel
+from evaluate.sampler import Draw, Sampling, chosen, gumbel, gumbel_on_device, key
 from evaluate.slot_cache import BLOCK, SlotCache, fits
 from harvest.files import UserError
 from harvest.hooked_model import HookedModel, first_tensor
@@ -348,6 +348,15 @@ def test_noise_is_that_of_a_draw_from_the_softmax():
         np.pi**2 / 6, abs=0.03
     )
     assert np.array_equal(gumbel(Draw((0, 1), 1), tokens[[7, 9]]), noise[1, [7, 9]])  # of a token, wherever it stands
+
+
+def test_the_noise_made_on_a_device_is_that_of_the_host():
+    draws = [Draw((number, 2**40), step) for number in range(5) for step in (0, 1, 8191)]
+    ours_NV = gumbel_on_device([key(draw) for draw in draws], 70_000, torch.device("cpu"))
+    assert ours_NV.dtype == torch.float64
+    np.testing.assert_allclose(
+        ours_NV, np.stack([gumbel(draw, np.arange(70_000)) for draw in draws]), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.8, 0.95, 0.999])

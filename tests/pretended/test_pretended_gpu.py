@@ -14,6 +14,7 @@ from conftest import PYTHONPATH, TINY, pipeline
 from benchmarks.gpu.check import Place
 from benchmarks.gpu.stages import BOUNDS, compare, figures
 from evaluate.fidelity import add_by
+from evaluate.sampler import Draw, Sampling, chosen
 from harvest.shard_buffer import ShardBuffer
 from train.config import SaeConfig, TrainConfig
 from train.kernel_choice import KernelChoice
@@ -135,3 +136,13 @@ def test_a_rank_needs_memory_for_its_features_alone(device):
     assert parameters < d_in * d_sae / 3  # two matrices, an eighth of each
     # Weights, two moments, copies of the matrices in bfloat16, and steps since each feature fired.
     assert torch.cuda.max_memory_allocated() - before < 14.5 * parameters
+
+
+def test_tokens_drawn_on_a_gpu_are_those_drawn_on_a_cpu(device):
+    logits_NV = 4 * torch.randn(40, 500, generator=torch.Generator().manual_seed(0))
+    draws = [None if n % 7 == 3 else Draw((n, 5), n) for n in range(40)]
+    there, here = (chosen(logits_NV.to(on), Sampling(1, 0.8), draws) for on in (device, "cpu"))
+    assert [token for token, draw in zip(there, draws, strict=True) if draw] == [
+        t for t, d in zip(here, draws, strict=True) if d
+    ]
+    assert len(set(there)) > 10
