@@ -174,6 +174,12 @@ class ActivationStore:
         for name in self.shard_files("train", shard):
             self._chunks.pop(name, None)
 
+    def delete_unrecorded(self, split: str) -> None:
+        """Delete rows of shards without a record, which a kill left; nobody may be writing."""
+        recorded, there = self.recorded_shards(split), set(self.files.names(split))
+        unrecorded = (shard for shard in range(self.geometry.shards(split)) if shard not in recorded)
+        self.files.delete(*(name for shard in unrecorded for name in self.shard_files(split, shard) if name in there))
+
     def write_shard(self, split: str, shard: int, rows: ShardRows) -> None:
         """Write a shard's rows durably, then its record.
 

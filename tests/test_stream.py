@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import contents, current_copy, only, pipeline
+from test_array_files import SHAPES, write
 from test_peers import free_port
 
 from evaluate.figures import read_figures
@@ -17,6 +18,7 @@ from harvest.activation_store import ActivationStore
 from harvest.disk import limit_in_shards, shard_bytes
 from harvest.shard_buffer import ShardBuffer
 from harvest.store_files import LocalFiles
+from harvest.stream import Windows
 from train import training
 
 LIMIT = "harvest.runtime.disk_limit=2 windows"
@@ -151,6 +153,22 @@ def killed_at(owner: object, name: str, call: int) -> Callable[[], None]:
         setattr(owner, name, counted)
 
     return change
+
+
+def test_rows_without_a_record_are_deleted_at_the_start(tmp_path):
+    """A kill leaves them; they would be on the disk beside two windows."""
+    store = write(tmp_path, SHAPES["usual"])
+    shards = range(store.geometry.train_shards)
+
+    def there(shard: int) -> list[bool]:
+        return [store.files.size(name) is not None for name in store.shard_files("train", shard)]
+
+    store.forget("train", 1)
+    Windows(store, 1, lambda *_: None, bool, deletes=False)
+    assert all(all(there(shard)) for shard in shards)
+    Windows(store, 1, lambda *_: None, bool, deletes=True)
+    assert not any(there(1)) and all(all(there(shard)) for shard in shards if shard != 1)
+    assert store.complete_shards("train") == {*shards} - {1}
 
 
 @pytest.mark.parametrize(
