@@ -16,20 +16,27 @@ import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaConfig
 
 from benchmarks import harvest_throughput
-from benchmarks.gpu.check import FULL, SMALL, Place, finish, start
+from benchmarks.gpu.check import FULL, ROOT, SMALL, Place, finish, start
 from benchmarks.harvest_throughput import R1_LLAMA_8B, RoundContexts, bare, truncated
 from harvest.activation_store import ActivationStore, Geometry
 from harvest.language_model import HookedModel
 from harvest.run import write_shards
 from harvest.workers import Shard
+from pipeline.architecture import find_architecture
+from pipeline.config import load
+from pipeline.memory import harvest_memory
+from pipeline.sizes import sizes
 
 LAYER, BATCH_CONTEXTS, COMPARED_SHARDS = 19, 16, 2
+WITHIN = 0.1  # the estimate of the peak
 HOOK = f"model.layers.{LAYER}"
 MEMORY = Path("/dev/shm")
 NARROW = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -128,6 +135,14 @@ def bare_tokens_per_second(made: HookedModel, shards: int) -> float:
     return tokens.size / (time.perf_counter() - began)
 
 
+def estimated() -> int:
+    """Bytes that `make estimate` expects the harvest to take on the device, and a second model of that size."""
+    config = load(ROOT / "configs" / "r1-llama-8b.yaml", [])
+    machine: Any = SimpleNamespace(element=2)
+    s = sizes(config, find_architecture(config.model, offline=True))
+    return machine.element * s.parameters + harvest_memory(s, machine).of(BATCH_CONTEXTS)
+
+
 def run(place: Place) -> None:
     """The check."""
     other = place.folder / "other.json"
@@ -153,7 +168,9 @@ def run(place: Place) -> None:
         if name == "compiled":
             place.note(**{f"{name} to disk, tokens/s": tokens_per_second(models[name], place.folder, n)})
     if place.on_gpu:
-        place.note(peak_gb=torch.cuda.max_memory_allocated() / 1e9, in_memory=str(memory()))
+        peak, expected = torch.cuda.max_memory_allocated(), estimated()
+        place.note(peak_gb=peak / 1e9, peak_of_estimate=peak / expected, in_memory=str(memory()))
+        assert abs(peak / expected - 1) <= WITHIN, f"the peak is {peak:,} bytes, the estimate {expected:,}"
 
 
 if __name__ == "__main__":
