@@ -49,6 +49,9 @@ class Ran(NamedTuple):
     out: str
 
 
+CPU = ("train.runtime.device=cpu", "evaluate.runtime.device=cpu")  # for settings files that choose none
+
+
 def pipeline(*arguments: str, config: Path = TINY) -> Ran:
     """`python -m pipeline` in this process and the current folder."""
     from pipeline.cli import app

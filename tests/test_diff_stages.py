@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import ROOT, TWO_HOOKS, Ran, current_copy, pipeline
+from conftest import CPU, ROOT, TWO_HOOKS, Ran, current_copy, pipeline
 from typer.testing import CliRunner
 
 from evaluate.rotation import HookTurns, Turns, along, ranked, turned
@@ -27,6 +27,7 @@ OPTIONS = (
     "train.pool_rows=4096",
     "train.exclude.norm_above_median=null",
     "train.runtime.threads=1",
+    *CPU,
 )
 FINE_TUNED = ("train.epochs=10", "train.l1_warmup_fraction=0", "train.lr=1e-3")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, TWO_HOOKS, contents, current_copy, only, pipeline
+from conftest import CPU, ROOT, TINY, TWO_HOOKS, contents, current_copy, only, pipeline
 from test_published_stage import SETTINGS, made
 
 from evaluate.feature_pages import write_pages
@@ -187,6 +187,7 @@ def test_rows_without_a_text_have_features(tmp_path, monkeypatch):
     np.save("x.npy", x.numpy())
     small = [f"ingest.{name}" for name in ("path=x.npy", "shard_rows=64", "chunk_rows=32", "hooks=[h]")]
     small += ["train.sae.expansion_factor=4", "train.batch_size=64", "train.pool_rows=128", "train.validate_every=5"]
+    small += CPU
     config = ROOT / "configs" / "ingest.yaml"
     ran = pipeline("run", *small, config=config)
     assert ran.status == 0, ran.out

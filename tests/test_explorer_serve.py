@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import httpx
 import numpy as np
 import pytest
-from conftest import ROOT, only, pipeline, start
+from conftest import CPU, ROOT, only, pipeline, start
 from explorer_server import HOOK, http, post, refused, serving, tiny_explorer
 
 from harvest.files import UserError
@@ -78,7 +78,7 @@ def test_ingested_rows_have_pages_but_read_no_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("x.npy", np.random.default_rng(0).normal(size=(40, 16, 8)).astype(np.float32))
     small = ("ingest.shard_rows=64", "ingest.chunk_rows=32", "ingest.holdout_fraction=0.2", "train.batch_size=64")
-    settings = ("ingest.path=x.npy", *small, "train.pool_rows=128", "train.sae.expansion_factor=4")
+    settings = ("ingest.path=x.npy", *small, "train.pool_rows=128", "train.sae.expansion_factor=4", *CPU)
     ingest = ROOT / "configs" / "ingest.yaml"
     ran = pipeline("run", *settings, config=ingest)
     assert ran.status == 0, ran.out

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, contents, only, pipeline
+from conftest import CPU, ROOT, contents, only, pipeline
 
 from evaluate.figures import read_figures
 from harvest.activation_store import ActivationStore
@@ -27,6 +27,7 @@ SMALL = (
     "train.batch_size=64",
     "train.pool_rows=128",
     "train.validate_every=5",
+    *CPU,
 )
 CONTEXTS, SIZE, D = 40, 16, 8
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TWO_HOOKS, contents, current_copy, only, pipeline
+from conftest import CPU, ROOT, TWO_HOOKS, contents, current_copy, only, pipeline
 from test_peers import free_port
 from typer.testing import CliRunner
 
@@ -233,7 +233,7 @@ def test_given_activations(given):
     """Hooks of an ingest have the names of their arrays."""
     np.save("acts.npy", np.random.default_rng(0).standard_normal((4096, 32), np.float32))
     options = ("ingest.path=acts.npy", f"ingest.hooks=[{HOOK}]", "ingest.shard_rows=512", "ingest.chunk_rows=128")
-    options += ("train.sae.expansion_factor=4", "train.batch_size=64", "train.pool_rows=512", *STILL)
+    options += ("train.sae.expansion_factor=4", "train.batch_size=64", "train.pool_rows=512", *STILL, *CPU)
     for stage in ("ingest", "train"):
         ran = pipeline(stage, *options, f"train.start_from={given}", config=ROOT / "configs/ingest.yaml")
         assert ran.status == 0, ran.out
