@@ -41,6 +41,10 @@ PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH
 KNOWN_TRANSFORMERS = pytest.mark.skipif(
     Version(version("transformers")) < Version("5.23"), reason="written for the transformers of constraints.txt"
 )
+# oneDNN 3.10, of torch 2.11, rounds equal rows of a float32 product otherwise, by their place, on CPUs with AVX2 alone.
+KNOWN_TORCH = pytest.mark.skipif(
+    Version(version("torch")) < Version("2.13"), reason="its products on a CPU may round a row by its place"
+)
 TWO_HOOKS = "harvest.hooks=[model.layers.1,model.layers.0]"
 
 

@@ -220,6 +220,7 @@ def test_a_spike_stops_unless_told_otherwise(run_folder, monkeypatch):
 
 
 def test_figures_go_to_tensorboard_too(finished, run_folder):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     drop_training(run_folder)

@@ -18,16 +18,18 @@ CPU_FILES = ("test_kernels.py", "test_kernel_choice.py")
 PROCESSES = 10
 
 
-def lacking(file: Path) -> list[str]:
-    """Packages that a test file imports at its top and that are not installed."""
-    names = set()
+def lacking(file: Path, seen: frozenset[Path] = frozenset()) -> list[str]:
+    """Packages, not installed, that a test file imports at its top, or a file of tests/ that it imports."""
+    names: set[str] = set()
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module.partition(".")[0])
+    tests = {TESTS / f"{name}.py" for name in names if (TESTS / f"{name}.py").exists()} - seen
+    below = [name for test in tests for name in lacking(test, seen | tests | {file})]
     here = {path.stem for path in (*TESTS.iterdir(), *ROOT.iterdir(), *(ROOT / "benchmarks").iterdir())}
-    return sorted(name for name in names - here if not importlib.util.find_spec(name))
+    return sorted({*below, *(name for name in names - here if not importlib.util.find_spec(name))})
 
 
 def run(place: Place) -> None:
