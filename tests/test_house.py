@@ -1,7 +1,8 @@
 """The rules of the house that no linter has, held against every file; `make check` runs them too.
 
 Lengths and repeats are counted in the packages, the benchmarks and (lengths alone) the tests. Docstrings are those
-of the four packages: of public classes, functions and methods, nested ones left out.
+of the four packages: of public classes, functions and methods, nested ones left out. Links are those of the Markdown
+files.
 """
 
 import ast
@@ -155,6 +156,35 @@ def unexplained(tree: ast.Module) -> list[str]:
         for letter, name in used.items()
         if not re.search(rf"\b{letter}\b", legend)
     ]
+
+
+def dead_links(folder: Path) -> list[str]:
+    """Links of the Markdown files, to files that are not there or to headings that no file has."""
+    found = []
+    for path in (*folder.glob("*.md"), *folder.glob("docs/*.md"), *folder.glob("benchmarks/*.md")):
+        for name, _, heading in re.findall(r"\]\((?!https?:)([^)#\s]*)(#?)([^)\s]*)\)", path.read_text()):
+            target = (path.parent / name).resolve() if name else path
+            if not target.exists() or (heading and heading not in headings(target)):
+                found.append(f"{path.relative_to(folder)}: {name}#{heading}")
+    return found
+
+
+def headings(path: Path) -> set[str]:
+    """The anchors that GitHub gives a Markdown file's headings."""
+    lines = (line.lstrip("# ") for line in path.read_text().splitlines() if re.match("#+ ", line))
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+def test_links():
+    assert dead_links(ROOT) == []
+
+
+def test_dead_links_are_found(tmp_path):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/b.md").write_text("# `make it` (here, 2026)\n")
+    good = "[a](docs/b.md#make-it-here-2026), [b](docs), [c](#one) and [d](https://x.org/#y)"
+    (tmp_path / "a.md").write_text(f"# One\n{good}, [e](docs/c.md), [f](docs/b.md#make)\n")
+    assert dead_links(tmp_path) == ["a.md: docs/c.md#", "a.md: docs/b.md#make"]
 
 
 def test_lengths():
