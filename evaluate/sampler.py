@@ -32,7 +32,7 @@ class Draw(NamedTuple):
     step: int  # tokens that it has already
 
 
-NOBODYS = Draw((0,), 0)
+UNUSED = Draw((0,), 0)  # of rows without an answer, which are drawn beside the others
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
@@ -43,7 +43,7 @@ def chosen(logits_NV: Tensor, sampling: Sampling, draws: Sequence[Draw | None]) 
         return logits_NV.float().argmax(1).tolist()
     log_NV = torch.log_softmax(logits_NV.float() / sampling.temperature, 1)
     if sampling.top_p == 1 and log_NV.is_cuda:
-        keys = [key(draw or NOBODYS) for draw in draws]
+        keys = [noise_key(draw or UNUSED) for draw in draws]
         return (log_NV + gumbel_on_device(keys, log_NV.shape[1], log_NV.device)).argmax(1).tolist()
     if sampling.top_p == 1:
         every = np.arange(log_NV.shape[1])
@@ -72,14 +72,14 @@ def _drawn(token_C: np.ndarray, log_C: np.ndarray, top_p: float, draw: Draw) -> 
     return int(token_C[np.argmax(log_C + gumbel(draw, token_C))])
 
 
-def key(draw: Draw) -> np.uint64:
+def noise_key(draw: Draw) -> np.uint64:
     """What sets a draw's noise apart."""
     return np.random.SeedSequence((*draw.seed, draw.step)).generate_state(1, np.uint64)[0]
 
 
 def gumbel(draw: Draw, token_C: np.ndarray) -> np.ndarray:
     """The noise of tokens, float64: SplitMix64 (Steele et al. 2014) at the token's place in a stream of its own."""
-    z_C = key(draw) + (token_C.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
+    z_C = noise_key(draw) + (token_C.astype(np.uint64) + np.uint64(1)) * np.uint64(GOLDEN)
     for shift, factor in MIX:
         z_C = (z_C ^ (z_C >> np.uint64(shift))) * np.uint64(factor)
     z_C ^= z_C >> np.uint64(31)

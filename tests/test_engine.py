@@ -15,7 +15,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from evaluate import engine
 from evaluate.engine import Completion, Engine, Request, answers
 from evaluate.operations import Interventions, Operation, effective
-from evaluate.sampler import Draw, Sampling, chosen, gumbel, gumbel_on_device, key
+from evaluate.sampler import Draw, Sampling, chosen, gumbel, gumbel_on_device, noise_key
 from evaluate.slot_cache import BLOCK, SlotCache, fits
 from harvest.files import UserError
 from harvest.hooked_model import HookedModel, first_tensor
@@ -353,7 +353,7 @@ def test_noise_is_that_of_a_draw_from_the_softmax():
 
 def test_the_noise_made_on_a_device_is_that_of_the_host():
     draws = [Draw((number, 2**40), step) for number in range(5) for step in (0, 1, 8191)]
-    ours_NV = gumbel_on_device([key(draw) for draw in draws], 70_000, torch.device("cpu"))
+    ours_NV = gumbel_on_device([noise_key(draw) for draw in draws], 70_000, torch.device("cpu"))
     assert ours_NV.dtype == torch.float64
     np.testing.assert_allclose(
         ours_NV, np.stack([gumbel(draw, np.arange(70_000)) for draw in draws]), rtol=0, atol=1e-12
