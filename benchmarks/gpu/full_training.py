@@ -16,6 +16,7 @@ from benchmarks.gpu.training import (
     make_store,
     metrics,
     result,
+    resumed,
     settings,
     undisturbed,
 )
@@ -43,15 +44,15 @@ def run(place: Place) -> None:
     make_store(store, place)
     runtime = {"checkpoint_every": CHECKPOINT_EVERY, "keep_last": 1}
     about = settings("standard", s.d_sae, place, runtime=runtime)
-    whole, resumed = place.folder / "whole", place.folder / "resumed"
+    whole, again = place.folder / "whole", place.folder / "again"
     with ThreadPoolExecutor(1) as pool:
         beside = pool.submit(undisturbed, store, {str(whole): about})
-        killed(store, resumed, about, KILLED_AFTER)
-        undisturbed(store, {str(resumed): about})
+        step = killed(store, again, about, KILLED_AFTER)
+        resumed(store, {str(again): about}, [step])
         beside.result()
     lines = [line for line in metrics(whole) if line["kind"] == "train"]
     place.note(l0_at_the_end=lines[-1]["l0"], kernels=sorted({line["kernel"] for line in lines}))
-    assert not (different := differences(result(whole), result(resumed))), f"{different} differ"
+    assert not (different := differences(result(whole), result(again))), f"{different} differ"
     place.note(files_alike=len(result(whole)))
     if place.on_gpu:
         peak = int((whole / "peak").read_text())

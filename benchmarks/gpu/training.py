@@ -14,7 +14,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,9 @@ from train.run import Task
 from train.run import run as run_training
 from train.training import Training
 
-HOOK = "h"
+HOOK, MADE = "h", "made"  # the latter: a file with the steps of the last process
 STEPS, CHECKPOINT_EVERY, KILLED_AFTER = 60, 25, 33
-TOGETHER = 9  # processes beside each other
+TOGETHER = 2 + len(KINDS)  # processes beside each other: all whole runs twice, and those that are killed
 Runs = Mapping[str, dict[str, Any]]  # settings by the folder that a run fills
 
 
@@ -83,11 +83,19 @@ def undisturbed(store: Path, runs: Runs) -> None:
     finish(train(store, runs))
 
 
-def killed(store: Path, out: Path, about: dict[str, Any], after: int) -> None:
-    """A run that is killed after a step and has a checkpoint of an earlier one."""
+def killed(store: Path, out: Path, about: dict[str, Any], after: int) -> int:
+    """A run that is killed after a step; the step of its newest checkpoint."""
     assert train(store, {str(out): about}, after).wait() == -signal.SIGKILL
     assert not (out / HOOK / "sae.json").exists(), "it was killed too late"
-    assert list((out / HOOK / "checkpoints").glob("*/checkpoint.json")), "no checkpoint to go on from"
+    return max(int(path.parent.name) for path in (out / HOOK / "checkpoints").glob("*/checkpoint.json"))
+
+
+def resumed(store: Path, runs: Runs, steps: Sequence[int]) -> None:
+    """Killed runs to their ends, from these steps: a run that began anew would give the same bytes."""
+    undisturbed(store, runs)
+    for out, step in zip(runs, steps, strict=True):
+        made = int((Path(out) / MADE).read_text())
+        assert made == STEPS - step, f"{out}: {made} steps after the checkpoint of step {step}"
 
 
 def result(out: Path) -> dict[str, str]:
@@ -126,9 +134,7 @@ def run(place: Place) -> None:
     with ThreadPoolExecutor(TOGETHER if place.on_gpu else 2) as pool:
         whole = [pool.submit(undisturbed, store, runs[way]) for way in ("undisturbed", "again")]
         kills = [pool.submit(killed, store, outs["killed"][name], made[name], KILLED_AFTER) for name in made]
-        for kill in kills:
-            kill.result()
-        undisturbed(store, runs["killed"])
+        resumed(store, runs["killed"], [kill.result() for kill in kills])
         for way in whole:
             way.result()
     for name in made:
@@ -145,21 +151,23 @@ def run(place: Place) -> None:
 
 def make_runs(store: Path, runs: Runs, killed_after: int) -> None:
     """Train in this process; it kills itself after a step, once what it was writing is written."""
-    if killed_after:
-        take = Training.take
+    take, made = Training.take, 0
 
-        def take_and_die(self: Training, *arguments: Any) -> None:
-            take(self, *arguments)
-            if self.step == killed_after:
-                self._writer.wait()
-                os.kill(os.getpid(), signal.SIGKILL)
+    def take_and_die(self: Training, *arguments: Any) -> None:
+        nonlocal made
+        take(self, *arguments)
+        made += 1
+        if self.step == killed_after:
+            self._writer.wait()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        Training.take = take_and_die
+    Training.take = take_and_die
     for folder, about in runs.items():
-        out = Path(folder)
+        out, made = Path(folder), 0
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         run_training([Task(TrainConfig(**about), out, lambda _numerics: None)], store)
+        (out / MADE).write_text(str(made))
         if torch.cuda.is_available():
             print(f"peak on the device: {torch.cuda.max_memory_allocated() / 1e9:.2f} GB", flush=True)
             (out / "peak").write_text(str(torch.cuda.max_memory_allocated()))
