@@ -5,6 +5,7 @@ ten steps and 1e-3 after them, as tests/test_parallel.py has it on a CPU.
 """
 
 import json
+import subprocess
 from pathlib import Path
 
 from benchmarks.gpu.check import Place, finish, start
@@ -13,14 +14,14 @@ from harvest.store_files import LocalFiles
 from harvest.verify import digest
 
 RANKS = 2
-KINDS = {
+SETTINGS = {
     "standard": (),
     "batchtopk": ("train.sae.kind=batchtopk", "train.sae.k=8"),
 }  # the latter chooses among all ranks
 FIRST_STEPS, AT_FIRST, LATER = 10, 1e-5, 1e-3  # relative
 
 
-def launched(command: str, cwd: Path, *settings: str):
+def launched(command: str, cwd: Path, *settings: str) -> subprocess.Popen[bytes]:
     """A command in RANKS processes, as `make` starts it."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     return start([*launcher, "-m", "pipeline", command, "--config", CONFIG, *settings], cwd, OMP_NUM_THREADS="1")
@@ -44,7 +45,7 @@ def run(place: Place) -> None:
     stores = [LocalFiles(next(folder.glob("runs/harvest/*/store"))) for folder in folders]
     assert digest(stores[0]) == digest(stores[1]), "the stores differ"
     place.note(store="the same bytes")
-    for kind, own in KINDS.items():
+    for kind, own in SETTINGS.items():
         finish(pipeline("train", one, *settings, *own), launched("train", several, *settings, *own))
         expected, found = losses(one), losses(several)
         assert expected.keys() == found.keys()
