@@ -56,6 +56,10 @@ def test_a_folder_may_be_a_link_to_another_disk(store, tmp_path):
     again.check_complete()
     assert again.complete_shards("train") == {0, 1, 2}
     assert verify.digest(again.files) == digest
+    partial = tmp_path / "elsewhere" / HOOKS[0] / "acts/c/1/.0.another-host.1.partial"
+    partial.touch()
+    again.files.sweep(alone=True)
+    assert not partial.exists()
     (tmp_path / "elsewhere" / HOOKS[0] / "acts/c/1/0").unlink()
     with pytest.raises(UserError, match=r"acts/c/1/0: missing"):
         again.check_complete()
