@@ -215,8 +215,8 @@ class ActivationStore:
         for split in splits:
             sizes = self.files.sizes(split)
             shards = [n for n in range(self.geometry.shards(split)) if _record_name(split, n) in sizes]
-            records = self._each(partial(self.record, split), shards)
-            if any(record.get("consumed") for record in records):
+            records = self._each(partial(self._record_or_error, split), shards)
+            if any(not isinstance(record, UserError) and record.get("consumed") for record in records):
                 raise UserError(f"{self.path}: {CONSUMED}")
             if missing := sorted(set(range(self.geometry.shards(split))).difference(shards)):
                 raise UserError(
@@ -224,7 +224,15 @@ class ActivationStore:
                     f"missing, first {missing[0]}; {REDO}"
                 )
             for record in records:
+                if isinstance(record, UserError):
+                    raise record
                 self._check_sizes(record, sizes.get)
+
+    def _record_or_error(self, split: str, shard: int) -> dict[str, Any] | UserError:
+        try:
+            return self.record(split, shard)
+        except UserError as error:
+            return error
 
     def _check_sizes(self, record: Mapping[str, Any], size_of: Callable[[str], int | None]) -> None:
         for name, file in record["files"].items():

@@ -19,6 +19,7 @@ os.umask(_UMASK)
 MAX_JSON_BYTES = 64 << 20  # what we write ourselves stays far below
 SEAL = "crc32c"  # of a sealed JSON file: the checksum of all else in it
 BLOCK = 16 << 20
+LOCK = ".lock-"
 
 
 class UserError(Exception):
@@ -182,7 +183,7 @@ def locked(directory: Path, role: str, *, shared: bool = False) -> Iterator[None
     Raises UserError when another process holds it (holds it alone, for a shared one).
     """
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f".lock-{role}"
+    path = directory / f"{LOCK}{role}"
     with path.open("a+") as file:  # over NFS a shared lock needs a file open for reading, an exclusive one for writing
         for last_try in (False, False, True):  # `is_locked` holds it for an instant
             try:
@@ -203,7 +204,7 @@ def locked(directory: Path, role: str, *, shared: bool = False) -> Iterator[None
 
 def is_locked(directory: Path, role: str) -> bool:
     """Whether a process holds or shares the lock of this role now."""
-    path = directory / f".lock-{role}"
+    path = directory / f"{LOCK}{role}"
     try:
         file = path.open("r+")
     except FileNotFoundError:

@@ -93,7 +93,10 @@ class Harvest:
         start, total = (len(share) - len(mine)) * rows, len(share) * rows
         with Progress("harvest", total, "tokens", start=start, path=path, quiet=quiet) as progress:
             self._make(mine, progress.advance)
-        if missing := self._unrecorded() or self.missing():  # records are read by the last worker alone
+        if unrecorded := self._unrecorded():  # so the last worker alone reads the records
+            print(missing_text(unrecorded, len(self.every), "at least "), flush=True)
+            return None
+        if missing := self.missing():
             print(missing_text(missing, len(self.every)), flush=True)
             return None
         self.store.files.sweep(alone=True)
@@ -129,6 +132,7 @@ class Harvest:
         return [shard for shard in self.every if shard.number not in there[shard.split]]
 
     def _unrecorded(self) -> list[Shard]:
+        """Shards without a record; damaged and consumed ones have one."""
         there = {split: self.store.recorded_shards(split) for split in SPLITS}
         return [shard for shard in self.every if shard.number not in there[shard.split]]
 

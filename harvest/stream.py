@@ -46,8 +46,7 @@ class Windows:
         self._kept: Collection[int] = ()
         self.advance: Callable[[int], None] | None = None  # told of the tokens of every batch
         self.interrupted: Callable[[], bool] = lambda: False
-        if deletes:  # what a kill left of shards that were being written or deleted: no window counts it
-            store.delete_unrecorded("train")
+        if deletes:  # what a kill left of shards that were being deleted
             for shard in store.consumed_shards():
                 store.consume(shard)
         together(False)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from harvest.files import UserError, locked
+from harvest.files import LOCK, UserError, is_locked, locked
 from harvest.progress import duration
 
 POLL_SECONDS = 1.0
@@ -47,6 +47,12 @@ class Workers(NamedTuple):
         """The shards of this worker."""
         return every[self.rank :: self.world]
 
+    def others_run(self, directory: Path, stage: str) -> bool:
+        """Whether a worker runs whose number is none of these `world`."""
+        role = f"{stage}-worker-"
+        numbers = (int(path.name.removeprefix(LOCK + role)) for path in directory.glob(f"{LOCK}{role}*"))
+        return any(is_locked(directory, f"{role}{number}") for number in numbers if number >= self.world)
+
     @contextmanager
     def locked(self, directory: Path, stage: str) -> Iterator[None]:
         """Hold this worker's lock of a stage, and share the one that keeps `verify` and `--force` out.
@@ -69,12 +75,12 @@ def wait_until(found: Callable[[], bool], seconds: float, otherwise: str, stage:
         time.sleep(POLL_SECONDS)
 
 
-def missing_text(missing: Sequence[Shard], total: int) -> str:
+def missing_text(missing: Sequence[Shard], total: int, bound: str = "") -> str:
     """What a worker says that has made its share while those of others are missing."""
     first = ", ".join(f"{split} {number}" for split, number in sorted(missing)[:5])
     more = ", ..." if len(missing) > 5 else ""
     return (
-        f"harvest: this worker's shards are written; {len(missing)} of {total} are missing ({first}{more}), which "
-        "other workers make. The last of them ends the harvest. If none runs any more, start the harvest again, with "
-        "any number of workers, to make just these"
+        f"harvest: this worker's shards are written; {bound}{len(missing)} of {total} are missing ({first}{more}), "
+        "which other workers make. The last of them ends the harvest. If none runs any more, start the harvest again, "
+        "with any number of workers, to make just these"
     )

@@ -13,15 +13,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harvest.files import UserError, is_locked, read_json
+from harvest.files import LOCK, UserError, is_locked, read_json
 from harvest.progress import duration, size_text
 from harvest.stage_directory import BEGUN, FINGERPRINT, MANIFEST, Run, upstreams
 from pipeline.fingerprint import EVERY_STAGE, STAGES
 from pipeline.running import TRASH
 from pipeline.tables import table
 from train.start_files import LEVELS
-
-LOCK = ".lock-"
 
 
 class Found(NamedTuple):

@@ -6,11 +6,11 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from conftest import contents, current_copy, only, pipeline
-from test_array_files import SHAPES, write
 from test_peers import free_port
 
 from evaluate.figures import read_figures
@@ -18,7 +18,7 @@ from harvest.activation_store import ActivationStore
 from harvest.disk import limit_in_shards, shard_bytes
 from harvest.shard_buffer import ShardBuffer
 from harvest.store_files import LocalFiles
-from harvest.stream import Windows
+from harvest.workers import Workers
 from train import training
 
 LIMIT = "harvest.runtime.disk_limit=2 windows"
@@ -155,20 +155,20 @@ def killed_at(owner: object, name: str, call: int) -> Callable[[], None]:
     return change
 
 
-def test_rows_without_a_record_are_deleted_at_the_start(tmp_path):
-    """A kill leaves them; they would be on the disk beside two windows."""
-    store = write(tmp_path, SHAPES["usual"])
-    shards = range(store.geometry.train_shards)
-
-    def there(shard: int) -> list[bool]:
-        return [store.files.size(name) is not None for name in store.shard_files("train", shard)]
-
-    store.forget("train", 1)
-    Windows(store, 1, lambda *_: None, bool, deletes=False)
-    assert all(all(there(shard)) for shard in shards)
-    Windows(store, 1, lambda *_: None, bool, deletes=True)
-    assert not any(there(1)) and all(all(there(shard)) for shard in shards if shard != 1)
-    assert store.complete_shards("train") == {*shards} - {1}
+@pytest.mark.parametrize("another_worker_runs", [False, True])
+def test_rows_that_a_kill_left_without_a_record(folder, monkeypatch, another_worker_runs):
+    """They would be on the disk beside two windows. One that another worker writes has no record yet either."""
+    assert run_killed(killed_at(LocalFiles, "write", 40)) == -signal.SIGKILL
+    directory = only(folder, "runs/harvest/*")
+    store = ActivationStore.open(directory / "store")
+    recorded = {str(shard) for shard in store.recorded_shards("train")}
+    left = shards_on_disk(folder) - recorded
+    assert len(left) == 1
+    monkeypatch.setattr("train.run.HookTraining", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with Workers(int(another_worker_runs), 2).locked(directory, "harvest") if another_worker_runs else nullcontext():
+        assert pipeline("stream", LIMIT).status == 130
+    assert shards_on_disk(folder) - recorded == (left if another_worker_runs else set())
+    assert shards_on_disk(folder) & recorded == recorded
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,8 @@ def _begun(harvest: "Harvest", window_shards: int, ranks: FeatureRanks) -> Windo
     store, there = harvest.store, harvest.store.complete_shards("holdout")
     held_out = [Shard("holdout", n) for n in range(store.geometry.holdout_shards) if n not in there]
     if ranks.rank == 0:
+        if not harvest.workers.others_run(harvest.directory, "harvest"):
+            store.delete_unrecorded("train")  # what a kill left, which no window counts
         harvest.check_room(len(held_out) + min(2 * window_shards, store.geometry.train_shards))
     windows = Windows(store, window_shards, harvest.make_share, ranks.any, deletes=ranks.rank == 0)
     windows.make(held_out)
