@@ -93,7 +93,8 @@ class Harvest:
         start, total = (len(share) - len(mine)) * rows, len(share) * rows
         with Progress("harvest", total, "tokens", start=start, path=path, quiet=quiet) as progress:
             self._make(mine, progress.advance)
-        if unrecorded := self._unrecorded():  # so the last worker alone reads the records
+        # Damaged and consumed shards have a record; only the last worker reads them all.
+        if unrecorded := self._without(self.store.recorded_shards):
             print(missing_text(unrecorded, len(self.every), "at least "), flush=True)
             return None
         if missing := self.missing():
@@ -128,12 +129,10 @@ class Harvest:
 
     def missing(self) -> list[Shard]:
         """The shards that are not in the store, held-out ones first."""
-        there = {split: self.store.complete_shards(split) for split in SPLITS}
-        return [shard for shard in self.every if shard.number not in there[shard.split]]
+        return self._without(self.store.complete_shards)
 
-    def _unrecorded(self) -> list[Shard]:
-        """Shards without a record; damaged and consumed ones have one."""
-        there = {split: self.store.recorded_shards(split) for split in SPLITS}
+    def _without(self, shards_of: Callable[[str], set[int]]) -> list[Shard]:
+        there = {split: shards_of(split) for split in SPLITS}
         return [shard for shard in self.every if shard.number not in there[shard.split]]
 
     def check_room(self, shards: int) -> None:
