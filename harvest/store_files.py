@@ -179,8 +179,8 @@ class LocalFiles(Files):
         return {name: size for name, size in sizes if size is not None}  # a partial file may have got its name
 
     def sweep(self, alone: bool) -> None:
-        for path in map(self.place, self.names()):
-            if path.suffix == ".partial" and is_abandoned(path, alone):
+        for path in [self.place(name) for name in self.names() if name.endswith(".partial")]:
+            if is_abandoned(path, alone):
                 path.unlink(missing_ok=True)
 
 

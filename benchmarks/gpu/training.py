@@ -87,7 +87,9 @@ def killed(store: Path, out: Path, about: dict[str, Any], after: int) -> int:
     """A run that is killed after a step; the step of its newest checkpoint."""
     assert train(store, {str(out): about}, after).wait() == -signal.SIGKILL
     assert not (out / HOOK / "sae.json").exists(), "it was killed too late"
-    return max(int(path.parent.name) for path in (out / HOOK / "checkpoints").glob("*/checkpoint.json"))
+    steps = [int(path.parent.name) for path in (out / HOOK / "checkpoints").glob("*/checkpoint.json")]
+    assert steps, "no checkpoint to go on from"
+    return max(steps)
 
 
 def resumed(store: Path, runs: Runs, steps: Sequence[int]) -> None:
