@@ -156,8 +156,7 @@ def test_no_bit_of_an_answer_depends_on_what_is_beside_it(scores, dtype):
     assert len(scores) == count  # every comparison was made in `keep`
 
 
-@KNOWN_TORCH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=KNOWN_TORCH), torch.bfloat16])
 def test_nor_on_its_slot_or_on_the_number_of_threads(scores, dtype):
     heads: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
     model, interventions = hooked(dtype=dtype, max_position_embeddings=1024, **heads)
