@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from harvest.files import UserError
 from train.config import KINDS, SaeConfig, TrainConfig
 from train.kinds import new_sae, sae_class
 from train.parallel import SINGLE, FeatureRanks
@@ -82,7 +81,7 @@ def trained(ranks: FeatureRanks, case: str, steps: int | None = None, start: Sav
     sae = new_sae(config, D_IN, 2.0, "cpu")
     sae.b_enc[95:] = -1e3  # the last rank's: they never fire
     sae.b_dec.fill_(0.5)  # to be counted once
-    trainer = Trainer(sae, config, 200, 1000, torch.float32, ranks)
+    trainer = Trainer(ranks.shard(sae), config, 200, 1000, torch.float32, ranks)
     if start:
         trainer.restore(start.tensors, start.step, start.kernel)
     restored = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
@@ -312,64 +311,3 @@ class TestSavedOnTwo:
 def test_a_flag_reaches_all_ranks(ranks: Ranks, size: int) -> None:
     for rank in range(size):
         assert ranks.exchanged[rank][size] == [True, False]
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
-def test_every_feature_has_one_rank(size: int) -> None:
-    found = [FeatureRanks(rank, size).features(D_SAE) for rank in range(size)]
-    assert [feature for features in found for feature in features] == list(range(D_SAE))
-    assert max(map(len, found)) - min(map(len, found)) <= 1
-
-
-def test_on_gpus_the_parts_are_multiples_of_64() -> None:
-    """A product of another width is a slow one there."""
-    found = [FeatureRanks(rank, 3, torch.device("cuda")).features(65_536) for rank in range(3)]
-    assert found == [range(21_824), range(21_824, 43_648), range(43_648, 65_536)]
-    few = [FeatureRanks(rank, 3, torch.device("cuda")).features(100) for rank in range(3)]
-    assert few == [range(33), range(33, 66), range(66, 100)]
-
-
-def test_a_shard_is_contiguous_and_a_copy() -> None:
-    whole = Standard.initial(D_IN, D_SAE)
-    for rank in range(3):
-        ranks = FeatureRanks(rank, 3)
-        mine, features = ranks.shard(whole), ranks.features(D_SAE)
-        assert torch.equal(mine.W_enc, whole.W_enc[:, features.start : features.stop])
-        assert torch.equal(mine.W_dec, whole.W_dec[features.start : features.stop])
-        assert torch.equal(mine.b_dec, whole.b_dec)
-        for a, b in zip(mine.parameters.values(), whole.parameters.values(), strict=True):
-            assert a.is_contiguous() and a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr()
-    assert SINGLE.shard(whole).W_enc is whole.W_enc
-
-
-def test_a_rank_takes_its_features_alone_to_its_device() -> None:
-    config, ranks = TrainConfig(sae=SaeConfig(d_sae=D_SAE, l1_coefficient=1.0), epochs=1), FeatureRanks(1, 3)
-    whole, meta = new_sae(config, D_IN, 1.0, "cpu"), torch.device("meta")
-    trainer = Trainer(whole, config, 10, 1000, torch.float32, ranks, meta)
-    mine = len(ranks.features(D_SAE))
-    tensors = trainer._own_tensors()
-    assert {tensor.device for tensor in [*tensors.values(), trainer.bad_step]} == {trainer.device} == {meta}
-    assert {tuple(t.shape) for t in tensors.values()} == {(D_IN, mine), (mine,), (mine, D_IN), (D_IN,)}
-    assert whole.W_enc.device.type == "cpu"
-
-
-def test_more_ranks_than_features_is_an_error() -> None:
-    with pytest.raises(UserError, match="4 features for 5 ranks"):
-        FeatureRanks(0, 5).shard(Standard.initial(8, 4))
-
-
-def test_more_ranks_than_gpus_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UserError, match="start no more processes than GPUs"):
-        FeatureRanks.from_environment(torch.device("cuda", 0))
-
-
-def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    ranks = FeatureRanks.from_environment(torch.device("cpu"))
-    assert ranks.size == 1
-    assert ranks.any(True) and not ranks.any(False)
-    assert not dist.is_initialized()
-    ranks.close()

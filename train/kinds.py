@@ -7,6 +7,7 @@ import torch
 
 from harvest.files import UserError
 from train.config import KINDS, TrainConfig
+from train.parallel import SINGLE, FeatureRanks
 from train.sae import Sae
 from train.sparse_step import SPARSE
 from train.step import Kernel
@@ -41,11 +42,14 @@ def check_class(sae: Sae, kernels: Mapping[str, Kernel]) -> None:
         raise UserError(f"train.sae.kind: {sae.kind!r}: {said}; take SPARSE out of `kernels`")
 
 
-def new_sae(config: TrainConfig, d_in: int, scale: float, device: torch.device | str) -> Sae:
-    """The SAE that settings begin with.
+def new_sae(
+    config: TrainConfig, d_in: int, scale: float, device: torch.device | str, ranks: FeatureRanks = SINGLE
+) -> Sae:
+    """The SAE that settings begin with: the features of this one of `ranks`.
 
-    Raises UserError where its kind cannot be of this size.
+    Raises UserError where its kind cannot be of this size, and when there are fewer features than ranks.
     """
     chosen = config.sae
-    of_kind = sae_class(chosen.kind)
-    return of_kind.initial(d_in, chosen.width(d_in), config.seed, device, scale, **chosen.hyperparameters())
+    of_kind, d_sae = sae_class(chosen.kind), chosen.width(d_in)
+    mine = ranks.features(d_sae)
+    return of_kind.initial(d_in, d_sae, config.seed, device, scale, features=mine, **chosen.hyperparameters())

@@ -12,6 +12,7 @@ entries.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
@@ -21,6 +22,9 @@ from torch import Tensor
 from train.nonzeros import ByRow, Rule, offsets
 
 DECODER_NORM = 0.1  # SAELens' decoder_init_norm for standard SAEs
+DRAWN = 4096  # decoder rows drawn at a time
+# torch draws a last piece of fewer numbers in another way, and its pieces end on multiples of as many.
+DRAWN_TOGETHER = 16
 
 
 class Losses(NamedTuple):
@@ -262,21 +266,38 @@ class Sae:
         seed: int = 0,
         device: torch.device | str = "cpu",
         scale: float = 1.0,
+        features: range | None = None,
         **hyperparameters: Any,
     ) -> Self:
         """Random decoder rows of one norm, W_enc its transpose, all else zero; float32.
 
-        Drawn on the CPU, so that every device starts from the same bytes; on "meta" not at all.
+        Drawn on the CPU, so that every device starts from the same bytes; on "meta" not at all. With `features`, a
+        rank's part of it, which alone is held in memory.
         """
+        features = range(d_sae) if features is None else features
+        shapes = cls.shapes(d_in, len(features))
         if torch.device(device).type == "meta":
-            empty = {name: torch.empty(shape, device="meta") for name, shape in cls.shapes(d_in, d_sae).items()}
-            return cls(empty, scale, **hyperparameters)
-        generator = torch.Generator().manual_seed(seed)
-        W_dec = torch.randn(d_sae, d_in, generator=generator)
+            empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+            return cls(empty, scale, features.start, **hyperparameters)
+        W_dec = _random_rows(d_in, d_sae, seed, features)
         W_dec *= cls.decoder_norm / W_dec.norm(dim=1, keepdim=True)
-        zeros = {name: torch.zeros(shape) for name, shape in cls.shapes(d_in, d_sae).items()}
-        drawn = {**zeros, "W_enc": W_dec.t().contiguous(), "W_dec": W_dec}
-        return cls(drawn, scale, **hyperparameters).to(device)
+        drawn = {"W_enc": W_dec.t().contiguous(), "W_dec": W_dec}
+        parameters = {name: drawn[name] if name in drawn else torch.zeros(shape) for name, shape in shapes.items()}
+        return cls(parameters, scale, features.start, **hyperparameters).to(device)
+
+
+def _random_rows(d_in: int, d_sae: int, seed: int, features: range) -> Tensor:
+    """These rows of `randn(d_sae, d_in)`, without the others in memory."""
+    generator, out = torch.Generator().manual_seed(seed), torch.empty(len(features), d_in)
+    starts = [row for row in range(0, d_sae, DRAWN) if row == 0 or d_sae - row >= DRAWN_TOGETHER]
+    for start, end in pairwise([*starts, d_sae]):
+        if start >= features.stop:
+            break
+        rows = torch.randn(end - start, d_in, generator=generator)
+        first, last = max(start, features.start), min(end, features.stop)
+        if first < last:
+            out[first - features.start : last - features.start] = rows[first - start : last - start]
+    return out
 
 
 def input_scale(d_in: int, mean_norm: float) -> float:

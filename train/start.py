@@ -11,13 +11,22 @@ from harvest.hub_files import fetch_files
 from train.checkpoint import ABOUT, load_sae
 from train.config import StartFrom, TrainConfig
 from train.kinds import new_sae
+from train.parallel import SINGLE, FeatureRanks
 from train.sae import Sae
 from train.saelens import CONFIG, SaelensConfig, canonical_hook, check_finite
 from train.start_files import WEIGHTS, find_start, is_on_hub, saelens_files
 
 
-def starting_sae(config: TrainConfig, hook: str, d_in: int | None, scale: float, device: torch.device | str) -> Sae:
-    """The SAE of train.start_from for a hook whose rows have width `d_in`, where it is known.
+def starting_sae(
+    config: TrainConfig,
+    hook: str,
+    d_in: int | None,
+    scale: float,
+    device: torch.device | str,
+    ranks: FeatureRanks = SINGLE,
+) -> Sae:
+    """The SAE of train.start_from for a hook whose rows have width `d_in`, where it is known: the features of this one
+    of `ranks`.
 
     `scale` is that of these rows: an SAE of SAELens takes it whose weights are meant for scaled rows; others have
     their own. Raises UserError for an SAE that is missing, damaged, unfinished or holds a NaN, and for one of another
@@ -38,8 +47,10 @@ def starting_sae(config: TrainConfig, hook: str, d_in: int | None, scale: float,
             )
     check_finite(place, given.parameters)
     new = new_sae(config, d_in, given.scale, "meta")
-    # Clones: what was read may still be the file's own pages.
-    return replace(new, parameters={name: given.parameters[name].clone() for name in new.parameters}).to(device)
+    read = {name: given.parameters[name] for name in new.parameters}
+    if ranks.size == 1:
+        read = {name: weight.clone() for name, weight in read.items()}  # it may still be the file's own pages
+    return ranks.shard(replace(new, parameters=read)).to(device)
 
 
 def check_start(config: TrainConfig, hooks: Sequence[str], d_in: int | None) -> None:

@@ -61,26 +61,27 @@ class Trainer:
         ranks: FeatureRanks = SINGLE,
         device: torch.device | None = None,
     ) -> None:
-        """`rows` is one epoch. `sae` is whole; `self.sae`, and what hangs on it, are this rank's features of it, on a
-        device (the SAE's).
+        """`rows` is one epoch. `sae` is this rank's features, of which there are train.sae's in all; `self.sae`, and
+        what hangs on it, are on a device (the SAE's).
 
         Raises UserError for several ranks of a kind that trains in one process, for a batch that is too large for its
         kind, and for what `check_class` finds.
         """
         self.kernels = kernels(sae)
         check_class(sae, self.kernels)
-        self.kernel = KernelChoice(config, sae.d_sae, self.kernels)
+        self.d_sae = sae.d_sae if ranks.size == 1 else config.sae.width(sae.d_in)
+        self.kernel = KernelChoice(config, self.d_sae, self.kernels)
         if ranks.size > 1 and self.kernels[self.kernel.name] is AUTOGRAD:
             way_out = "train.kernel=sparse" if "sparse" in self.kernels else "train.sae.kind=standard"
             said = f"train.sae.kind: {sae.kind!r} trains in one process with kernel {self.kernel.name}"
             raise UserError(f"{said}, and {ranks.size} were started; start one, or choose {way_out}")
-        if "sparse" in self.kernels and sae.batch_rule().of_batch and config.batch_size * sae.d_sae > 2**TIE_BITS:
-            said = f"train.batch_size: {config.batch_size:,}: times d_sae = {sae.d_sae:,} is above 2^{TIE_BITS}"
+        if "sparse" in self.kernels and sae.batch_rule().of_batch and config.batch_size * self.d_sae > 2**TIE_BITS:
+            said = f"train.batch_size: {config.batch_size:,}: times d_sae = {self.d_sae:,} is above 2^{TIE_BITS}"
             raise UserError(f"{said}, the entries that kind {sae.kind} can tell apart; use a smaller batch")
         self.config, self.steps, self.compute_dtype, self.ranks = config, steps, compute_dtype, ranks
-        self.d_sae, self.axes = sae.d_sae, sae.feature_axes() | {"rows_since_fired": 0}
+        self.axes = sae.feature_axes() | {"rows_since_fired": 0}
         self.device = device = device or sae.W_enc.device
-        self.sae = sae = ranks.shard(sae).to(device)
+        self.sae = sae = sae.to(device)
         self.step_number = 0
         self.dead_after = min(DEAD_ROWS, rows)
         self.revive_after = config.sae.dead_after or max(1, min(DEAD_ROWS, rows // 10))

@@ -74,14 +74,13 @@ class Training:
             found[0].statistics if found else input_statistics(store, hook, config.exclude, config.window_shards)
         )
         if config.start_from and not found:
-            sae = starting_sae(config, hook, g.d_in, self.statistics.scale, "cpu")
+            sae = starting_sae(config, hook, g.d_in, self.statistics.scale, "cpu", ranks)
             self.statistics = self.statistics._replace(scale=sae.scale)
         else:
-            sae = new_sae(config, g.d_in, self.statistics.scale, "cpu")
+            sae = new_sae(config, g.d_in, self.statistics.scale, "cpu", ranks)
             if config.sae.b_dec_init_method == "mean" and not found:
                 limit = self.statistics.norm_limit
                 sae = sae.centered(mean_row(store, hook, config.exclude, limit, config.window_shards))
-        # Whole on the host: a rank's GPU may have room for its own features alone.
         self.trainer = Trainer(sae, config, self.steps, rows, compute_dtype, ranks, device)
         self._writes = ranks.rank == 0
         self.position = Position()
@@ -90,7 +89,7 @@ class Training:
         if found:
             checkpoint, tensors = found
             shapes = {name: tuple(tensors[name].shape) if name in tensors else None for name in sae.parameters}
-            if shapes != sae.shapes(g.d_in, sae.d_sae):
+            if shapes != sae.shapes(g.d_in, self.trainer.d_sae):
                 raise UserError(f"{folder}: its checkpoint is of an SAE of shapes {shapes}; train with --force")
             self.trainer.restore(tensors, checkpoint.step, checkpoint.kernel)
             self.position, self.best_loss = checkpoint.position, checkpoint.best_loss

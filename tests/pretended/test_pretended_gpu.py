@@ -128,10 +128,11 @@ def test_rows_of_a_shard_are_read_once_they_are_there(run_folder, monkeypatch):
 def test_a_rank_needs_memory_for_its_features_alone(device):
     d_in, d_sae = 64, 2048
     config = TrainConfig(sae=SaeConfig(d_sae=d_sae, l1_coefficient=1.0), epochs=1)
-    whole = new_sae(config, d_in, 1.0, "cpu")
+    ranks = FeatureRanks(3, 8)
+    own = new_sae(config, d_in, 1.0, "cpu", ranks)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.max_memory_allocated()
-    trainer = Trainer(whole, config, 10, 100, torch.bfloat16, FeatureRanks(3, 8), device)
+    trainer = Trainer(own, config, 10, 100, torch.bfloat16, ranks, device)
     parameters = sum(weight.numel() for weight in trainer.sae.parameters.values())
     assert parameters < d_in * d_sae / 3  # two matrices, an eighth of each
     # Weights, two moments, copies of the matrices in bfloat16, and steps since each feature fired.
