@@ -167,7 +167,9 @@ def host(width: int) -> dict[str, float]:
     sae = NARROWER * min(seconds(lambda: trainer.weights(memory)) for _ in range(3))
     every = NARROWER * min(seconds(lambda: trainer.tensors(memory)) for _ in range(3))
     dead = NARROWER * min(seconds(trainer.dead_features) for _ in range(3))
-    each = sae / base.validate_every + every / base.runtime.checkpoint_every + dead / base.runtime.log_every
+    steps = base.batches(0)
+    checkpoints = base.runtime.checkpoints(steps, STEP_S * steps) / steps
+    each = sae / base.validate_every + every * checkpoints + dead / base.runtime.log_every
     return {"copy_sae": sae, "copy_all": every, "dead_features": dead, "part_of_a_step": each / STEP_S}
 
 

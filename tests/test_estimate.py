@@ -69,7 +69,7 @@ def test_what_does_not_fit_is_said_and_nothing_is_refused():
     assert "in all             8.3 TB; free in runs: 1 TB" in text
     last = text.splitlines()[-1]
     assert last.startswith("in short, on this machine: the disk of runs lacks 7.3 TB; harvest.batch_contexts=16 does")
-    assert last.endswith("training does not fit into 10 GB; harvest 3,862 days, training 139 days; 8.3 TB of disk")
+    assert last.endswith("training does not fit into 10 GB; harvest 3,862 days, training 154 days; 8.3 TB of disk")
 
 
 def test_the_activity_of_all_features_is_bounded_and_that_is_said():
@@ -168,7 +168,8 @@ def test_what_nearly_fits_does_not():
 
 def test_hours_are_of_what_is_slowest():
     """Two hooks, and a checkpoint at each fourth of the steps."""
-    config = load(R1, ["harvest.hooks=[model.layers.3,model.layers.19]", "train.runtime.checkpoint_every=50_000"])
+    cadence = ["train.runtime.checkpoint_every=50_000", "train.runtime.checkpoint_minutes=null"]
+    config = load(R1, ["harvest.hooks=[model.layers.3,model.layers.19]", *cadence])
     s = sizes(config, find_architecture(config.model, offline=True))
     machine = GPU._replace(read=1e9, write=2e9)
     batch, row = 4096 * 2 * 4096 / 1e9, s.shard / 65_536  # seconds to read one, bytes of both hooks
@@ -176,6 +177,11 @@ def test_hours_are_of_what_is_slowest():
     for saes, step in ((1, batch), (5, 5 * 0.016)):
         expected = 2 * (200_000 * step + 4 * saes * s.checkpoint / 2e9)
         assert estimate.train_seconds(config, s, machine, saes) == pytest.approx(expected)
+        for every, written in ((None, int(200_000 * step / 600)), (1000, 200), (50_000, int(200_000 * step / 600))):
+            runtime = config.train.runtime.model_copy(update={"checkpoint_every": every, "checkpoint_minutes": 10})
+            timed = config.model_copy(update={"train": config.train.model_copy(update={"runtime": runtime})})
+            expected = 2 * (200_000 * step + written * saes * s.checkpoint / 2e9)
+            assert estimate.train_seconds(timed, s, machine, saes) == pytest.approx(expected)
     unknown = machine._replace(read=None, write=None)
     assert estimate.train_seconds(config, s, unknown, 1) == pytest.approx(2 * 200_000 * 0.016)
     assert estimate.train_seconds(config, s, machine._replace(step=None), 1) is None

@@ -224,11 +224,12 @@ def test_two_ranks_share_windows_and_features(folder):
     On the CPU: a machine may have one GPU for the two.
     """
     on_cpu = ("harvest.runtime.device=cpu", "train.runtime.device=cpu")
+    often = ("train.runtime.checkpoint_every=null", "train.runtime.checkpoint_minutes=1e-6")
 
     def run(rank: int, port: int, stage: str) -> None:
         place = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": rank}
         os.environ.update({name: str(value) for name, value in place.items()})
-        ran = pipeline(stage, "train.epochs=1", *on_cpu)
+        ran = pipeline(stage, "train.epochs=1", *on_cpu, *often)
         print(ran.out)
         os._exit(ran.status)
 

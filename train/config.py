@@ -234,8 +234,10 @@ class TrainRuntime(Settings):
     """CPU threads; 0 takes all cores. Recorded in the numerics: another number may change last bits."""
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
-    checkpoint_every: int = Field(default=1000, ge=1)
+    checkpoint_every: int | None = Field(default=1000, ge=1)
     """Steps between checkpoints. One is also written at Ctrl-C."""
+    checkpoint_minutes: float | None = Field(default=None, gt=0)
+    """Minutes between checkpoints. With checkpoint_every set too, whichever comes first."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints that are kept."""
     spike_factor: float | None = Field(default=10.0, gt=1)
@@ -246,6 +248,17 @@ class TrainRuntime(Settings):
     """Send the figures of metrics.jsonl there too (its package must be installed)."""
     offline: bool = False
     """Of start_from, use only what the hub's local cache holds."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainRuntime":
+        if self.checkpoint_every is None and self.checkpoint_minutes is None:
+            raise ValueError("set checkpoint_every, checkpoint_minutes or both: a killed run would begin anew")
+        return self
+
+    def checkpoints(self, steps: int, seconds: float) -> int:
+        """How many are written, about, in so many steps that take so many seconds."""
+        by_steps = steps // self.checkpoint_every if self.checkpoint_every else 0
+        return max(by_steps, int(seconds / 60 / self.checkpoint_minutes) if self.checkpoint_minutes else 0)
 
 
 class TrainConfig(Settings):

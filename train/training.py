@@ -3,6 +3,7 @@
 Several of them can be fed from one reading of a store: each takes the batches that it has not seen yet.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,6 +104,7 @@ class Training:
         self.metrics = Metrics(path, seen, runtime.spike_factor, tracker, **logged)
         self.note = ""
         self._writer, self._host = BackgroundWriter(), dict[str, Tensor]()
+        self._saved_at = time.monotonic()
         self._recent: deque[_Fed] = deque(maxlen=runtime.log_every)
         self._run = run_fingerprint(folder)
         self._about = {
@@ -148,9 +150,16 @@ class Training:
                 folders.append(self.folder / "best")
         if self.done:
             folders.append(self.folder)
-        self._save(folders, checkpoint=not self.done and step % config.runtime.checkpoint_every == 0)
+        self._save(folders, checkpoint=not self.done and self._checkpoint_due())
         if self.done:
             self._writer.wait()
+
+    def _checkpoint_due(self) -> bool:
+        """Collective: due on all ranks when it is on one."""
+        every, minutes = self.config.runtime.checkpoint_every, self.config.runtime.checkpoint_minutes
+        if every and self.step % every == 0:
+            return True
+        return bool(minutes) and self.trainer.ranks.any(time.monotonic() - self._saved_at >= 60 * minutes)
 
     def _explained(self, error: DivergedError, loader: ActivationLoader) -> UserError:
         config = self.config
@@ -183,6 +192,8 @@ class Training:
         """
         if checkpoint and int(self.trainer.bad_step) >= 0:
             checkpoint = False  # not yet told: a resume from before it finds it again
+        if checkpoint:
+            self._saved_at = time.monotonic()
         if not folders and not checkpoint:
             return
         self._writer.wait()  # it reads the copy that is written over now
