@@ -208,7 +208,7 @@ class HarvestConfig(Settings):
     (`blocks.19.hook_resid_post`). Several are taken in one pass; each gets its own array and its own SAE."""
     compute_dtype: ComputeDtype = "auto"
     """Precision of the forward pass. The weights are bfloat16 in any case and rows are stored as bfloat16.
-    auto: bfloat16, except on CPUs without bfloat16 instructions, which emulate it at a sixth of the speed."""
+    auto: bfloat16, except on GPUs before Ampere and on CPUs without bfloat16 instructions, which emulate it."""
     compile: bool = Field(default=False, json_schema_extra={"added": True})
     """Compile the decoder layers with torch.compile: a quarter faster on an H100. It rounds in fewer places, so rows
     differ in their last bits. Needs a C compiler."""

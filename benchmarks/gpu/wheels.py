@@ -4,7 +4,7 @@
     . benchmarks/gpu/use_wheels.sh && python3 -m benchmarks.gpu     # there: unpacks beside the machine's own packages
 
 The list is benchmarks/gpu/wheels.txt, at the versions of constraints.txt, for Python 3.12 on x86-64. Nothing that these
-packages need is fetched along: the list names all that a machine with torch, triton and transformers lacks.
+packages need is fetched along: wheels.txt names all that such a machine lacks, and what it is taken to have.
 """
 
 import argparse
