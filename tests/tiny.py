@@ -66,25 +66,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
-def make_assets(folder: Path) -> None:
-    """Write assets/tiny-llama, assets/tiny-chat.jsonl and assets/tiny-reasoning.jsonl under a folder."""
+def make_assets(folder: Path, documents: int = 120, **shape: int) -> None:
+    """Write assets/tiny-llama, of another shape if one is given, assets/tiny-chat.jsonl and
+    assets/tiny-reasoning.jsonl under a folder.
+    """
     assets = folder / "assets"
     tiny = tokenizer()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tiny),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
+    own = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    own |= {"num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = LlamaConfig(vocab_size=len(tiny), tie_word_embeddings=True, **(own | shape))
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(assets / "tiny-llama")
     tiny.save_pretrained(assets / "tiny-llama")
-    write_jsonl(assets / "tiny-chat.jsonl", conversations(120))
-    write_jsonl(assets / "tiny-reasoning.jsonl", solutions(120))
+    write_jsonl(assets / "tiny-chat.jsonl", conversations(documents))
+    write_jsonl(assets / "tiny-reasoning.jsonl", solutions(documents))
 
 
 if __name__ == "__main__":

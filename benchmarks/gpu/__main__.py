@@ -52,7 +52,7 @@ CHECKS = (
     Check("kernels", 100, "every kernel against its plain twin, the steps of every kind of SAE against float64"),
     Check("training", 110, "killed and resumed, and in two processes: the same bytes"),
     Check("harvest", 170, "two processes write the same bytes, eager and compiled; tokens/s"),
-    Check("stages", 90, "all stages of the tiny settings on GPU and CPU; a stream on one device"),
+    Check("stages", 110, "all stages of the tiny settings on GPU and CPU; a stream on one device"),
     Check("answers", 90, "no bit of an answer depends on what is beside it; answers of the 8B shape a second"),
     Check("offsets", 60, "the kernels where offsets pass 2³¹", gpus=1),
     Check("steps", 120, "one training step of every kind against its floor"),

@@ -99,6 +99,26 @@ def as_generated(place: Place) -> int:
     return equal
 
 
+def steered(place: Place) -> int:
+    """Positions that were steered in 32 long answers at once; raises AssertionError where one is not counted."""
+    model, interventions = made(place, 4, torch.bfloat16)
+    anywhere, prompt, generated = ((Operation(3, "add", 1.0, where),) for where in ("all", "prompt", "generated"))
+    lists, XX
+    asked = [request for first in range(4) for request in requests(model, [(first + n) % 4 for n in range(4)])]
+    asked = [request._replace(seed=(number,)) for number, request in enumerate(asked)]
+    found = dict(
+        engine.answers(model, TOKENIZER, interventions._replace(lists=lists), asked, Sampling(tokens, 1.0), slots=32)
+    )
+    for number, request in enumerate(asked):
+        of_prompt, of_answer = len(request.ids), tokens - 1  # the last token is not read
+        expected = (0, of_prompt + of_answer, of_prompt, of_answer)[request.operations]
+        completion = found[number]
+        read, changed = completion.processed, completion.changed
+        assert read == of_prompt + of_answer, f"answer {number}: {read} positions read, not {of_prompt + of_answer}"
+        assert changed == expected, f"answer {number}: {changed} positions steered, not {expected}"
+    return sum(completion.changed for completion in found.values())
+
+
 def timed(place: Place) -> dict[str, float]:
     """Seconds of a step of all layers, and of reading a prompt; GB of memory at most."""
     slots, columns = (32, 2048) if place.on_gpu else (4, 128)
@@ -128,4 +148,5 @@ def run(place: Place) -> None:
     equal = as_generated(place)
     place.note(as_generated=equal)
     assert equal == len(LENGTHS), f"{equal} of {len(LENGTHS)} greedy answers are those of generate"
+    place.note(steered_positions=steered(place))
     place.note(**timed(place))
