@@ -103,7 +103,7 @@ def steered(place: Place) -> int:
     """Positions that were steered in 32 long answers at once; raises AssertionError where one is not counted."""
     model, interventions = made(place, 4, torch.bfloat16)
     anywhere, prompt, generated = ((Operation(3, "add", 1.0, where),) for where in ("all", "prompt", "generated"))
-    lists, XX
+    lists, tokens = [PLAIN, anywhere, prompt, generated], 512 if place.on_gpu else 12
     asked = [request for first in range(4) for request in requests(model, [(first + n) % 4 for n in range(4)])]
     asked = [request._replace(seed=(number,)) for number, request in enumerate(asked)]
     found = dict(

@@ -1,9 +1,9 @@
 """All stages of configs/tiny.yaml on the GPU and on the CPU, in float32: the same figures; and a stream on one device.
 
 The CPU's run takes the assets that the GPU's takes. A GPU sums in other orders, so after 96 steps figures differ:
-bounds are below. On a GPU the same is done with a model of the default's shape, and a third run takes it for a GPU
-without bfloat16 and kernels. A stream of one epoch must give the very bytes of a harvest and a training of one epoch on
-the same device.
+bounds are below. The same is done with a model of the default's shape, and a third run takes the GPU for one without
+bfloat16 and kernels. A stream of one epoch must give the very bytes of a harvest and a training of one epoch on the
+same device; without a GPU that is all.
 """
 
 import hashlib
@@ -94,37 +94,31 @@ def compare(
 
 def run(place: Place) -> None:
     """The check."""
-    device = place.device.type
-    folders = {
-        name: place.folder / name for name in ("device", "old", "cpu", "whole", "streamed", "shaped", "shaped_cpu")
-    }
-    for name, folder in folders.items():
-        if name.startswith("shaped"):
-            tiny.make_assets(folder, 600, **SHAPE)
-        else:
-            tiny.make_assets(folder)
-    running = [
-        pipeline("run", folders["device"], *FLOAT32, *on(device)),
-        pipeline("run", folders["cpu"], *FLOAT32, *on("cpu")),
-        pipeline("run", folders["whole"], *on(device), ONE_EPOCH[0]),
-    ]
+    device, started = place.device.type, []
+
+    def begun(name: str, *settings: str, module: str = "pipeline", documents: int = 120, **shape: int) -> Path:
+        tiny.make_assets(place.folder / name, documents, **shape)
+        started.append(pipeline("run", place.folder / name, *settings, module=module))
+        return place.folder / name
+
+    whole = begun("whole", *on(device), ONE_EPOCH[0])
+    compared: list[tuple[str, Path, Path, Mapping[str, float]]] = []
     if place.on_gpu:
-        running.append(pipeline("run", folders["old"], *on(device), module="benchmarks.gpu.stages"))
-        running.append(pipeline("run", folders["shaped"], *FLOAT32, *SHAPED, *on(device)))
-        running.append(pipeline("run", folders["shaped_cpu"], *FLOAT32, *SHAPED, *on("cpu")))
-    streamed = folders["streamed"]
+        cpu, here = begun("cpu", *FLOAT32, *on("cpu")), begun("device", *FLOAT32, *on(device))
+        old = begun("old", *on(device), module="benchmarks.gpu.stages")
+        compared += [(device, here, cpu, BOUNDS), ("as an older GPU", old, cpu, BOUNDS)]
+        cpu = begun("shaped_cpu", *FLOAT32, *SHAPED, *on("cpu"), documents=600, **SHAPE)
+        here = begun("shaped", *FLOAT32, *SHAPED, *on(device), documents=600, **SHAPE)
+        compared.append(("of the default's shape", here, cpu, SHAPED_BOUNDS))
+    streamed = place.folder / "streamed"
+    tiny.make_assets(streamed)
     finish(pipeline("sample", streamed, *on(device), *ONE_EPOCH))
     finish(pipeline("stream", streamed, *on(device), *ONE_EPOCH))
-    finish(*running)
-    expected = figures(folders["cpu"])
-    compare(place, device, figures(folders["device"]), expected)
-    if place.on_gpu:
-        compare(place, "as an older GPU", figures(folders["old"]), expected)
-        compare(
-            place, "of the default's shape", figures(folders["shaped"]), figures(folders["shaped_cpu"]), SHAPED_BOUNDS
-        )
-    assert weights(folders["whole"]), "no weights"
-    assert weights(folders["whole"]) == weights(streamed), "the stream's weights are others"
+    finish(*started)
+    for name, here, cpu, bounds in compared:
+        compare(place, name, figures(here), figures(cpu), bounds)
+    assert weights(whole), "no weights"
+    assert weights(whole) == weights(streamed), "the stream's weights are others"
     place.note(stream="the same weights")
 
 
