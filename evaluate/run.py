@@ -30,7 +30,7 @@ from harvest.activation_store import ActivationStore, slug
 from harvest.config import ModelConfig
 from harvest.contexts import Contexts
 from harvest.device import numerics, resolve_device, resolve_dtype, set_threads
-from harvest.files import UserError
+from harvest.files import UserError, replacing
 from harvest.language_model import load_model
 from harvest.stage_directory import Run
 from harvest.store_files import files_of
@@ -212,7 +212,8 @@ def measure(subject: Subject, left_out: Sequence[str]) -> Measured:
 
 def _of_rows(subject: Subject, heldout: Fidelity) -> dict[str, Section | None]:
     """Sections that need the rows alone; densities of all features go to `density-<hook>.npy`."""
-    np.save(subject.file("density", ".npy"), heldout.density_F)
+    with replacing(subject.file("density", ".npy")) as partial, partial.open("wb") as file:
+        np.save(file, heldout.density_F)
     density, histogram = density_figures(heldout.density_F)
     statistics = subject.saved.statistics._asdict()
     return {

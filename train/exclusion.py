@@ -1,7 +1,7 @@
 """Which rows an SAE is trained on, and the scale at which it sees them.
 
-The first position of a context and a few delimiters have norms a hundred times the median; 0.2% of the
-rows can hold 96% of all squared norm. Everything is stored; what is left out is decided here, from the
+The first position of a context and a few delimiters have norms a hundred times the median; 0.3% of the
+rows can hold 98% of all squared norm. Everything is stored; what is left out is decided here, from the
 provenance of the rows, and never needs another harvest.
 
 Shape suffixes: B rows of a chunk, D d_in.
