@@ -83,7 +83,7 @@ verify: setup ## read every byte that the stages left; what is bad is named, and
 estimate: setup ## what CONFIG needs: disk, memory, hours, from a short measurement of this machine
 	@$(RUN) estimate --config $(CONFIG) $(SET) $(ARGS)
 
-dry-run: setup ## rehearse every stage of CONFIG in a minute, on a narrow random model and made-up text
+dry-run: setup ## rehearse CONFIG up to the report in a minute or two, on a narrow random model and made-up text
 	@$(RUN) dry-run --config $(CONFIG) $(SET) $(ARGS)
 
 prune: setup ## list the runs with size, age and users; delete what CONFIG does not use, after asking

@@ -176,7 +176,7 @@ def estimate(given: Given) -> None:
 
 @command("dry-run")
 def dry_run(given: Given) -> None:
-    """Rehearse every stage of these settings in a minute, on a narrow random model and made-up text."""
+    """Rehearse these settings up to the report, in a minute or two, on a narrow random model and made-up text."""
     from pipeline.dry_run import dry_run as rehearse
 
     folder = given.runs / "dry-run" / given.config_file.stem

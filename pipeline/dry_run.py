@@ -1,9 +1,9 @@
-"""A rehearsal: every stage with the settings of a real run, on a narrow random model and made-up text.
+"""A rehearsal: the stages up to the report with the settings of a real run, on a narrow random model and made-up text.
 
-Replaced are only the model (same layers, vocabulary and hooks, a fraction of the width), the text (rows in the
-same schemas), the width of the SAE, one that training starts from, and the budgets. Template, contexts, shards,
-hooks, exclusions, schedules and evaluation are those of the settings, so what a rented machine will run is run here
-first.
+Replaced are the model (same layers, vocabulary and hooks, a fraction of the width), the text (rows in the same
+schemas), given SAEs, the width of the SAE, and the budgets; `rehearsal` leaves out what needs more than these.
+Template, contexts, shards, hooks, exclusions, schedules and evaluation are those of the settings, so what a rented
+machine will run is run here first.
 """
 
 import json
@@ -34,7 +34,7 @@ TEXT = (
 
 
 def dry_run(config: PipelineConfig, folder: Path, name: str, say: Callable[[str], None]) -> list[Path]:
-    """Run every stage into `folder` and return the reports.
+    """Run the stages into `folder` and return the reports.
 
     An earlier rehearsal in the folder is removed. Raises UserError when the folder is not one, when the
     model's shape cannot be had, and whatever the stages raise.
@@ -60,7 +60,7 @@ def dry_run(config: PipelineConfig, folder: Path, name: str, say: Callable[[str]
     sweep = find_runs(rehearsed, folder / "runs")
     for stage in sweep[0].stages:
         run_stage(sweep, stage, allow_mixed=False, force=False, confirm=lambda _question: False)
-    say(f"dry-run  passed: every stage of {name} runs; its figures, of a random model, mean nothing")
+    say(f"dry-run  passed: every stage of {name} up to the report runs; its figures, of a random model, mean nothing")
     return [runs.directory("evaluate") / "report.html" for runs in sweep]
 
 

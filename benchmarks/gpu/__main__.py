@@ -3,7 +3,7 @@
     make check-gpu
     .venv/bin/python -m benchmarks.gpu --minutes 4 --out runs/check-gpu
     .venv/bin/python -m benchmarks.gpu --only kernels --only training
-    .venv/bin/python -m benchmarks.gpu --only full_stages --only suite --minutes 12    # these are run only if named
+    .venv/bin/python -m benchmarks.gpu --only full_stages --only checkpoints --only suite --minutes 16    # if named only
 
 Each check is a process of its own with a limit of its own, the most telling first. Its result is a line of
 OUT/results.jsonl as soon as it ends; OUT/table.md, in the form of benchmarks/results.md, is written anew each time;
@@ -61,6 +61,7 @@ CHECKS = (
     Check(
         "full_stages", 400, "all stages at the 8B shape; the evaluation's parts, twice the same bytes", on_demand=True
     ),
+    Check("checkpoints", 300, "the paper's width with and without checkpoints, tokens/s", on_demand=True),
     Check("suite", 240, "the tests", on_demand=True),
 )
 MINUTES, RANKS_MINUTES = 8, 2  # an NVIDIA H200 needs 7; the latter are added where there are several GPUs
