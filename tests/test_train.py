@@ -125,7 +125,13 @@ def test_a_damaged_checkpoint_is_named(run_folder):
     tensors.write_bytes(tensors.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"00000080: damaged .* resume from the one before it, 00000060"):
         newest_checkpoint(folder)
-    (folder / "00000080" / "checkpoint.json").unlink()
+    marker = folder / "00000080" / "checkpoint.json"
+    marker.write_text(marker.read_text().replace('"step": 80', '"step": 81'))
+    with pytest.raises(
+        UserError, match=r"its own checksum.* delete .*00000080 to resume from the one before it, 0{6}60"
+    ):
+        newest_checkpoint(folder)
+    marker.unlink()
     found = newest_checkpoint(folder)
     assert found
     assert found[0].step == 60

@@ -86,7 +86,11 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | No
     if not complete:
         return None
     path = complete[-1]
-    about = read_json(path / MARKER)
+    before = f"the one before it, {complete[-2].name}" if len(complete) > 1 else "the start"
+    try:
+        about = read_json(path / MARKER)
+    except UserError as error:
+        raise UserError(f"{error}; or delete {path} to resume from {before}") from None
     _check_run(path / MARKER, about)
     try:
         tensors = _load_tensors(path / TENSORS, about)
@@ -94,7 +98,6 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]] | No
         fields |= {"position": Position(**about["position"]), "statistics": InputStatistics(**about["statistics"])}
         checkpoint = Checkpoint(**fields)
     except (safetensors.SafetensorError, OSError, KeyError, TypeError) as error:
-        before = f"the one before it, {complete[-2].name}" if len(complete) > 1 else "the start"
         raise UserError(f"{path}: damaged ({error}); delete this folder to resume from {before}") from None
     return checkpoint, tensors
 

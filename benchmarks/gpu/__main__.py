@@ -3,7 +3,7 @@
     make check-gpu
     .venv/bin/python -m benchmarks.gpu --minutes 4 --out runs/check-gpu
     .venv/bin/python -m benchmarks.gpu --only kernels --only training
-    .venv/bin/python -m benchmarks.gpu --only full_stages --only checkpoints --only suite --minutes 16    # if named only
+    .venv/bin/python -m benchmarks.gpu --only full_stages --only checkpoints --only suite --minutes 16   # if named only
 
 Each check is a process of its own with a limit of its own, the most telling first. Its result is a line of
 OUT/results.jsonl as soon as it ends; OUT/table.md, in the form of benchmarks/results.md, is written anew each time;

@@ -30,6 +30,7 @@ OPERATIONS: tuple[tuple[str, str, str, type[BaseModel] | None, tuple[str, ...]],
     ("get", "/api/feature/{sae}/{number}", "What is known of one feature, in short.", None, (JSON,)),
     ("post", "/api/steer", STEER, SteerAsked, (EVENTS,)),
     ("get", "/v1/models", "As OpenAI's: the model, once for each SAE.", None, (JSON,)),
+    ("get", "/v1/models/{name}", "As OpenAI's: a model by its name, operations included.", None, (JSON,)),
     ("post", "/v1/completions", "As OpenAI's, with operations.", CompletionAsked, (JSON, EVENTS)),
     ("post", "/v1/chat/completions", "As OpenAI's, with operations.", ChatAsked, (JSON, EVENTS)),
 )
@@ -66,7 +67,7 @@ def _operation(
 ) -> dict[str, Any]:
     found: dict[str, Any] = {"summary": text.split(". ")[0].split(": ")[0].rstrip("."), "description": text}
     places = [part[1:-1] for part in path.split("/") if part.startswith("{")]
-    kinds = {"sae": "string", "number": "integer"}
+    kinds = {"sae": "string", "number": "integer", "name": "string"}
     parameters = [{"name": n, "in": "path", "required": True, "schema": {"type": kinds[n]}} for n in places]
     if kind and method == "get":
         properties = kind.model_json_schema()["properties"]
