@@ -107,7 +107,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file with a checksum of itself, which `read_json` compares: a changed figure does not pass."""
-    write_json(path, value | {SEAL: google_crc32c.value(json_bytes(value))})
+    write_json(path, sealed(value))
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """A JSON object with its checksum, which `read_json` compares, as one more key."""
+    return value | {SEAL: google_crc32c.value(json_bytes(value))}
 
 
 def file_crc32c(path: Path, size: int | None = None) -> int:

@@ -1,8 +1,8 @@
 """`pipeline push`: an export, and what was measured of it, to a repository of the hub.
 
-Nothing leaves the machine without `yes`. Feature pages and the report hold text of the data sets: they are left
-out unless every source is known to be open, or the caller says so. The token is that of `hf auth login` or
-HF_TOKEN; it is passed on and never written.
+Nothing leaves the machine without `yes`. Feature pages and the report hold text of the data sets: they, and what
+metrics.json quotes, are left out unless every source is known to be open, or the caller says so. The token is that of
+`hf auth login` or HF_TOKEN; it is passed on and never written.
 """
 
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evaluate.figures import FILE
-from harvest.files import UserError
+from harvest.files import UserError, json_bytes, read_json, sealed
 from harvest.sources import hub_errors
 from harvest.stage_directory import Run
 from pipeline.export import EXPLANATIONS, closed_sources, export_name
@@ -19,13 +19,14 @@ from pipeline.metrics import read_evaluation
 from pipeline.stages import Runs
 from pipeline.tables import table
 
+QUOTED = {"token_injection": ("ngrams", "example")}  # of each feature in a section's lists: text of the data sets
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class Push(NamedTuple):
-    """What would be pushed: place in the repository → file; and what is left out, with the reason."""
+    """What would be pushed: place in the repository → file, or its bytes; and what is left out, with the reason."""
 
-    files: dict[str, Path]
+    files: dict[str, Path | bytes]
     left_out: list[str]
 
 
@@ -44,7 +45,7 @@ def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Pu
     if exported != {(runs.fingerprints["train"], runs.config.evaluate.sae) for runs in sweep}:
         raise UserError(f"push: {folder}: was exported from other settings; export anew, or give those settings")
     check_exported(folder, marker)
-    files = {name: folder / name for name in sorted([*marker["files"], MARKER])}
+    files: dict[str, Path | bytes] = {name: folder / name for name in sorted([*marker["files"], MARKER])}
     closed = closed_sources(sweep[0].config)
     left_out = []
     if closed and not with_text:
@@ -55,12 +56,24 @@ def plan_push(sweep: Sequence[Runs], folder: Path | None, with_text: bool) -> Pu
         if run.is_complete:
             names = _measured(run)
             texts = [name for name in names if name.endswith(".html")]
+            there = f"evaluation/{run.path.name}"
             if closed and not with_text:
                 reason = f"text of {', '.join(closed)} in {run.path}; --with-text pushes them"
-                left_out.append(f"{len(texts)} pages with {reason}")
-                texts = []
-            files |= {f"evaluation/{run.path.name}/{name}": run.path / name for name in (FILE, *texts)}
+                left_out.append(f"{len(texts)} pages, n-grams and examples in {FILE} with {reason}")
+                files[f"{there}/{FILE}"] = _without_text(run.path / FILE)
+            else:
+                files |= {f"{there}/{name}": run.path / name for name in (FILE, *texts)}
     return Push(files, left_out)
+
+
+def _without_text(path: Path) -> bytes:
+    """The bytes of a metrics.json without what it quotes."""
+    metrics = read_json(path)
+    for sae in metrics["saes"]:
+        for section, keys in QUOTED.items():
+            for feature in sae["lists"].get(section, {}).get("features", []):
+                feature.update({key: [] for key in keys})
+    return json_bytes(sealed(metrics))
 
 
 def _measured(run: Run) -> list[str]:
@@ -85,7 +98,10 @@ def push(repository: str, planned: Push, *, public: bool, yes: bool, say: Callab
     """
     if not REPOSITORY.fullmatch(repository):
         raise UserError(f"push: {repository!r}: a repository of the hub is OWNER/NAME")
-    sizes = [(f"{path.stat().st_size:,}", place) for place, path in planned.files.items()]
+    sizes = [
+        (f"{len(file) if isinstance(file, bytes) else file.stat().st_size:,}", place)
+        for place, file in planned.files.items()
+    ]
     for line in [*table(sizes, right=(0,)), *(f"left out: {line}" for line in planned.left_out)]:
         say(line)
     if not yes:
@@ -96,7 +112,10 @@ def push(repository: str, planned: Push, *, public: bool, yes: bool, say: Callab
 
     if not get_token():
         raise UserError("push: nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN")
-    operations = [CommitOperationAdd(place, str(path)) for place, path in planned.files.items()]
+    operations = [
+        CommitOperationAdd(place, file if isinstance(file, bytes) else str(file))
+        for place, file in planned.files.items()
+    ]
     api = HfApi()
     try:
         api.create_repo(repository, private=not public, exist_ok=True)

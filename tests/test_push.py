@@ -9,6 +9,7 @@ import pytest
 from conftest import pipeline
 from huggingface_hub import constants
 
+from harvest.files import read_json
 from pipeline import export
 
 TOKEN = "hf_of_a_test"
@@ -99,9 +100,25 @@ def test_one_commit_without_text_and_without_the_token(exported, hub):
     assert not [p for p in Path().rglob("*") if p.is_file() and TOKEN.encode() in p.read_bytes()]
 
 
+def test_metrics_go_without_what_they_quote(exported, hub, tmp_path):
+    assert pipeline("push", "me/sae", "--yes").status == 0
+    (place,) = (name for name in pushed(hub) if name.endswith("metrics.json"))
+    there = tmp_path / "metrics.json"
+    there.write_bytes(pushed(hub)[place])
+    found, own = read_json(there, sealed=True), read_json(Path("runs") / place.replace("evaluation", "evaluate"))
+    features = own["saes"][0]["lists"]["token_injection"]["features"]
+    assert any(feature["example"] for feature in features) and any(feature["ngrams"] for feature in features)
+    for feature in features:
+        feature["example"] = feature["ngrams"] = []
+    assert found == own
+
+
 def test_text_goes_only_when_told_or_open(exported, hub, monkeypatch):
     assert pipeline("push", "me/sae", "--yes", "--with-text").status == 0
-    assert any(name.endswith("report.html") for name in pushed(hub))
+    files = pushed(hub)
+    assert any(name.endswith("report.html") for name in files)
+    (place,) = (name for name in files if name.endswith("metrics.json"))
+    assert files[place] == (Path("runs") / place.replace("evaluation", "evaluate")).read_bytes()
     monkeypatch.setattr(
         export, "SHIPPED", dict.fromkeys(("assets/tiny-chat.jsonl", "assets/tiny-reasoning.jsonl"), "mit")
     )
