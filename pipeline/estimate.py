@@ -213,9 +213,9 @@ def train_seconds(config: PipelineConfig, s: Sizes, machine: Machine, saes: int)
     if machine.step is None:
         return None
     read = config.train.batch_size * 2 * s.geometry.d_in / machine.read if machine.read else 0.0
-    steps = s.steps * max(saes * machine.step, read)
-    saved = config.train.runtime.checkpoints(s.steps, steps) * saes * s.checkpoint
-    return len(s.geometry.hooks) * (steps + (saved / machine.write if machine.write else 0.0))
+    stepping = s.steps * max(saes * machine.step, read)
+    saved = config.train.runtime.checkpoints(s.steps, stepping) * saes * s.checkpoint
+    return len(s.geometry.hooks) * (stepping + (saved / machine.write if machine.write else 0.0))
 
 
 def _section(title: str, *rows: tuple[str, str]) -> list[str]:

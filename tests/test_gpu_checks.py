@@ -11,12 +11,13 @@ import pytest
 import torch
 from packaging.version import Version
 
-from benchmarks.gpu import full_training, harvest, kernels, training, wheels
+from benchmarks.gpu import full_training, harvest, kernels, stages, training, wheels
 from benchmarks.gpu.__main__ import NOT_RUN, Check, main, run_check, table, verdict
-from benchmarks.gpu.check import FULL, Place
+from benchmarks.gpu.check import FULL, ROOT, Place
 from harvest import device
 from harvest.device import has_bfloat16, numerics, resolve_device, resolve_dtype
 from harvest.files import is_out_of_memory
+from pipeline.config import load
 from train.config import KINDS
 from train.nonzeros import PLAIN
 from train.sparse_step import operations_for
@@ -135,6 +136,12 @@ def test_figures_are_kept_as_they_come(tmp_path):
     place.note(a=1)
     place.note(b={"c": 0.5})
     assert [json.loads(line) for line in (tmp_path / "notes").read_text().splitlines()] == [{"a": 1}, {"b": {"c": 0.5}}]
+
+
+def test_settings_of_the_default_s_shape_are_valid():
+    config = load(Path(stages.CONFIG), [*stages.FLOAT32, *stages.SHAPED])
+    default = load(ROOT / "configs" / "smollm2.yaml", [])
+    assert config.train.sae.width(stages.SHAPE["hidden_size"]) == default.train.sae.width(576)
 
 
 def test_the_stages_import_neither_datasets_nor_gguf():

@@ -49,7 +49,7 @@ def test_a_run_that_was_killed_before_its_manifest_trains_nothing_again(finished
 @pytest.mark.parametrize(
     ("every", "minutes", "steps"),
     [
-        (None, 1.5, [13, 26, 39, 52, 65, 78, 91]),  # 13 steps of 7 seconds are the first of 90 or more
+        (None, 1.5, [15, 30, 45, 60, 75, 90]),  # of steps of 7 seconds, at every fifth, when the log is written
         (30, None, [30, 60, 90]),
         (30, 4, [30, 60, 90]),  # 4 minutes are 35 steps
         (40, 3.5, [30, 40, 70, 80]),

@@ -235,9 +235,9 @@ class TrainRuntime(Settings):
     log_every: int = Field(default=10, ge=1)
     """Steps between lines of metrics.jsonl."""
     checkpoint_every: int | None = Field(default=1000, ge=1)
-    """Steps between checkpoints. One is also written at Ctrl-C."""
+    """Steps between checkpoints; null leaves them to checkpoint_minutes. One is also written at Ctrl-C."""
     checkpoint_minutes: float | None = Field(default=None, gt=0)
-    """Minutes between checkpoints. With checkpoint_every set too, whichever comes first."""
+    """One is also written, at the next log line, when the last is so many minutes old; null: never."""
     keep_last: int = Field(default=2, ge=1)
     """Checkpoints that are kept."""
     spike_factor: float | None = Field(default=10.0, gt=1)
@@ -256,7 +256,7 @@ class TrainRuntime(Settings):
         return self
 
     def checkpoints(self, steps: int, seconds: float) -> int:
-        """How many are written, about, in so many steps that take so many seconds."""
+        """How many are written at least in so many steps that take so many seconds."""
         by_steps = steps // self.checkpoint_every if self.checkpoint_every else 0
         return max(by_steps, int(seconds / 60 / self.checkpoint_minutes) if self.checkpoint_minutes else 0)
 

@@ -23,7 +23,7 @@ from train.nonzeros import ByRow, Rule, offsets
 
 DECODER_NORM = 0.1  # SAELens' decoder_init_norm for standard SAEs
 DRAWN = 4096  # decoder rows drawn at a time
-# torch draws a last piece of fewer numbers in another way, and its pieces end on multiples of as many.
+# torch draws 16 numbers at a time; of fewer, and the last 16 of any, in another way. So a piece has as many rows.
 DRAWN_TOGETHER = 16
 
 

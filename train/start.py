@@ -48,7 +48,7 @@ def starting_sae(
     check_finite(place, given.parameters)
     new = new_sae(config, d_in, given.scale, "meta")
     read = {name: given.parameters[name] for name in new.parameters}
-    if ranks.size == 1:
+    if ranks.size == 1 and torch.device(device).type == "cpu":
         read = {name: weight.clone() for name, weight in read.items()}  # it may still be the file's own pages
     return ranks.shard(replace(new, parameters=read)).to(device)
 

@@ -61,8 +61,8 @@ class Trainer:
         ranks: FeatureRanks = SINGLE,
         device: torch.device | None = None,
     ) -> None:
-        """`rows` is one epoch. `sae` is this rank's features, of which there are train.sae's in all; `self.sae`, and
-        what hangs on it, are on a device (the SAE's).
+        """`rows` is one epoch. `sae` is this rank's features of train.sae's width; `self.sae`, and what hangs on
+        it, are on a device (the SAE's).
 
         Raises UserError for several ranks of a kind that trains in one process, for a batch that is too large for its
         kind, and for what `check_class` finds.
@@ -78,6 +78,7 @@ class Trainer:
         if "sparse" in self.kernels and sae.batch_rule().of_batch and config.batch_size * self.d_sae > 2**TIE_BITS:
             said = f"train.batch_size: {config.batch_size:,}: times d_sae = {self.d_sae:,} is above 2^{TIE_BITS}"
             raise UserError(f"{said}, the entries that kind {sae.kind} can tell apart; use a smaller batch")
+        assert sae.d_sae == len(ranks.features(self.d_sae))
         self.config, self.steps, self.compute_dtype, self.ranks = config, steps, compute_dtype, ranks
         self.axes = sae.feature_axes() | {"rows_since_fired": 0}
         self.device = device = device or sae.W_enc.device

@@ -156,10 +156,12 @@ class Training:
 
     def _checkpoint_due(self) -> bool:
         """Collective: due on all ranks when it is on one."""
-        every, minutes = self.config.runtime.checkpoint_every, self.config.runtime.checkpoint_minutes
-        if every and self.step % every == 0:
+        runtime = self.config.runtime
+        if runtime.checkpoint_every and self.step % runtime.checkpoint_every == 0:
             return True
-        return bool(minutes) and self.trainer.ranks.any(time.monotonic() - self._saved_at >= 60 * minutes)
+        if runtime.checkpoint_minutes is None or self.step % runtime.log_every:  # the host waits at a log line anyway
+            return False
+        return self.trainer.ranks.any(time.monotonic() - self._saved_at >= 60 * runtime.checkpoint_minutes)
 
     def _explained(self, error: DivergedError, loader: ActivationLoader) -> UserError:
         config = self.config

@@ -102,10 +102,10 @@ def as_generated(place: Place) -> int:
 def steered(place: Place) -> int:
     """Positions that were steered in 32 long answers at once; raises AssertionError where one is not counted."""
     model, interventions = made(place, 4, torch.bfloat16)
-    anywhere, prompt, generated = ((Operation(3, "add", 1.0, where),) for where in ("all", "prompt", "generated"))
+    model.model.lm_head.weight *= 8  # so that logits count beside the noise
+    anywhere, prompt, generated = ((Operation(3, "add", 4.0, where),) for where in ("all", "prompt", "generated"))
     lists, tokens = [PLAIN, anywhere, prompt, generated], 512 if place.on_gpu else 12
     asked = [request for first in range(4) for request in requests(model, [(first + n) % 4 for n in range(4)])]
-    asked = [request._replace(seed=(number,)) for number, request in enumerate(asked)]
     found = dict(
         engine.answers(model, TOKENIZER, interventions._replace(lists=lists), asked, Sampling(tokens, 1.0), slots=32)
     )
@@ -116,6 +116,9 @@ def steered(place: Place) -> int:
         read, changed = completion.processed, completion.changed
         assert read == of_prompt + of_answer, f"answer {number}: {read} positions read, not {of_prompt + of_answer}"
         assert changed == expected, f"answer {number}: {changed} positions steered, not {expected}"
+    written = {(request.seed, request.operations): found[number].token_ids for number, request in enumerate(asked)}
+    for (seed, operations), ids in written.items():  # one noise, so they differ by what is done alone
+        assert not operations or ids != written[seed, 0], f"prompt {seed}: {lists[operations]} changed nothing"
     return sum(completion.changed for completion in found.values())
 
 
