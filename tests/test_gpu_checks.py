@@ -24,7 +24,6 @@ from train.sparse_step import operations_for
 from train.step import Kernel
 from train.step import kernels as kernels_of
 
-ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # where the kernels that are checked run
 
