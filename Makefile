@@ -77,7 +77,7 @@ explore: setup ## type text and see features fire, look at any feature, steer th
 status: setup ## which stage is complete, which would run, and why
 	@$(RUN) status --config $(CONFIG) $(SET) $(ARGS)
 
-verify: setup ## read every byte that the stages left; what is bad is named, and rows are made anew by the next harvest
+verify: setup ## read every byte of the stages' results; what is bad is named, and rows are made anew by the next harvest
 	@$(RUN) verify --config $(CONFIG) $(SET) $(ARGS)
 
 estimate: setup ## what CONFIG needs: disk, memory, hours, from a short measurement of this machine

@@ -123,7 +123,7 @@ def verify(
         int | None, typer.Option(min=1, help="Of the store only so many shards, drawn at random: a quick look.")
     ] = None,
 ) -> None:
-    """Read every byte that the stages left; what is bad is named, and rows are made anew by the next harvest.
+    """Read every byte of the stages' results; what is bad is named, and rows are made anew by the next harvest.
 
     Interrupted, it goes on where it was.
     """

@@ -1,4 +1,4 @@
-"""`pipeline verify`: every byte that the stages of some settings left, compared with the checksums of each."""
+"""`pipeline verify`: every byte of the results of some settings' stages, compared with the checksums of each."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,16 +6,21 @@ from harvest import verify as store_verification
 from harvest.files import UserError, locked
 from harvest.stage_directory import MANIFEST, RECORD, DamagedManifestError, Run
 from harvest.store_files import files_of
-from pipeline.stages import Runs
+from pipeline.fingerprint import EVERY_STAGE, STAGES
+from pipeline.stages import Runs, made_on
 
 
 def verify(sweep: Sequence[Runs], say: Callable[[str], None], sample: int | None = None) -> None:
-    """Read what every stage left, the store's rows last; of these all, or `sample` shards.
+    """Read what every stage left, explanations and benchmarks of these evaluations under any settings too, and the
+    store's rows last; of these all, or `sample` shards.
 
     Of a bad shard the record is deleted, and the harvest's manifest with it, so that the next harvest makes just
     that anew. Raises UserError that names what is bad, and where there is nothing to read.
     """
     every = {run.path: run for runs in sweep for run in map(runs.of, runs.stages)}
+    for runs in sweep:
+        made = [run for stage in EVERY_STAGE[len(STAGES) :] for run in made_on(runs.of("evaluate"), stage)]
+        every |= {run.path: run for run in made}
     complete = [run for run in every.values() if run.is_complete and run.stage != "harvest"]
     bad: list[str] = []
     for run in complete:

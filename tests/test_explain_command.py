@@ -154,10 +154,12 @@ def test_status_verify_and_prune_know_it(folder):  # noqa: F811
         assert "nothing to delete" in kept
         assert place.is_dir()
         (place / "metrics.json").write_text("{}")
-        ran = pipeline("verify", *EVALUATED, f"explain.model={MODEL}", "explain.feature_ids=[1]", "explain.tokens=8")
-        assert ran.status == 1
-        assert f"{place}/metrics.json: missing, or changed since the stage ended" in ran.out
-        assert "`make explain` makes it anew, from the answers that it has" in ran.out
+        own = (f"explain.model={MODEL}", "explain.feature_ids=[1]", "explain.tokens=8")
+        for settings in (own, ()):
+            ran = pipeline("verify", *EVALUATED, *settings)
+            assert ran.status == 1
+            assert ran.out.count(f"{place}/metrics.json: missing, or changed since the stage ended") == 1
+            assert "`make explain` makes it anew, from the answers that it has" in ran.out
         assert "would start over" in pipeline("status", *EVALUATED).out
         asked = server.answered.total()
         assert "is made anew" in explain(server, "--feature", "1")
