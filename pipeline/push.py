@@ -112,10 +112,7 @@ def push(repository: str, planned: Push, *, public: bool, yes: bool, say: Callab
 
     if not get_token():
         raise UserError("push: nobody is logged in to the hub; run `hf auth login`, or set HF_TOKEN")
-    operations = [
-        CommitOperationAdd(place, file if isinstance(file, bytes) else str(file))
-        for place, file in planned.files.items()
-    ]
+    operations = [CommitOperationAdd(place, file) for place, file in planned.files.items()]
     api = HfApi()
     try:
         api.create_repo(repository, private=not public, exist_ok=True)

@@ -21,7 +21,7 @@ from harvest.files import UserError
 from harvest.hub import resolved_commit
 from harvest.stage_directory import FINGERPRINT, MANIFEST, Run
 from pipeline.config import PipelineConfig
-from pipeline.fingerprint import Inputs, find_inputs, hashed_settings
+from pipeline.fingerprint import EVERY_STAGE, STAGES, Inputs, find_inputs, hashed_settings
 from train.config import TRAIN_VERSION, SweepConfig, TrainConfig, exactly
 from train.published_config import PLACE, PUBLISHED_VERSION
 
@@ -286,6 +286,11 @@ def explained(runs: Runs) -> list[Run]:
     if "explain" in runs.stages:
         return [run for run in [runs.of("explain")] if run.is_complete]
     return made_on(runs.of("evaluate"), "explain")
+
+
+def made_later(evaluated: Run) -> list[Run]:
+    """All complete explanations and benchmarks of an evaluation, under any settings."""
+    return [run for stage in EVERY_STAGE[len(STAGES) :] for run in made_on(evaluated, stage)]
 
 
 def made_on(evaluated: Run, stage: str) -> list[Run]:

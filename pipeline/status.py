@@ -9,9 +9,9 @@ from typing import Any
 from harvest.files import UserError, read_json
 from harvest.progress import duration
 from harvest.stage_directory import BEGUN, MADE_ANEW, STARTS_OVER, Run, upstreams
-from pipeline.fingerprint import EVERY_STAGE, STAGES
+from pipeline.fingerprint import EVERY_STAGE
 from pipeline.running import damage
-from pipeline.stages import Runs, made_on, swept
+from pipeline.stages import Runs, made_later, swept
 
 
 def status_lines(sweep: Sequence[Runs]) -> list[str]:
@@ -41,9 +41,9 @@ def _states(runs: Runs) -> Iterator[tuple[str, str]]:
         else:
             yield stage, f"would run: {_why(runs, stage, stale)}"
         stale = stale or stage
-    for stage in EVERY_STAGE[len(STAGES) :]:
-        if stage not in runs.stages:
-            yield from ((stage, _of_complete(run)) for run in made_on(runs.of("evaluate"), stage))
+    for run in made_later(runs.of("evaluate")):
+        if run.stage not in runs.stages:
+            yield run.stage, _of_complete(run)
 
 
 def _of_complete(run: Run) -> str:

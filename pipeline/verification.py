@@ -6,8 +6,7 @@ from harvest import verify as store_verification
 from harvest.files import UserError, locked
 from harvest.stage_directory import MANIFEST, RECORD, DamagedManifestError, Run
 from harvest.store_files import files_of
-from pipeline.fingerprint import EVERY_STAGE, STAGES
-from pipeline.stages import Runs, made_on
+from pipeline.stages import Runs, made_later
 
 
 def verify(sweep: Sequence[Runs], say: Callable[[str], None], sample: int | None = None) -> None:
@@ -18,9 +17,7 @@ def verify(sweep: Sequence[Runs], say: Callable[[str], None], sample: int | None
     that anew. Raises UserError that names what is bad, and where there is nothing to read.
     """
     every = {run.path: run for runs in sweep for run in map(runs.of, runs.stages)}
-    for runs in sweep:
-        made = [run for stage in EVERY_STAGE[len(STAGES) :] for run in made_on(runs.of("evaluate"), stage)]
-        every |= {run.path: run for run in made}
+    every |= {run.path: run for runs in sweep for run in made_later(runs.of("evaluate"))}
     complete = [run for run in every.values() if run.is_complete and run.stage != "harvest"]
     bad: list[str] = []
     for run in complete:
